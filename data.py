@@ -290,30 +290,33 @@ def transform_intrinsics(A: Tensor, intrinsics: Tensor) -> Tensor:
 
 def warp(images: Tensor, A: Tensor, side: int) -> Tensor:
     """Stored crops (B, C, H, H) through A (B, 2, 3) to (B, C, side, side), bilinear; edge pixels go on outside."""
-    H = images.shape[-1]
-    inverse = torch.linalg.inv(A[:, :, :2])                                              # crop px -> stored px
-    u = torch.arange(side, device=A.device, dtype=torch.float32)
-    v, u = torch.meshgrid(u, u, indexing="ij")
-    crop = torch.stack([u, v], dim=-1).reshape(1, -1, 2) - A[:, None, :, 2]              # (B, side*side, 2)
-    stored = crop @ inverse.transpose(1, 2)                                              # (B, side*side, 2) px
-    grid = ((2 * stored + 1) / H - 1).reshape(-1, side, side, 2)                         # grid_sample's -1 .. 1
+    H, back = images.shape[-1], torch.linalg.inv(A[:, :, :2])              # (B, 2, 2) crop px -> stored px
+    middle = back @ ((side - 1) / 2 - A[:, :, 2:])                         # (B, 2, 1) stored px of the crop's centre
+    # grid_sample's own units, in both images: -1 .. 1 from the outer edge of the first pixel to that of the last
+    theta = torch.cat([back * (side / H), (2 * middle + 1) / H - 1], dim=2)              # (B, 2, 3)
+    grid = F.affine_grid(theta, [len(A), 1, side, side], align_corners=False)            # (B, side, side, 2)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def colour_jitter(images: Tensor, parameters: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in 0..1: channel gains and brightness, then contrast, then saturation; clipped to 0..1."""
-    _, contrast, saturation = parameters[:, 4:7, None, None, None].unbind(1)             # 3 x (B, 1, 1, 1)
-    x = images * (parameters[:, 4, None] * parameters[:, 7:10])[:, :, None, None]
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = (x - mean) * contrast + mean
-    grey = x.mean(dim=1, keepdim=True)
-    return ((x - grey) * saturation + grey).clamp(0, 1)
+    """Images (B, 3, H, W) in 0..1: channel gains and brightness g, contrast c, saturation s; clipped to 0..1.
+
+    x1 = g x;  x2 = c (x1 - mean) + mean;  x3 = s (x2 - grey) + grey: a 3 x 3 matrix and an offset for each image, and so
+    one matrix product instead of eight passes over the pixels.
+    """
+    B, _, H, W = images.shape
+    gains = parameters[:, 4, None] * parameters[:, 7:10]                                 # (B, 3)
+    contrast, saturation = parameters[:, 5, None, None], parameters[:, 6, None, None]    # (B, 1, 1)
+    mean = (images.mean(dim=(2, 3)) * gains).mean(dim=1)[:, None, None]                  # (B, 1, 1)
+    mix = saturation * torch.eye(3, device=images.device) + (1 - saturation) / 3         # (B, 3, 3)
+    matrix, offset = mix * (contrast * gains[:, None]), mean * (1 - contrast)            # (B, 3, 3), (B, 1, 1)
+    return torch.baddbmm(offset, matrix, images.reshape(B, 3, -1)).clamp_(0, 1).reshape(B, 3, H, W)
 
 
 def normalise(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in 0..1 to the statistics that the encoder expects."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (images - mean) / std
+    return torch.addcmul(-mean / std, images, 1 / std)
 
 
 def denormalise(images: Tensor) -> Tensor:
@@ -374,69 +377,66 @@ def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
 # ==========================================================================================================
 # The embedded benchmark: hands rendered by round cones, in two domains
 # ==========================================================================================================
-FINGERS = ["thumb", "index", "middle", "ring", "little"]
-HAND_JOINTS = ["wrist"] + [f"{finger}_{i}" for finger in FINGERS for i in (1, 2, 3, 4)]  # palm -> tip
-HAND_BONES = [(0 if i % 4 == 1 else i - 1, i) for i in range(1, 21)]
+HAND_JOINTS = ["wrist"] + [f"{name}_{i}" for name in ("thumb", "index", "middle", "ring", "little")
+                           for i in (1, 2, 3, 4)]                          # a finger: palm -> tip
+HAND_BONES = [(0 if i % 4 == 1 else i - 1, i) for i in range(1, 21)]       # (parent, child)
 
 # The hand at rest, one row a finger: the back of a right hand faces the camera, fingers up (-y), thumb left
 # (-x), palm away (+z). First joint and bones in mm (wrist to middle fingertip: 184); angles in degrees.
 KNUCKLES = np.float32([[-21, -20, 8], [-23, -86, 0], [-2, -90, -4], [17, -84, -2], [33, -75, 3]])
 PHALANGES = np.float32([[44, 32, 25], [41, 25, 20], [45, 28, 21], [42, 27, 21], [33, 20, 19]])
-STRAIGHT = np.float32([[0, -5, -8]] + 4 * [[-10, 4, 0]])         # flexion of the three joints, open hand
-FIST = np.float32([[0, 42, 55]] + 4 * [[72, 96, 0]])             # the same, closed; DIP follows PIP, see below
-WOBBLE = np.float32([[6, 8, 12]] + 4 * [[10, 12, 6]])            # half of the random deviation
-LIMITS = np.float32([[-10, -10, -15]] + 4 * [[-15, 0, 0]]), np.float32([[15, 55, 75]] + 4 * [[80, 100, 65]])
-SPREAD = np.float32([-36, -7, 0, 6, 13]), np.float32([7, 5, 4, 4, 5])     # in the palm's plane: rest, deviation
-LIFT = np.float32([22, 0, 0, 0, 0]), np.float32([6, 0, 0, 0, 0])          # out of it: only the thumb's saddle
-BEND = np.float32([[0.85, -0.25, 0.45]] + 4 * [[0, 0, 1]])       # fingers bend to the palm, the thumb across it
+STRAIGHT = np.float32([[0, -5, -8]] + 4 * [[-10, 4, 0]])                   # flexion of the joints, open hand
+FIST = np.float32([[0, 42, 55]] + 4 * [[72, 96, 0]])                       # the same closed; DIP follows PIP
+WOBBLE = np.float32([[6, 8, 12]] + 4 * [[10, 12, 6]])                      # standard deviation about both
+LIMITS = np.float32([[[-10, -10, -15]] + 4 * [[-15, 0, 0]], [[15, 55, 75]] + 4 * [[80, 100, 65]]])
+SPREAD = np.float32([[-36, -7, 0, 6, 13], [7, 5, 4, 4, 5]])                # in the palm's plane: mean, sd
+LIFT = np.float32([[22, 0, 0, 0, 0], [6, 0, 0, 0, 0]])                     # out of it: the thumb alone
+BEND = np.float32([[0.85, -0.25, 0.45]] + 4 * [[0, 0, 1]])                 # to the palm; the thumb across it
+RADII = np.float32([[13, 10.5, 9.2, 7.2], [10.2, 8.6, 7.4, 6.2], [10.4, 8.9, 7.6, 6.3], [9.8, 8.4, 7.2, 6],
+                    [9, 7.3, 6.2, 5.3]])                                   # mm, at the joints
 
-# Points that only the drawing needs follow the 21 joints, in this order.
-CARPUS, PALM, WEB, ARM, NAIL, POINTS = 21, 24, 28, 30, 36, 46
-SKIN, HORN, CLOTH = 0, 1, 2
-CONES = [  # (from, to, radius mm, radius mm, what)
-    (1, 2, 13, 10.5, SKIN), (2, 3, 10.5, 9.2, SKIN), (3, 4, 9.2, 7.2, SKIN),
-    (5, 6, 10.2, 8.6, SKIN), (6, 7, 8.6, 7.4, SKIN), (7, 8, 7.4, 6.2, SKIN),
-    (9, 10, 10.4, 8.9, SKIN), (10, 11, 8.9, 7.6, SKIN), (11, 12, 7.6, 6.3, SKIN),
-    (13, 14, 9.8, 8.4, SKIN), (14, 15, 8.4, 7.2, SKIN), (15, 16, 7.2, 6.0, SKIN),
-    (17, 18, 9.0, 7.3, SKIN), (18, 19, 7.3, 6.2, SKIN), (19, 20, 6.2, 5.3, SKIN),
-    (CARPUS, PALM, 18, 16.5, SKIN), (CARPUS + 1, PALM + 1, 18, 17, SKIN), (CARPUS + 1, PALM + 2, 18, 16.5, SKIN),
-    (CARPUS + 2, PALM + 3, 18, 15.5, SKIN), (CARPUS, 1, 15, 13, SKIN), (WEB, WEB + 1, 9, 11, SKIN), (2, PALM, 6, 8, SKIN),
-    (CARPUS, ARM, 18, 19, SKIN), (CARPUS + 2, ARM + 1, 18, 19, SKIN), (ARM, ARM + 2, 19, 22, CLOTH),
-    (ARM + 1, ARM + 3, 19, 22, CLOTH), (ARM + 2, ARM + 4, 22, 29, CLOTH), (ARM + 3, ARM + 5, 22, 29, CLOTH),
-] + [(NAIL + i, NAIL + 5 + i, (4.4, 4, 4, 4, 3.4)[i], (3.8, 3.4, 3.4, 3.4, 2.9)[i], HORN) for i in range(5)]
-BLEND = 2.5               # mm over which neighbouring surfaces melt into one another
-OVERSAMPLE = 2            # samples per stored pixel and axis
-GROUP = 32                # hands drawn together: few enough for the processor's cache
+# Points that only the drawing needs follow the 21 joints, in this order; then (from, to, radii mm, what).
+CARPUS, PALM, WEB, ARM, NAIL = 21, 24, 28, 30, 36
+SKIN, HORN, CLOTH = range(3)
+CONES = [(4 * f + k, 4 * f + k + 1, *RADII[f, k - 1:k + 1], SKIN) for f in range(5) for k in (1, 2, 3)] + [
+    (CARPUS, PALM, 18, 16.5, SKIN), (CARPUS + 1, PALM + 1, 18, 17, SKIN), (WEB, WEB + 1, 9, 11, SKIN),
+    (CARPUS + 1, PALM + 2, 18, 16.5, SKIN), (CARPUS + 2, PALM + 3, 18, 15.5, SKIN), (2, PALM, 6, 8, SKIN),
+    (CARPUS, 1, 15, 13, SKIN), (CARPUS, ARM, 18, 19, SKIN), (CARPUS + 2, ARM + 1, 18, 19, SKIN),
+    (ARM, ARM + 2, 19, 22, CLOTH), (ARM + 1, ARM + 3, 19, 22, CLOTH),
+    (ARM + 2, ARM + 4, 22, 29, CLOTH), (ARM + 3, ARM + 5, 22, 29, CLOTH),
+] + [(NAIL + f, NAIL + 5 + f, 0.63 * RADII[f, 3], 0.55 * RADII[f, 3], HORN) for f in range(5)]
+BLEND = 2.5         # mm of depth over which surfaces melt into one another
+FINE = 2            # samples per stored pixel and axis
+GROUP = 32          # hands drawn together: few enough for the processor's cache
 
-# Every choice of appearance. Colours are 0..255; a pair (a, b) is a uniform range; angles in degrees; lengths
-# in parts of the image's side, so that a domain looks alike at any resolution.
+# Every choice of appearance. Colours are 0..255, a pair (a, b) is a uniform range, angles are in degrees, and
+# lengths in parts of the image's side, so that a domain looks alike at any resolution.
 DOMAINS = {
     "source": dict(
-        roll=(-40, 40), pitch=(-22, 22), yaw=(-22, 22),
+        roll=(-40, 40), pitch=(-22, 22), yaw=(-22, 22), glove=0, gloves=[(0, 0, 0)], sleeve=0.15,
         skin=[(236, 192, 166), (220, 166, 136), (196, 138, 108), (240, 204, 184)], skin_jitter=0.03,
-        glove=0.0, gloves=[(0, 0, 0)], sleeve=0.15,
         light_angle=(0, 30), light=(0.42, 0.58), light_tint=0.02, ambient=(0.40, 0.48), shine=(0.0, 0.10),
         wall=[(70, 160, 90), (60, 90, 150), (200, 200, 200), (120, 120, 125), (225, 205, 150), (40, 45, 55),
               (150, 80, 80), (110, 150, 165), (235, 235, 230), (120, 100, 75)], wall_jitter=0.10,
-        clouds=(0.0, 0.10), grain=(0.0, 0.02), busy=0.5, shapes=3, shape_chance=0.8, shape_size=(0.15, 0.45),
-        shape_soft=(0.02, 0.15), shape_colour=0.6, stripes=0.0, limbs=0, limb_chance=0.0, limb_aspect=(0.1, 0.3),
+        clouds=(0.0, 0.07), grain=(0.0, 0.012), busy=0.5, shapes=3, shape_chance=0.8, shape_size=(0.15, 0.45),
+        shape_soft=(0.02, 0.15), shape_colour=0.6, stripes=0.0, limbs=0,
         blur=(0.0, 0.006), noise=(0.0, 0.012), gamma=(0.92, 1.08), contrast=(0.92, 1.05), balance=0.015),
     "target": dict(
-        roll=(-32, 56), pitch=(-26, 26), yaw=(-26, 26),
+        roll=(-28, 52), pitch=(-25, 25), yaw=(-25, 25), sleeve=0.35, skin_jitter=0.06,
+        glove=0.06, gloves=[(40, 60, 130), (150, 35, 40), (45, 45, 45), (210, 200, 60)],
         skin=[(112, 74, 54), (84, 54, 40), (148, 98, 72), (250, 226, 214), (222, 138, 118), (190, 112, 92)],
-        skin_jitter=0.06, glove=0.06, gloves=[(40, 60, 130), (150, 35, 40), (45, 45, 45), (210, 200, 60)], sleeve=0.4,
         light_angle=(25, 65), light=(0.6, 0.95), light_tint=0.14, ambient=(0.25, 0.42), shine=(0.05, 0.3),
         wall=[(150, 110, 80), (90, 105, 80), (170, 150, 130), (60, 70, 100), (100, 60, 50), (190, 180, 165)],
-        wall_jitter=0.20, clouds=(0.10, 0.25), grain=(0.02, 0.08), busy=1.0, shapes=5, shape_chance=0.75,
+        wall_jitter=0.20, clouds=(0.06, 0.16), grain=(0.015, 0.06), busy=1, shapes=5, shape_chance=0.75,
         shape_size=(0.06, 0.30), shape_soft=(0.004, 0.03), shape_colour=0.9, stripes=0.35,
         limbs=2, limb_chance=0.5, limb_aspect=(0.1, 0.35),
         blur=(0.003, 0.014), noise=(0.01, 0.04), gamma=(0.75, 1.35), contrast=(0.7, 1.1), balance=0.07),
 }
 DOMAINS["target_shifted"] = dict(  # the target once more, as no training image shows it
     DOMAINS["target"], glove=0.08, gloves=[(30, 110, 80), (190, 110, 160), (235, 235, 235)],
-    wall=[(60, 110, 120), (180, 90, 50), (110, 120, 60), (140, 90, 130), (205, 190, 170)], light_angle=(35, 75),
-    light_tint=0.20, clouds=(0.05, 0.2), grain=(0.04, 0.10), shapes=7, shape_size=(0.04, 0.20), stripes=0.7,
-    limbs=1, limb_aspect=(0.2, 0.5), balance=0.10)
+    wall=[(60, 110, 120), (180, 90, 50), (110, 120, 60), (140, 90, 130), (205, 190, 170)],
+    light_angle=(35, 75), light_tint=0.20, clouds=(0.03, 0.12), grain=(0.03, 0.07), shapes=7,
+    shape_size=(0.04, 0.20), stripes=0.7, limbs=1, limb_aspect=(0.2, 0.5), balance=0.10)
 UNCONSTRAINED = dict(
     skin=[(232, 190, 165), (200, 140, 110), (150, 100, 75), (100, 66, 50), (215, 130, 110)], skin_chance=0.35,
     shapes=5, shape_chance=0.6, shape_size=(0.05, 0.5), shape_aspect=(0.12, 1.0), shape_soft=(0.004, 0.08),
@@ -453,288 +453,254 @@ def normal(rng, spread, *shape):
     return np.clip(rng.standard_normal(shape, np.float32), -2, 2) * np.float32(spread)
 
 
-def chance(rng, probability, *shape):
-    """0 or 1 as float32 of `shape`."""
-    return (rng.random(shape, np.float32) < probability).astype(np.float32)
-
-
 def pick(rng, palette, jitter, count):
     """Colours (count, 3) in 0..1, one of the palette each: brightness jittered, hue a third as much."""
     colour = np.float32(palette)[rng.integers(len(palette), size=count)] / 255
     return np.clip(colour * (1 + normal(rng, jitter, count, 1)) + normal(rng, jitter / 3, count, 3), 0, 1)
 
 
-# ---------------------------------------------------------------- the hand: pose -> points in mm
-
 def sample_angles(rng, count):
-    """Flexion (B, 5, 3), spread (B, 5) and lift (B, 5) of the fingers, radians, within joint limits. A curl of
-    the whole hand and one of each finger are mixed; in three of ten hands every finger is on its own."""
+    """Flexion (B, 5, 3), spread (B, 5) and lift (B, 5) of the fingers, rad, within joint limits. The curl of
+    the whole hand and that of each finger are mixed; in three of ten hands every finger is on its own."""
     own, whole = rng.random((count, 5), np.float32), rng.beta(1.0, 1.7, (count, 1)).astype(np.float32)
-    curl = np.where(rng.random((count, 1)) < 0.3, own, 0.75 * whole + 0.25 * own)[..., None]   # (B, 5, 1)
+    curl = np.where(rng.random((count, 1)) < 0.3, own, 0.75 * whole + 0.25 * own)[..., None]  # (B, 5, 1)
     flexion = STRAIGHT + (FIST - STRAIGHT) * curl + WOBBLE * normal(rng, 1, count, 5, 3)
-    flexion[:, 1:, 2] += 0.6 * flexion[:, 1:, 1]                                   # one tendon bends both
-    flexion = np.clip(flexion, *LIMITS)                                            # (B, 5, 3) degrees
-    spread = SPREAD[0] + (SPREAD[1] * normal(rng, 1, count, 5) + 0.4 * SPREAD[0] * normal(rng, 1, count, 1)
-                          ) * (1 - 0.8 * curl[..., 0])                             # a fist cannot spread
+    flexion[:, 1:, 2] += 0.6 * flexion[:, 1:, 1]                           # one tendon bends both
+    fan = SPREAD[1] * normal(rng, 1, count, 5) + 0.4 * SPREAD[0] * normal(rng, 1, count, 1)
+    spread = SPREAD[0] + fan * (1 - 0.8 * curl[..., 0])                    # a fist cannot spread
     lift = LIFT[0] * (0.7 + 0.6 * curl[..., 0]) + LIFT[1] * normal(rng, 1, count, 5)
-    return np.radians(flexion), np.radians(spread), np.radians(lift)
+    return np.radians(np.clip(flexion, *LIMITS)), np.radians(spread), np.radians(lift)
 
 
-def fingers(rng, count):
+def sample_fingers(rng, count):
     """Forward kinematics: joints (B, 5, 4, 3) mm and the way each last bone bends, (B, 5, 3). Flexion adds up
     along a finger, in the plane of its directions `forward` and `bend`; each bone's length varies by 5 %."""
     flexion, spread, lift = sample_angles(rng, count)
     forward = np.stack([np.sin(spread) * np.cos(lift), -np.cos(spread) * np.cos(lift), np.sin(lift)], -1)
-    bend = BEND - (forward * BEND).sum(-1, keepdims=True) * forward                # (B, 5, 3), now normal to it
+    bend = BEND - (forward * BEND).sum(-1, keepdims=True) * forward        # (B, 5, 3), now normal to it
     bend = (bend / np.linalg.norm(bend, axis=-1, keepdims=True))[:, :, None]
-    total, forward = np.cumsum(flexion, -1)[..., None], forward[:, :, None]        # (B, 5, 3, 1), (B, 5, 1, 3)
+    total, forward = np.cumsum(flexion, -1)[..., None], forward[:, :, None]  # (B, 5, 3, 1), (B, 5, 1, 3)
     lengths = PHALANGES * (1 + normal(rng, 0.05, count, 5, 3))
     bones = (np.cos(total) * forward + np.sin(total) * bend) * lengths[..., None]  # (B, 5, 3, 3) mm
     base = (KNUCKLES * (1 + normal(rng, 0.05, count, 5, 1)))[:, :, None]
-    inward = np.cos(total[:, :, 2]) * bend[:, :, 0] - np.sin(total[:, :, 2]) * forward[:, :, 0]
-    return np.concatenate([base, base + np.cumsum(bones, 2)], 2), inward
+    inward = np.cos(total) * bend - np.sin(total) * forward                # (B, 5, 3, 3)
+    return np.concatenate([base, base + np.cumsum(bones, 2)], 2), inward[:, :, 2]
 
 
-def forearm(rng, count):
+def sample_forearm(rng, count):
     """Cuff, middle and elbow end, thumb side and little finger's side of each: (B, 6, 3) mm, wrist at 0."""
     swing, drop = np.radians(normal(rng, 10, 2, count))
-    along = np.stack([np.sin(swing), np.cos(swing) * np.cos(drop), np.sin(drop)], -1)[:, None]   # (B, 1, 3)
+    along = np.stack([np.sin(swing), np.cos(swing) * np.cos(drop), np.sin(drop)], -1)[:, None]  # (B, 1, 3)
     across = np.stack([np.cos(swing), -np.sin(swing), 0 * swing], -1)[:, None]
     reach = uniform(rng, (25, 70), count, 1, 1) + np.float32([0, 0, 70, 70, 230, 230])[:, None]  # (B, 6, 1)
     return along * reach + across * np.float32([-8, 8, -8, 8, -10, 10])[:, None] + np.float32([0, 0, 8])
 
 
 def sample_pose(rng, count):
-    """Random right hands, wrist at 0 -> points (B, POINTS, 3) mm: 21 joints, then what only the drawing needs;
-    and girth (B,), the factor of all radii."""
-    digits, inward = fingers(rng, count)                                           # (B, 5, 4, 3) mm
+    """Random right hands, wrist at 0 -> points (B, P, 3) mm: 21 joints, then what only the drawing needs; and
+    girth (B,), the factor of all radii."""
+    digits, inward = sample_fingers(rng, count)                            # (B, 5, 4, 3), (B, 5, 3) mm
     wrist = np.zeros((count, 1, 3), np.float32)
     carpus = wrist + np.float32([[-10, -3, 6], [0, -3, 6], [10, -3, 6]])
-    palm = digits[:, 1:, 0] * np.float32([0.82, 0.93, 1]) + np.float32([0, 0, 6])  # (B, 4, 3) under the knuckles
+    palm = digits[:, 1:, 0] * np.float32([0.82, 0.93, 1]) + np.float32([0, 0, 6])  # under the knuckles
     web = np.stack([digits[:, 0, :2].mean(1), digits[:, 1, 0] * 0.6 + np.float32([0, 0, 4])], 1)
-    bone = digits[:, :, 3] - digits[:, :, 2]
-    nails = [digits[:, :, 2] + t * bone - out * inward for t, out in ((0.5, 4.6), (1.0, 3.8))]   # (B, 5, 3) mm
-    points = [wrist, digits.reshape(count, 20, 3), carpus, palm, web, forearm(rng, count), *nails]
+    bone, out = digits[:, :, 3] - digits[:, :, 2], inward * -RADII[:, 3:]
+    nails = np.concatenate([digits[:, :, 2] + 0.5 * bone + 0.72 * out, digits[:, :, 3] + 0.6 * out], 1)
+    parts = [wrist, digits.reshape(count, 20, 3), carpus, palm, web, sample_forearm(rng, count), nails]
     size = 1 + normal(rng, 0.05, count)
-    return np.concatenate(points, 1) * size[:, None, None], size * (1 + normal(rng, 0.05, count))
+    return np.concatenate(parts, 1) * size[:, None, None], size * (1 + normal(rng, 0.05, count))
 
-
-# ---------------------------------------------------------------- the camera
 
 def rotation(roll, pitch, yaw):
     """Matrices (B, 3, 3) = Rz(roll) Rx(pitch) Ry(yaw), radians: roll turns the picture, the others tilt."""
     (cr, cp, cy), (sr, sp, sy) = np.cos([roll, pitch, yaw]), np.sin([roll, pitch, yaw])
     rows = [[cr * cy - sr * sp * sy, -sr * cp, cr * sy + sr * sp * cy],
             [sr * cy + cr * sp * sy, cr * cp, sr * sy - cr * sp * cy], [-cp * sy, sp, cp * cy]]
-    return np.array(rows, np.float32).transpose(2, 0, 1)                           # (B, 3, 3)
+    return np.array(rows, np.float32).transpose(2, 0, 1)                   # (B, 3, 3)
 
 
 def place(rng, points, look):
     """Hands (B, P, 3) mm -> camera frame: turned as the domain's viewpoints say, 400-900 mm away, up to 11
-    degrees off the optical axis."""
+    degrees off the optical axis in x and in y."""
     count = len(points)
     angles = [np.radians(uniform(rng, look[key], count)) for key in ("roll", "pitch", "yaw")]
     depth = uniform(rng, (400, 900), count, 1)
-    centre = np.concatenate([uniform(rng, (-0.2, 0.2), count, 2) * depth, depth], 1)             # (B, 3) mm
+    centre = np.concatenate([uniform(rng, (-0.2, 0.2), count, 2) * depth, depth], 1)  # (B, 3) mm
     points = points @ rotation(*angles).transpose(0, 2, 1)
-    return points + (centre - points[:, :21].mean(1))[:, None]                     # (B, P, 3) mm, camera
+    return points + (centre - points[:, :21].mean(1))[:, None]             # (B, P, 3) mm, camera
 
 
 def crop_intrinsics(joints, side):
     """Pinhole K (B, 3, 3) in stored pixels for joints (B, 21, 3) mm. The wide picture's focal length cancels:
     the square box of the joints, seen on the plane z = 1, is to fill 1 / (1.5 * 1.25) of the stored image."""
     flat = joints[..., :2] / joints[..., 2:]
-    low, high = flat.min(1), flat.max(1)                                           # (B, 2)
+    low, high = flat.min(1), flat.max(1)                                   # (B, 2)
     focal = side / (1.5 * 1.25 * (high - low).max(1))
-    matrix = np.zeros((len(joints), 3, 3), np.float32)
-    matrix[:, 0, 0] = matrix[:, 1, 1] = focal
-    matrix[:, :2, 2] = (side - 1) / 2 - focal[:, None] * (low + high) / 2          # pixel centres are integers
-    matrix[:, 2, 2] = 1
-    return matrix
+    matrix = focal[:, None, None] * np.float32(np.diag([1, 1, 0])) + np.float32(np.diag([0, 0, 1]))
+    matrix[:, :2, 2] = (side - 1) / 2 - focal[:, None] * (low + high) / 2  # pixel centres are integers
+    return matrix                                                          # (B, 3, 3)
 
 
 def to_pixels(points, intrinsics):
     """(B, P, 3) mm, camera -> (B, P, 2) px."""
-    focal, centre = intrinsics[:, None, [0, 1], [0, 1]], intrinsics[:, None, :2, 2]
-    return points[..., :2] / points[..., 2:] * focal + centre
+    return points[..., :2] / points[..., 2:] * intrinsics[:, None, 0, :1] + intrinsics[:, None, :2, 2]
 
 
-# ---------------------------------------------------------------- cones -> pixels
-
-def cone_window(a, b, ra, rb, za, zb, x, y):
-    """One round cone (capsule of two radii) per image, seen on the pixel grid x (B, 1, w), y (B, w, 1) px.
-
-    a, b (B, 2) ends px; ra, rb (B,) radii px; za, zb (B,) depths px -> cover (B, w, w) 0..1, depth (px) and
-    normal x, y of the visible surface. The silhouette lies at the nearest point t of the axis; the visible
-    point lies nearer to the camera's end by dz * sqrt(r^2 - e^2) / (L * length), e the distance to the axis."""
-    a, d, (ra, dr, za, dz) = a.T[..., None, None], (b - a).T[..., None, None], \
-        (v[:, None, None] for v in (ra, rb - ra, za, zb - za))
-    square = np.maximum(d[0] ** 2 + d[1] ** 2, 1e-3)                               # L^2, (B, 1, 1)
-    x, y = x - a[0], y - a[1]
-    along = x * (d[0] / square) + y * (d[1] / square)                              # (B, w, w)
-    aside = (x * d[1] - y * d[0]) ** 2 / square                                    # e^2
+def cone_surface(ends, radii, depths, x, y):
+    """A round cone (capsule of two radii) in each image, seen on the pixels x (B, 1, w), y (B, w, 1): ends
+    (B, 2, 2) px, radii (B, 2) px, depths (B, 2) px -> cover (B, w, w) 0..1, and of the visible surface depth
+    (B, w, w) px and normal x and y. e is the distance to the axis of length L on the image, t runs along it.
+    The outline lies beside the nearest t; what is seen sqrt(r^2 - e^2) dz / (L sqrt(L^2 + dz^2)) before."""
+    start = np.concatenate([ends, radii[..., None], depths[..., None]], 2).transpose(1, 2, 0)[..., None, None]
+    (x0, y0, r, z), (dx, dy, dr, dz) = start[0], start[1] - start[0]       # (B, 1, 1) each
+    dx = np.where(dx ** 2 + dy ** 2 < 1e-3, np.float32(0.04), dx)          # L is never 0
+    square = dx ** 2 + dy ** 2                                             # L^2, (B, 1, 1)
+    x, y = x - x0, y - y0
+    along = x * (dx / square) + y * (dy / square)                          # (B, w, w), 0..1 between the ends
+    aside = (x * dy - y * dx) ** 2 / square                                # e^2
     t = np.clip(along, 0, 1)
-    radius = ra + t * dr
-    cover = np.clip((radius - np.sqrt(aside + (along - t) ** 2 * square)) * OVERSAMPLE + 0.5, 0, 1)
-    shift = dz / np.sqrt(square * (square + dz ** 2))
-    t = np.clip(along - shift * np.sqrt(np.maximum(radius ** 2 - aside, 0)), 0, 1)
-    radius = np.maximum(ra + t * dr, 1e-3)
+    radius = r + t * dr
+    cover = np.clip((radius - np.sqrt(aside + (along - t) ** 2 * square)) * FINE + 0.5, 0, 1)
+    before = dz / np.sqrt(square * (square + dz ** 2))
+    t = np.clip(along - before * np.sqrt(np.maximum(radius ** 2 - aside, 0)), 0, 1)
+    radius = r + t * dr
     height = np.sqrt(np.maximum(radius ** 2 - aside - (along - t) ** 2 * square, 0))
-    return cover, za + t * dz - height, (x - t * d[0]) / radius, (y - t * d[1]) / radius
+    return cover, z + t * dz - height, (x - t * dx) / radius, (y - t * dy) / radius
 
 
 def draw_cone(sums, cone, flat, scale, girth, depth, sleeved):
-    """Adds one of CONES to sums (5, B, G, G) in its own window of the G x G samples: sums of weight, weight *
-    normal x, weight * normal y, weight of nail and sleeve; returns nothing. flat (B, P, 2), depth (B, P) px,
-    scale (B, P) px per mm, girth (B,) of the radii, sleeved (B,) 0 or 1."""
-    i, j, ri, rj, what = cone
-    count, grid = sums.shape[1:3]
-    ri, rj = (r * girth * (1 + 0.15 * sleeved * (what == CLOTH)) * scale[:, k] for r, k in ((ri, i), (rj, j)))
-    ends, reach = flat[:, [i, j]], np.stack([ri, rj], 1)[..., None]                # (B, 2, 2), (B, 2, 1) px
-    low = np.clip(((ends - reach).min(1) + 0.5) * OVERSAMPLE - 1, 0, grid).astype(int)
-    high = np.clip(((ends + reach).max(1) + 0.5) * OVERSAMPLE + 2, 0, grid).astype(int)
+    """Adds one of CONES to sums (6, B, G, G), in place and in each image's own window of the G x G samples:
+    weight, weight * normal x, weight * normal y, weight of nail, of sleeve; the last keeps the largest cover.
+    flat (B, P, 2) px, scale (B, P) px per mm, girth (B,), depth (B, P) px, sleeved (B,) 0 or 1."""
+    (i, j, ri, rj, what), (count, grid) = cone, sums.shape[1:3]
+    wide = girth * (1 + 0.15 * sleeved if what == CLOTH else 1)
+    ends, radii = flat[:, [i, j]], scale[:, [i, j]] * np.float32([ri, rj]) * wide[:, None]  # px
+    low, high = (ends - radii[..., None]).min(1), (ends + radii[..., None]).max(1)  # (B, 2) px
+    low, high = (np.clip((v + 0.5) * FINE + m, 0, grid).astype(int) for v, m in ((low, -1), (high, 2)))
     width = max(int((high - low).max()), 1)
-    low = np.minimum(low, grid - width)                                            # (B, 2) samples
-    steps = ((low[..., None] + np.arange(width) + 0.5) / OVERSAMPLE - 0.5).astype(np.float32)  # (B, 2, w) px
-    cover, z, nx, ny = cone_window(ends[:, 0], ends[:, 1], ri, rj, depth[:, i], depth[:, j],
-                                   steps[:, 0, None, :], steps[:, 1, :, None])
+    low = np.minimum(low, grid - width)                                    # (B, 2) samples, x and y
+    x, y = ((low.T[..., None] + np.arange(width) + 0.5) / FINE - 0.5).astype(np.float32)  # (B, w) px each
+    cover, z, nx, ny = cone_surface(ends, radii, depth[:, [i, j]], x[:, None], y[..., None])
     weight = cover * np.exp(np.clip(z * (-1 / BLEND / scale[:, :1, None]), -80, 80))
+    window = sliding_window_view(sums, (width, width), (2, 3), writeable=True)  # (6, B, y, x, w, w)
     where = np.arange(count), low[:, 1], low[:, 0]
-    view = sliding_window_view(sums, (width, width), (2, 3), writeable=True)        # (6, B, y, x, w, w)
-    for channel, value in enumerate((weight, weight * nx, weight * ny)):
-        view[channel][where] += value
-    if what == HORN:
-        view[3][where] += weight
-    if what == CLOTH:
-        view[4][where] += weight * sleeved[:, None, None]
-    view[5][where] = np.maximum(view[5][where], cover)
+    window[0][where] += weight
+    window[1][where] += weight * nx
+    window[2][where] += weight * ny
+    if what != SKIN:
+        window[2 + what][where] += weight * (sleeved[:, None, None] if what == CLOTH else 1)
+    window[5][where] = np.maximum(window[5][where], cover)
 
 
 def rasterise(points, girth, sleeved, intrinsics, side):
-    """Draws CONES for points (B, P, 3) mm -> (6, B, S, S) float32: sums as in `draw_cone`, and cover 0..1.
+    """Draws CONES for points (B, P, 3) mm -> (6, B, S, S) float32, the channels of `draw_cone`.
 
     Every sample sums exp(-depth / BLEND) over the cones: a z-buffer whose order does not matter, which melts
-    surfaces that meet and keeps those apart that lie apart. Hands of like size share a small batch, so that
-    the windows fit them closely (and the processor's cache)."""
-    flat = to_pixels(points, intrinsics)                                             # (B, P, 2) px
-    scale = intrinsics[:, 0, 0, None] / points[..., 2]                             # (B, P) px per mm
-    depth = (points[..., 2] - points[:, :1, 2]) * scale[:, :1]                     # (B, P) px, from the wrist
+    surfaces that meet and parts those that lie apart. Hands of like size share a group: tight windows."""
+    flat = to_pixels(points, intrinsics)                                     # (B, P, 2) px
+    scale = intrinsics[:, 0, 0, None] / points[..., 2]                     # (B, P) px per mm
+    depth = (points[..., 2] - points[:, :1, 2]) * scale[:, :1]             # (B, P) px, from the wrist
     layers = np.empty((6, len(points), side, side), np.float32)
     for rows in np.array_split(np.argsort(scale[:, 0]), -(-len(points) // GROUP)):
-        sums = np.zeros((6, len(rows), side * OVERSAMPLE, side * OVERSAMPLE), np.float32)
+        sums = np.zeros((6, len(rows), side * FINE, side * FINE), np.float32)
         for cone in CONES:
             draw_cone(sums, cone, flat[rows], scale[rows], girth[rows], depth[rows], sleeved[rows])
-        rows_added = sums[..., 0::2, :] + sums[..., 1::2, :]                       # OVERSAMPLE is 2
-        layers[:, rows] = (rows_added[..., 0::2] + rows_added[..., 1::2]) / 4      # (6, b, S, S)
+        sums = sum(sums[..., k::FINE, :] for k in range(FINE))             # ten times faster than mean()
+        layers[:, rows] = sum(sums[..., k::FINE] for k in range(FINE)) / FINE ** 2  # (6, b, S, S)
     return layers
 
 
-# ---------------------------------------------------------------- light, backgrounds, camera
-
 def smooth_noise(rng, count, channels, cells, side):
-    """Gaussian noise of about `cells` waves across the image, (B, C, S, S): random numbers on a coarse lattice,
-    blended by a smooth step; two small matrix products instead of a resize."""
-    place = (np.arange(side, dtype=np.float32) + 0.5) / side * cells
-    left = place.astype(int)
-    step = (place - left) ** 2 * (3 - 2 * (place - left))
-    blend = np.zeros((side, cells + 1), np.float32)
-    blend[np.arange(side), left], blend[np.arange(side), left + 1] = 1 - step, step
+    """Gaussian noise (B, C, S, S) of variance 1, about `cells` waves across the image: random numbers on a
+    coarse lattice, blended by two small matrix products."""
+    apart = (np.arange(side, dtype=np.float32)[:, None] + 0.5) / side * cells - np.arange(cells + 1)
+    blend = np.exp(-2 * apart ** 2)
+    blend = (blend / np.linalg.norm(blend, axis=1, keepdims=True)).astype(np.float32)  # (S, cells + 1)
     return blend @ rng.standard_normal((count, channels, cells + 1, cells + 1), np.float32) @ blend.T
 
 
 def shade(rng, layers, tone, cloth, look):
-    """Layers of `rasterise`, skin or glove tone (B, 3), sleeve colour (B, 3) -> colour
-    (B, 3, S, S) of hand and sleeve: ambient + diffuse + a little specular light, and darker where something
-    near on the image lies more than 3 mm closer to the camera."""
+    """Layers (6, B, S, S), colours of skin or glove and of the sleeve (B, 3) -> picture (B, 3, S, S) of the
+    hand: ambient + diffuse + some specular light; darker where a neighbour lies 3 mm nearer the camera."""
     count, side = layers.shape[1], layers.shape[-1]
     total = np.maximum(layers[0], 1e-35)
-    nx, ny, nail, sleeve = layers[1:5] / total                                     # (B, S, S) each
-    nz = -np.sqrt(np.maximum(1 - nx ** 2 - ny ** 2, 0))
-    tilt, turn = np.radians(uniform(rng, look["light_angle"], count)), uniform(rng, (0, 2 * np.pi), count)
-    light = np.sin(tilt) * np.cos(turn), np.sin(tilt) * np.sin(turn) - 0.2, -np.cos(tilt)  # rather from above
-    toward = sum(n * axis[:, None, None] for n, axis in zip((nx, ny, nz), light))
-    depth = np.where(layers[0] > 1e-30, -BLEND * np.log(total), 1e3)               # mm
-    reach = max(side // 30, 1)
-    hidden = sum(np.clip((depth - np.roll(depth, shift, axis) - 3) / 20, 0, 1)
+    nx, ny, nail, sleeve = layers[1:5] / total                             # (B, S, S) each
+    tilt = np.radians(uniform(rng, look["light_angle"], count, 1, 1))
+    turn = uniform(rng, (0, 2 * np.pi), count, 1, 1)
+    facing = (nx * np.sin(tilt) * np.cos(turn) + ny * (np.sin(tilt) * np.sin(turn) - 0.2)  # rather from above
+              + np.sqrt(np.maximum(1 - nx ** 2 - ny ** 2, 0)) * np.cos(tilt))
+    facing = np.maximum(facing, 0)                                         # (B, S, S)
+    depth = np.where(layers[0] > 1e-30, -BLEND * np.log(total), 150)       # mm, the void lies far back
+    reach = max(round(side / 30), 1)
+    hidden = sum(np.clip((depth - np.roll(depth, shift, axis) - 3) / 40, 0, 0.5)
                  for axis in (1, 2) for shift in (-reach, reach))
-    hidden = np.where(depth < 500, np.minimum(hidden / 2, 1), 0)
-    power = (uniform(rng, look["light"], count, 1) * (1 + normal(rng, look["light_tint"], count, 3)))
-    ambient = uniform(rng, look["ambient"], count, 1) * (1 + normal(rng, look["light_tint"] / 2, count, 3))
-    glow = np.maximum(toward, 0)
-    bright = ambient[..., None, None] + power[..., None, None] * glow[:, None]     # (B, 3, S, S)
-    mottle = 1 + 0.06 * smooth_noise(rng, count, 1, 8, side)
-    pale = np.float32([0.35, 0.22, 0.22])[:, None, None] * nail[:, None]
-    albedo = tone[..., None, None] * mottle * (1 + pale)
+    light, ambient = (uniform(rng, look[key], count, 1, 1, 1) * (1 + normal(rng, tint, count, 3, 1, 1))
+                      for key, tint in (("light", look["light_tint"]), ("ambient", look["light_tint"] / 2)))
+    bright = ambient + light * facing[:, None]                             # (B, 3, S, S)
+    mottle = 1 + 0.04 * smooth_noise(rng, count, 1, 8, side)
+    albedo = tone[..., None, None] * (mottle + np.float32([0.35, 0.22, 0.22])[:, None, None] * nail[:, None])
     albedo += sleeve[:, None] * (cloth[..., None, None] - albedo)
-    shine = uniform(rng, look["shine"], count, 1, 1) * glow ** 12 * (1 - sleeve)
-    return (albedo * bright + shine[:, None]) * (1 - 0.45 * hidden[:, None])
+    shine = uniform(rng, look["shine"], count, 1, 1) * facing ** 12 * (1 - sleeve)
+    return (albedo * bright + shine[:, None]) * (1 - 0.45 * np.minimum(hidden, 1))[:, None]
 
 
-def paint_shape(rng, canvas, colour, chance, size, aspect, soft, stripes=0.0, round_shade=0.0):
-    """Lays one soft ellipse, box or bar over each canvas (B, 3, S, S) with probability `chance`: colour (B, 3),
-    half length and softness in parts of the side, aspect = width / length, `stripes` the chance of a striped
-    filling, round_shade 0..1 how much it darkens towards its edges like a limb. In place."""
+def paint_shape(rng, canvas, colour, chance, size, aspect, soft, stripes=0.0, rounded=0.0):
+    """Lays a soft ellipse or box over each canvas (B, 3, S, S) with probability `chance`, in place: colour
+    (B, 3), half length and softness in parts of the side, aspect = width / length, `stripes` the chance of
+    stripes, `rounded` 0..1 how dark its long edges are, like a limb's."""
     count, side = len(canvas), canvas.shape[-1]
-    grid = (np.arange(side, dtype=np.float32) + 0.5) / side
-    x, y = (grid - uniform(rng, (0, 1), count, 1) for _ in range(2))               # (B, S) each
-    turn = uniform(rng, (0, np.pi), count, 1)
+    centre, turn = uniform(rng, (0, 1), 2, count, 1), uniform(rng, (0, np.pi), count, 1)
+    x, y = (np.arange(side, dtype=np.float32) + 0.5) / side - centre       # (B, S) each
     long = uniform(rng, size, count, 1, 1)
     wide = long * uniform(rng, aspect, count, 1, 1)
-    cos, sin = np.cos(turn), np.sin(turn)
-    p = ((cos * x)[:, None] + (sin * y)[..., None]) / long                         # (B, S, S)
-    q = ((cos * y)[..., None] - (sin * x)[:, None]) / wide
-    boxy = rng.random((count, 1, 1), np.float32) < 0.4
+    p = ((np.cos(turn) * x)[:, None] + (np.sin(turn) * y)[..., None]) / long  # (B, S, S)
+    q = ((np.cos(turn) * y)[..., None] - (np.sin(turn) * x)[:, None]) / wide
+    boxy, striped, there = (rng.random((count, 1, 1)) < odds for odds in (0.4, stripes, chance))
     away = np.where(boxy, np.maximum(np.abs(p), np.abs(q)), np.sqrt(p ** 2 + q ** 2))
-    cover = np.clip((1 - away) * wide / uniform(rng, soft, count, 1, 1) + 0.5, 0, 1)
-    cover *= rng.random((count, 1, 1), np.float32) < chance
-    waves = uniform(rng, (3, 9), count, 1, 1) * (rng.random((count, 1, 1), np.float32) < stripes)
-    fill = 1 + 0.3 * np.sin(waves * p * 3) + 0.15 * uniform(rng, (-1, 1), count, 1, 1) * q
-    fill *= 1 - round_shade * np.minimum(q ** 2, 1) * 0.6
-    canvas += cover[:, None] * (colour[..., None, None] * fill[:, None] - canvas)
+    cover = there * np.clip((1 - away) * wide / uniform(rng, soft, count, 1, 1) + 0.5, 0, 1)
+    fill = 1 + 0.3 * np.sin(striped * uniform(rng, (9, 27), count, 1, 1) * p) + uniform(
+        rng, (-0.15, 0.15), count, 1, 1) * q - 0.6 * rounded * np.minimum(q ** 2, 1)
+    canvas += cover[:, None].astype(np.float32) * (colour[..., None, None] * fill[:, None] - canvas)
 
 
 def background(rng, count, side, look):
     """What lies behind the hand, (B, 3, S, S) in 0..1: a wall, clouds and grain on it, shapes, and limbs of
     skin colour that are nobody's hand."""
-    canvas = np.empty((count, 3, side, side), np.float32)
-    canvas[:] = pick(rng, look["wall"], look["wall_jitter"], count)[..., None, None]
+    canvas = pick(rng, look["wall"], look["wall_jitter"], count)[..., None, None]
     for key, cells in (("clouds", 3), ("grain", 16)):
-        strength = uniform(rng, look[key], count, 1, 1, 1)
-        canvas += strength * smooth_noise(rng, count, 1, cells, side)
-        canvas += strength * 0.5 * smooth_noise(rng, count, 3, cells, side)
-    busy = rng.random((count, 1, 1), np.float32) < look["busy"]
+        grey, colour = (smooth_noise(rng, count, channels, cells, side) for channels in (1, 3))
+        canvas = canvas + uniform(rng, look[key], count, 1, 1, 1) * (grey + 0.5 * colour)
+    busy = rng.random((count, 1, 1)) < look["busy"]
     for _ in range(look["shapes"]):
         colour = 0.5 + look["shape_colour"] * uniform(rng, (-0.5, 0.5), count, 3)
         paint_shape(rng, canvas, colour, look["shape_chance"] * busy, look["shape_size"], (0.2, 1.0),
                     look["shape_soft"], look["stripes"])
     for _ in range(look["limbs"]):
         paint_shape(rng, canvas, pick(rng, look["skin"], 0.1, count), look["limb_chance"], (0.15, 0.5),
-                    look["limb_aspect"], look["shape_soft"], 0.0, 1.0)
+                    look["limb_aspect"], look["shape_soft"], rounded=1.0)
     return canvas
 
 
 def develop(rng, image, look):
-    """The camera: blur, contrast, gamma, white balance, noise, and rounding of image (B, 3, S, S) 0..1 to
-    (B, S, S, 3) uint8."""
+    """The camera: blur, contrast, white balance, gamma and noise on image (B, 3, S, S), 0..1 -> uint8
+    (B, S, S, 3)."""
     count, side = len(image), image.shape[-1]
-    sigma = np.maximum(uniform(rng, look["blur"], count, 1, 1) * side, 0.05)       # px
-    apart = (np.arange(side)[:, None] - np.arange(side)).astype(np.float32)
-    kernel = np.exp(-0.5 * (apart / sigma) ** 2)
-    kernel = (kernel / kernel.sum(-1, keepdims=True))[:, None]                     # (B, 1, S, S)
+    sigma = np.maximum(uniform(rng, look["blur"], count, 1, 1, 1) * side, 0.05)  # px
+    apart = np.arange(side, dtype=np.float32)[:, None] - np.arange(side, dtype=np.float32)
+    kernel = np.exp(-0.5 * (apart / sigma) ** 2)                           # (B, 1, S, S)
+    kernel /= kernel.sum(-1, keepdims=True)
     image = kernel @ image @ kernel.transpose(0, 1, 3, 2)
     image = 0.5 + (image - 0.5) * uniform(rng, look["contrast"], count, 1, 1, 1)
     image *= 1 + normal(rng, look["balance"], count, 3, 1, 1)
-    image = np.exp(np.log(np.clip(image, 1e-3, 1)) * uniform(rng, look["gamma"], count, 1, 1, 1))
-    image += rng.standard_normal(image.shape, np.float32) * uniform(rng, look["noise"], count, 1, 1, 1)
-    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    image = np.clip(image, 1e-3, 1) ** uniform(rng, look["gamma"], count, 1, 1, 1)
+    grain = uniform(rng, (-1.73, 1.73), *image.shape)                      # variance 1, cheaper than Gaussian
+    image += grain * uniform(rng, look["noise"], count, 1, 1, 1)
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)  # (B, S, S, 3)
 
-
-# ---------------------------------------------------------------- the two calls
 
 def render_hands(rng, domain, count, side):
-    """`count` labelled images of a domain of DOMAINS: dict of images (B, S, S, 3) uint8; masks (B, S, S) uint8,
-    255 where hand or bare forearm is, 0 elsewhere (a sleeve too); keypoints (B, 21, 3) float32 mm, camera;
-    intrinsics (B, 3, 3) float32, stored px."""
+    """Labelled images of one of DOMAINS: images (B, S, S, 3) uint8; masks (B, S, S) uint8, 255 on a hand and
+    its bare forearm, 0 elsewhere and on a sleeve; keypoints (B, 21, 3) and intrinsics (B, 3, 3), float32."""
     look = DOMAINS[domain]
     points, girth = sample_pose(rng, count)
     points = place(rng, points, look)
@@ -742,30 +708,27 @@ def render_hands(rng, domain, count, side):
     sleeved = (rng.random(count) < look["sleeve"]).astype(np.float32)
     layers = rasterise(points, girth, sleeved, intrinsics, side)
     gloved = rng.random((count, 1)) < look["glove"]
-    tone = np.where(gloved, pick(rng, look["gloves"], 0.1, count), pick(rng, look["skin"], look["skin_jitter"], count))
-    cloth = uniform(rng, (0.1, 0.9), count, 3)
-    layers[3] *= ~gloved[..., None]                                                # a glove hides the nails
-    hand = shade(rng, layers, tone, cloth, look)
+    skin, glove = pick(rng, look["skin"], look["skin_jitter"], count), pick(rng, look["gloves"], 0.1, count)
+    layers[3] *= ~gloved[..., None]                                        # a glove hides the nails
+    hand = shade(rng, layers, np.where(gloved, glove, skin), uniform(rng, (0.1, 0.9), count, 3), look)
     image = background(rng, count, side, look)
-    cover = layers[5]                                                              # (B, S, S)
-    image += cover[:, None] * (hand - image)
-    bare = cover * (1 - layers[4] / np.maximum(layers[0], 1e-35))
+    image += layers[5][:, None] * (hand - image)
+    bare = layers[5] * (1 - layers[4] / np.maximum(layers[0], 1e-35))      # (B, S, S)
     return dict(images=develop(rng, image, look), masks=(bare * 255 + 0.5).astype(np.uint8),
                 keypoints=points[:, :21].astype(np.float32), intrinsics=intrinsics)
 
 
 def render_unconstrained(rng, count, side):
-    """X_C: (B, S, S, 3) uint8 without hands. Clouds over many scales in a random palette, marble and wood
-    (waves bent by noise), blobs and bars of any colour, a third of them of skin colours."""
+    """X_C: (B, S, S, 3) uint8 without hands. Clouds on many scales, in a third bent to marble or wood, under
+    blobs and bars of any colour, a third of them of skin colour."""
     look, canvas = UNCONSTRAINED, np.zeros((count, 3, side, side), np.float32)
     rough = uniform(rng, (0.3, 0.8), count, 1, 1, 1)
     for octave, cells in enumerate((2, 4, 8, 16, 32)):
-        canvas += rough ** octave * smooth_noise(rng, count, 1, cells, side)
-        canvas += 0.6 * rough ** octave * smooth_noise(rng, count, 3, cells, side)
-    waves = np.sin(canvas[:, :1] * uniform(rng, (1, 6), count, 1, 1, 1) + smooth_noise(rng, count, 1, 5, side))
+        grey, colour = (smooth_noise(rng, count, channels, cells, side) for channels in (1, 3))
+        canvas += rough ** octave * (grey + 0.6 * colour)
+    waves = np.sin(canvas[:, :1] * uniform(rng, (1, 5), count, 1, 1, 1))
     canvas = np.where(rng.random((count, 1, 1, 1)) < 0.3, 0.3 * canvas + waves, canvas)
-    tint = uniform(rng, (0.1, 0.9), count, 3)[..., None, None]
-    canvas = tint + canvas * uniform(rng, (0.03, 0.22), count, 1, 1, 1)
+    canvas = uniform(rng, (0.1, 0.9), count, 3, 1, 1) + canvas * uniform(rng, (0.03, 0.16), count, 1, 1, 1)
     for _ in range(look["shapes"]):
         colour = np.where(rng.random((count, 1)) < look["skin_chance"], pick(rng, look["skin"], 0.2, count),
                           uniform(rng, (0, 1), count, 3))

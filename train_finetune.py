@@ -61,7 +61,7 @@ TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, head_channels=48, lab
             warmup=50, lr=2e-3, sigma=1.8, lam=100.0)
 PRESETS = {
     "tiny": TINY,
-    "small": TINY | dict(epochs=96, save_every=1000),
+    "small": TINY | dict(epochs=64, save_every=500),
     "paper-hand": dict(source="datasets/freihand_train", target="datasets/rhd_train", validation=""),
     "paper-human": dict(source="datasets/h36m_train", target="datasets/3dhp_train", validation="", lam=10.0,
                         epochs=100),
@@ -193,10 +193,9 @@ def main(arguments=None) -> int:
 
     def one_pass(dtype):  # on a copy, so that timing leaves no trace
         sum(pose_losses(s, trial, trial, f_A, *first, device, dtype)).backward()
-    named = run.decide("precision", lambda: str(u.choose_precision(s.precision, device, one_pass)).split(".")[1])
-    dtype = getattr(torch, named)
+    dtype = getattr(torch, run.decide("precision", lambda: u.choose_precision(s.precision, device, one_pass)))
     if rank == 0:
-        print(f"fine-tuning: {steps} steps of {s.batch} of {labels} labelled images, {named}, {device}", flush=True)
+        print(f"fine-tuning: {steps} steps of {s.batch} of {labels} labelled images, {dtype}, {device}", flush=True)
 
     # ---- loop ------------------------------------------------------------------------------------------------
     model = DistributedDataParallel(estimator) if world > 1 else estimator

@@ -65,10 +65,10 @@ class Settings:
 
 
 TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, decoder_width=64, decoder_heads=2, seg_channels=24,
-            batch=128, epochs=16, lr=1.5e-3, seg_steps=500, seg_batch=32)
+            batch=128, epochs=16, lr=1.5e-3, seg_steps=700, seg_batch=32)
 PRESETS = {
     "tiny": TINY,
-    "small": TINY | dict(epochs=115, seg_steps=3000, save_every=1000),
+    "small": TINY | dict(epochs=80, seg_steps=2000, seg_batch=48, save_every=500),
     "paper-hand": dict(source="datasets/freihand_train", target="datasets/rhd_train",
                        unconstrained="datasets/imagenet_val", micro_batch=256),
     "paper-human": dict(source="datasets/h36m_train", target="datasets/3dhp_train",
@@ -103,8 +103,9 @@ def segmentation_batch(s: Settings, step: int, own: slice, source, unconstrained
     swap, xc_rows = rng.random(s.seg_batch) < 0.5, rng.integers(len(unconstrained), size=s.seg_batch)
     xc_parameters = data.augmentation(rng, s.seg_batch, s.seg_jitter, gain=0.4)
     x, m, _ = data.crops(source, rows[own], parameters[own], s.image, device, source.masks)
-    x_c, _, _ = data.crops(unconstrained, xc_rows[own], xc_parameters[own], s.image, device)
-    x = u.replace_background(x, m, x_c, torch.from_numpy(swap[own]).to(device))
+    swap, at = swap[own], torch.from_numpy(np.flatnonzero(swap[own])).to(device)
+    x_c, _, _ = data.crops(unconstrained, xc_rows[own][swap], xc_parameters[own][swap], s.image, device)
+    x[at] = u.replace_background(x[at], m[at], x_c)
     return data.normalise(x), m
 
 
@@ -118,12 +119,21 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     if start == s.seg_steps: return net.eval()
     model = DistributedDataParallel(net) if world > 1 else net
     own = u.share_of_batch(s.seg_batch, 0, rank, world)[0]
+
+    def loss_of(network, x, m, dtype):
+        with u.autocast(device, dtype): logits = network(x.to(memory_format=torch.channels_last))
+        return F.binary_cross_entropy_with_logits(logits.float(), m)
+
+    trial, first = copy.deepcopy(net), segmentation_batch(s, 0, own, source, unconstrained, device)
+    dtype = getattr(torch, run.decide("segmentation_precision", lambda: u.choose_precision(
+        s.precision, device, lambda dtype: loss_of(trial, *first, dtype).backward())))
+    if rank == 0: print(f"f^S: {s.seg_steps} steps of {s.seg_batch} images, {dtype}, {device}", flush=True)
     progress, begin = u.Progress("f^S", s.seg_steps, s.seg_batch, start, rank), time.perf_counter()
     steps = range(start, s.seg_steps)
-    for step, (x, m) in zip(steps, data.prefetch(
+    for step, batch in zip(steps, data.prefetch(
             segmentation_batch(s, i, own, source, unconstrained, device) for i in steps)):
         for group in optimiser.param_groups: group["lr"] = u.cosine_rate(step, s.seg_steps, 50, s.seg_lr)
-        loss = F.binary_cross_entropy_with_logits(model(x.to(memory_format=torch.channels_last)), m)
+        loss = loss_of(model, *batch, dtype)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -141,7 +151,7 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
 
 
 @torch.no_grad()
-def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, rank: int, device) -> None:
+def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, rank: int, device, dtype) -> None:
     """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of every stored target image, written once into the run."""
     if rank == 0 and not path.exists():
         n, H = dataset.images.shape[:2]
@@ -151,15 +161,12 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, rank: int
         for i in range(0, n, 64):
             rows = np.arange(i, min(i + 64, n))
             x = F.interpolate(data.load_images(dataset, rows, device), size=seen, mode="bilinear", antialias=True)
-            soft = F.interpolate(net(data.normalise(x)).sigmoid(), size=H, mode="bilinear", antialias=True)
+            with u.autocast(device, dtype): logits = net(data.normalise(x).to(memory_format=torch.channels_last))
+            soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
             masks[rows] = (255 * soft[:, 0]).round().byte().cpu().numpy()
             progress.show(int(rows[-1]) + 1, final=rows[-1] == n - 1)
         u.write_atomically(path, lambda part: np.save(open(part, "wb"), masks))
-    if world_waits(): torch.distributed.barrier()
-
-
-def world_waits() -> bool:
-    return u.distributed()
+    if u.distributed(): torch.distributed.barrier()
 
 
 # ==========================================================================================================
@@ -187,9 +194,10 @@ def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconst
         x[at] = images
         if masks is not None: m[at] = mask
         if weighted: w[at] = u.foreground_weights(mask, s.patch, s.alpha)                # Eq. (2)
-    if s.xc > 0:
-        x_c, _, _ = data.crops(unconstrained, xc_rows % len(unconstrained), xc_parameters, s.image, device)
-        x = u.replace_background(x, m, x_c, torch.from_numpy(swap).to(device))
+    if swap.any():
+        at = torch.from_numpy(np.flatnonzero(swap)).to(device)
+        x_c, _, _ = data.crops(unconstrained, xc_rows[swap] % len(unconstrained), xc_parameters[swap], s.image, device)
+        x[at] = u.replace_background(x[at], m[at], x_c)
     return data.normalise(x), w, noise
 
 
@@ -223,9 +231,8 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     def one_pass(dtype):  # on a copy, so that timing leaves no trace
         reconstruction_loss(s, trial, *first[0], device, dtype)[0].backward()
     trial, first = copy.deepcopy(mae), [pretraining_batch(s, 0, shares[0], domains, unconstrained, device)]
-    named = run.decide("precision", lambda: str(u.choose_precision(s.precision, device, one_pass)).split(".")[1])
-    dtype = getattr(torch, named)
-    if rank == 0: print(f"masked autoencoder: {steps} steps of {s.batch} images, {named}, {device}", flush=True)
+    dtype = getattr(torch, run.decide("precision", lambda: u.choose_precision(s.precision, device, one_pass)))
+    if rank == 0: print(f"masked autoencoder: {steps} steps of {s.batch} images, {dtype}, {device}", flush=True)
 
     model = DistributedDataParallel(mae) if world > 1 else mae
     progress, begin = u.Progress("MAE", steps, s.batch, start, rank), time.perf_counter()
@@ -281,7 +288,8 @@ def main(arguments=None) -> int:
     elif target is not None and use_masks and (s.masks == "both" or s.xc > 0):
         net = train_segmentation(s, run, stop, source, unconstrained, rank, world, device)
         if net is None: return 130
-        predict_masks(s, net, target, run.folder / "target_masks.npy", rank, device)
+        dtype = getattr(torch, run.config["segmentation_precision"])
+        predict_masks(s, net, target, run.folder / "target_masks.npy", rank, device, dtype)
         target_masks = data.open_masks(run.folder / "target_masks.npy", target)
 
     # ---- f^E and f^D -----------------------------------------------------------------------------------------

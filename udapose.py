@@ -310,16 +310,15 @@ def weighted_mae_loss(predicted: Tensor, patches: Tensor, weights: Tensor, m: Te
     return (weights * m * error).mean(dim=1).mean(dim=0)                                 # Eq. (3)
 
 
-def replace_background(images: Tensor, masks: Tensor, unconstrained: Tensor, chosen: Tensor) -> Tensor:
-    """Sec. 3.1, data augmentation: keep the foreground of x, take the background from x_c, where `chosen` (B,) bool.
+def replace_background(images: Tensor, masks: Tensor, unconstrained: Tensor) -> Tensor:
+    """Sec. 3.1, data augmentation: keep the foreground of x and take the background from x_c.
 
-    images, unconstrained (B, 3, H, W); masks (B, 1, H, W) in 0..1. not in the paper: the soft mask is cut at 0.5, and a
-    mask with under 1 % or over 90 % foreground is taken for a failure of f^S: that image is left as it is.
+    images, unconstrained (B, 3, H, W); masks (B, 1, H, W) in 0..1. not in the paper: the soft mask is cut at
+    0.5, and one with under 1 % or over 90 % foreground is taken for a failure of f^S: that image stays as it is.
     """
-    hard = (masks >= 0.5).to(images.dtype)
-    share = hard.mean(dim=(1, 2, 3))                                                     # (B,)
-    usable = chosen & (share >= 0.01) & (share <= 0.90)
-    return torch.where(usable[:, None, None, None], hard * images + (1 - hard) * unconstrained, images)
+    hard = masks >= 0.5                                                    # (B, 1, H, W) True = foreground
+    share = hard.float().mean(dim=(1, 2, 3))[:, None, None, None]          # (B, 1, 1, 1)
+    return torch.where(hard | (share < 0.01) | (share > 0.90), images, unconstrained)
 
 
 # ==========================================================================================================
@@ -682,24 +681,23 @@ def share_of_batch(batch: int, micro_batch: int, rank: int, world: int) -> list[
     return [slice(rank * own + i, rank * own + i + micro) for i in range(0, own, micro)]
 
 
-def choose_precision(wanted: str, device: torch.device, one_pass) -> torch.dtype:
+def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
     """float32 or bfloat16, by timing `one_pass(dtype)`, a forward and backward pass of this very model, under both.
 
     A matrix product alone misleads: narrow models lose to casts what they gain in products. Rank 0 decides for all.
     """
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if wanted in named: return named[wanted]
+    if wanted in ("float32", "bfloat16"): return wanted
     if wanted != "auto": raise InputError(f"precision {wanted!r}: choose auto, float32 or bfloat16")
     seconds = {}
-    for dtype in named.values():
+    for name in ("float32", "bfloat16"):
         laps = []
-        for _ in range(5):
+        for _ in range(6):
             start = time.perf_counter()
-            one_pass(dtype)
+            one_pass(getattr(torch, name))
             if device.type == "cuda": torch.cuda.synchronize()
             laps.append(time.perf_counter() - start)
-        seconds[dtype] = min(laps[1:])  # the first lap warms up
-    return from_rank_0(torch.bfloat16 if seconds[torch.bfloat16] < 0.9 * seconds[torch.float32] else torch.float32)
+        seconds[name] = min(laps[1:])  # the first lap warms up
+    return ("bfloat16" if seconds["bfloat16"] < 0.9 * seconds["float32"] else "float32")
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -831,7 +829,7 @@ class Run:
     def decide(self, name: str, choose):
         """A choice of the machine (precision, threads), made once and kept: a resume uses the first run's."""
         if name not in self.config:
-            self.config[name] = choose()
+            self.config[name] = from_rank_0(choose())
             if self.rank == 0: write_json(self.folder / "config.json", self.config)
         return self.config[name]
 

@@ -1,0 +1,606 @@
+"""Eq. (1) to Eq. (7), one section each:
+
+    NAME_by_loops   the paper's formula, number by number, as slow and plain as it is printed
+    check_eqN(f)    AssertionError where f is not Eq. (N)
+    WRONG_N         variants that are easy to write by mistake: check_eqN has to reject every one of them
+    then            the function of udapose.py passes, a case worked by hand, a property
+"""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import udapose as u
+
+close = torch.testing.assert_close
+
+
+def each(variants: dict):
+    return pytest.mark.parametrize("wrong", variants.values(), ids=variants.keys())
+
+
+def rejected(check, wrong) -> None:
+    """Only an AssertionError counts: a variant that crashes would show nothing about the check."""
+    with pytest.raises(AssertionError): check(wrong)
+
+
+def randomised(module: torch.nn.Module, std: float = 0.5) -> torch.nn.Module:
+    """Random weights, biases and statistics, in double: fresh layers hide mistakes behind zeros and ones."""
+    for p in module.parameters(): torch.nn.init.normal_(p, std=std)
+    for name, b in module.named_buffers():
+        if name.endswith("running_mean"): b.normal_()
+        if name.endswith("running_var"): b.uniform_(0.5, 2.0)
+    return module.double()
+
+
+# ==========================================================================================================
+# Eq. (1)  F' = F_i + MHSA(LN(F_i));  F_{i+1} = F' + FFN(LN(F'))
+# ==========================================================================================================
+def norm_by_loops(norm, token):
+    mean = sum(token) / len(token)
+    variance = sum((t - mean) ** 2 for t in token) / len(token)
+    return (token - mean) / torch.sqrt(variance + norm.eps) * norm.weight + norm.bias
+
+
+def block_by_loops(block, tokens):
+    """Eq. (1) on the tokens (T, D) of one image. The qkv layer holds q of every head, then k, then v."""
+    (T, D), M = tokens.shape, block.attn.heads
+    d = D // M
+    qkv = [block.attn.qkv.weight @ norm_by_loops(block.norm1, t) + block.attn.qkv.bias for t in tokens]
+    updated = []
+    for i in range(T):
+        heads = []
+        for h in range(M):
+            q, k, v = ([qkv[j][part * D + h * d: part * D + (h + 1) * d] for j in range(T)] for part in range(3))
+            e = [math.exp(q[i] @ k[j] / math.sqrt(d)) for j in range(T)]
+            heads.append(sum(e[j] / sum(e) * v[j] for j in range(T)))
+        F_prime = tokens[i] + block.attn.proj.weight @ torch.cat(heads) + block.attn.proj.bias
+        hidden = block.mlp.fc1.weight @ norm_by_loops(block.norm2, F_prime) + block.mlp.fc1.bias
+        gelu = torch.stack([0.5 * a * (1 + math.erf(a / math.sqrt(2))) for a in hidden])
+        updated.append(F_prime + block.mlp.fc2.weight @ gelu + block.mlp.fc2.bias)
+    return torch.stack(updated)
+
+
+@torch.no_grad()
+def check_eq1(forward):
+    block, x = randomised(u.Block(8, 2)), torch.randn(2, 5, 8).double()
+    close(forward(block, x), torch.stack([block_by_loops(block, tokens) for tokens in x]))
+
+
+def block_with(attention=lambda q, k, v: u.plain_attention(q, k, v)[0], activation=F.gelu):
+    """A block of the same weights with another attention(q, k, v) on (B, M, T, d), or another activation."""
+    def forward(block, x):
+        y = attention(*block.attn.split(block.norm1(x)))
+        x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
+        return x + block.mlp.fc2(activation(block.mlp.fc1(block.norm2(x))))
+    return forward
+
+
+def mhsa(block, x): return block.attn(x)[0]
+
+
+WRONG_1 = {
+    "no first residual": lambda b, x: (y := mhsa(b, b.norm1(x))) + b.mlp(b.norm2(y)),
+    "no second residual": lambda b, x: b.mlp(b.norm2(x + mhsa(b, b.norm1(x)))),
+    "norm after the residual": lambda b, x: b.norm2((y := b.norm1(x + mhsa(b, x))) + b.mlp(y)),
+    "no LN before MHSA": lambda b, x: (y := x + mhsa(b, x)) + b.mlp(b.norm2(y)),
+    "one LN for both": lambda b, x: (y := x + mhsa(b, b.norm1(x))) + b.mlp(b.norm1(y)),
+    "both lines start from F_i": lambda b, x: x + mhsa(b, b.norm1(x)) + b.mlp(b.norm2(x)),
+    "FFN first": lambda b, x: (y := x + b.mlp(b.norm2(x))) + mhsa(b, b.norm1(y)),
+    "scores not divided": block_with(lambda q, k, v: (q @ k.mT).softmax(-1) @ v),
+    "scores divided by d": block_with(lambda q, k, v: (q @ k.mT / q.shape[-1]).softmax(-1) @ v),
+    "softmax over queries": block_with(lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-2) @ v),
+    "q and k exchanged": block_with(lambda q, k, v: u.plain_attention(k, q, v)[0]),
+    "heads exchanged": block_with(lambda q, k, v: u.plain_attention(q, k, v)[0].flip(1)),
+    "ReLU for GELU": block_with(activation=F.relu),
+}
+
+
+def test_eq1_block(): check_eq1(lambda block, x: block(x)[0])
+
+
+def test_eq1_readable_attention(): check_eq1(block_with())
+
+
+@each(WRONG_1)
+def test_eq1_rejects(wrong): rejected(check_eq1, wrong)
+
+
+@torch.no_grad()
+def test_eq1_by_hand():
+    """Eq. (1) with q = k = 0, so that attention is the plain mean; v and projection identity; FFN constant (10, 20)."""
+    block = u.Block(2, 1)
+    for p in block.parameters(): p.zero_()
+    block.norm1.weight.fill_(1), block.norm2.weight.fill_(1)
+    block.attn.qkv.weight[4:] = torch.eye(2)
+    block.attn.proj.weight.copy_(torch.eye(2))
+    block.mlp.fc2.bias.copy_(torch.tensor([10.0, 20.0]))
+    x = torch.tensor([[[3.0, 1.0], [5.0, 1.0], [1.0, 3.0]]])  # LN gives (1, -1), (1, -1), (-1, 1); mean (1/3, -1/3)
+    expected = torch.tensor([[[13 + 1 / 3, 21 - 1 / 3], [15 + 1 / 3, 21 - 1 / 3], [11 + 1 / 3, 23 - 1 / 3]]])
+    close(block(x)[0], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_eq1_permuted_tokens_give_permuted_tokens():
+    """Eq. (1) knows no positions and no other image of the batch."""
+    block, x, order = randomised(u.Block(8, 2)), torch.randn(3, 7, 8).double(), torch.randperm(7)
+    close(block(x[:, order])[0], block(x)[0][:, order])
+    close(block(x[1:2])[0], block(x)[0][1:2])
+
+
+# ==========================================================================================================
+# Eq. (2)  w_i = N ŵ_i / sum_k ŵ_k,  ŵ_i = exp(alpha (w*_i - 0.5))
+# ==========================================================================================================
+def weights_by_loops(masks, P, alpha):
+    B, _, H, W = masks.shape
+    result = []
+    for s in masks[:, 0].tolist():
+        w_star = [sum(s[P * i + a][P * j + b] for a in range(P) for b in range(P)) / P ** 2
+                  for i in range(H // P) for j in range(W // P)]
+        w_hat = [math.exp(alpha * (w - 0.5)) for w in w_star]
+        result.append([len(w_hat) * w / sum(w_hat) for w in w_hat])
+    return torch.tensor(result)
+
+
+def check_eq2(function):
+    masks = torch.rand(3, 1, 4, 6) * torch.tensor([1.0, 0.3, 0.0]).view(3, 1, 1, 1)   # the last mask is empty
+    for alpha in (0.0, 2.0, 4.0): close(function(masks, 2, alpha), weights_by_loops(masks, 2, alpha))
+
+
+def eq2_with(pool=F.avg_pool2d, w_hat=lambda w, alpha: torch.exp(alpha * (w - 0.5)),
+             w=lambda w_hat: w_hat.shape[1] * w_hat / w_hat.sum(1, keepdim=True)):
+    return lambda masks, P, alpha: w(w_hat(pool(masks, P, P).flatten(1), alpha))
+
+
+WRONG_2 = {
+    "factor N missing": eq2_with(w=lambda w: w / w.sum(1, keepdim=True)),
+    "not normalised": eq2_with(w=lambda w: w),
+    "sum over the batch": eq2_with(w=lambda w: w.shape[1] * w / w.sum(0, keepdim=True)),
+    "one sum for all images": eq2_with(w=lambda w: w.numel() * w / w.sum()),
+    "divided by the largest": eq2_with(w=lambda w: w / w.amax(1, keepdim=True)),
+    "alpha missing": eq2_with(w_hat=lambda w, alpha: torch.exp(w - 0.5)),
+    "alpha outside exp": eq2_with(w_hat=lambda w, alpha: alpha * torch.exp(w - 0.5) + (alpha == 0)),
+    "alpha negative": eq2_with(w_hat=lambda w, alpha: torch.exp(-alpha * (w - 0.5))),
+    "no exp": eq2_with(w_hat=lambda w, alpha: 1 + alpha * w),
+    "a power of 2": eq2_with(w_hat=lambda w, alpha: 2 ** (alpha * (w - 0.5))),
+    "maximum of a patch": eq2_with(pool=F.max_pool2d),
+    "sum of a patch": eq2_with(pool=lambda s, P, _: F.avg_pool2d(s, P, P) * P * P),
+    "column by column": eq2_with(pool=lambda s, P, _: F.avg_pool2d(s, P, P).mT),
+}
+
+
+def test_eq2_weights(): check_eq2(u.foreground_weights)
+
+
+@each(WRONG_2)
+def test_eq2_rejects(wrong): rejected(check_eq2, wrong)
+
+
+def test_eq2_without_its_half_is_the_same():
+    """Eq. (2): exp(-alpha / 2) stands above and below the fraction, so dropping the -0.5 is not an error."""
+    check_eq2(eq2_with(w_hat=lambda w, alpha: torch.exp(alpha * w)))
+
+
+def test_eq2_by_hand():
+    """Eq. (2): one patch half foreground, one empty, alpha = 2 ln 3: ŵ stands 3 to 1, so w = 2 * (3/4, 1/4)."""
+    masks = torch.tensor([[[[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]])
+    close(u.foreground_weights(masks, 2, 2 * math.log(3)), torch.tensor([[1.5, 0.5]]))
+
+
+def test_eq2_mean_is_1_and_more_foreground_weighs_more():
+    w = u.foreground_weights(torch.rand(4, 1, 8, 8), 2, 4.0)
+    close(w.mean(1), torch.ones(4))
+    ramp = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
+    assert (u.foreground_weights(ramp, 1, 4.0).diff() > 0).all()
+    for constant in (0.0, 1.0): close(u.foreground_weights(torch.full((1, 1, 4, 4), constant), 2, 4.0), torch.ones(1, 4))
+
+
+# ==========================================================================================================
+# Eq. (3)  L_WMAE = 1/N sum_i w_i m_i ||x^_i - x_i||²_2, mean over the batch
+# ==========================================================================================================
+def wmae_by_loops(predicted, patches, w, m):
+    B, N, pixels = patches.shape
+    total = 0.0
+    for b in range(B):
+        for i in range(N):
+            total += w[b, i] * m[b, i] * sum((predicted[b, i, p] - patches[b, i, p]) ** 2 for p in range(pixels)) / N
+    return total / B
+
+
+def reconstruction():
+    """Predicted and true patches (3, 4, 5), weights (3, 4) and mask (3, 4) with 3 of 4 patches masked."""
+    m = torch.tensor([[1.0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0]])
+    return torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.rand(3, 4) + 0.1, m
+
+
+def check_eq3(function):
+    case = reconstruction()
+    close(function(*case), wmae_by_loops(*case))
+
+
+WRONG_3 = {
+    "mean over pixels": lambda p, x, w, m: (w * m * (p - x).square().mean(-1)).mean(),
+    "1/N missing": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).sum(1).mean(),
+    "mean over masked patches": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).sum() / m.sum(),
+    "divided by the weights' sum": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).sum() / (w * m).sum(),
+    "sum over the batch": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).mean(1).sum(),
+    "norm not squared": lambda p, x, w, m: (w * m * (p - x).norm(dim=-1)).mean(),
+    "absolute values": lambda p, x, w, m: (w * m * (p - x).abs().sum(-1)).mean(),
+    "no mask": lambda p, x, w, m: (w * (p - x).square().sum(-1)).mean(),
+    "visible patches": lambda p, x, w, m: (w * (1 - m) * (p - x).square().sum(-1)).mean(),
+    "no weights": lambda p, x, w, m: (m * (p - x).square().sum(-1)).mean(),
+    "weights squared": lambda p, x, w, m: (w * w * m * (p - x).square().sum(-1)).mean(),
+    "half of it": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).mean() / 2,
+}
+
+
+def test_eq3_loss(): check_eq3(u.weighted_mae_loss)
+
+
+@each(WRONG_3)
+def test_eq3_rejects(wrong): rejected(check_eq3, wrong)
+
+
+def test_eq3_by_hand():
+    """Eq. (3): N = 2; squared norms 1 + 4 = 5 and 9; weights 0.5 and 1.5; only patch 1 masked: 0.5 * 5 / 2."""
+    predicted, patches = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]), torch.zeros(1, 2, 2)
+    w = torch.tensor([[0.5, 1.5]])
+    assert u.weighted_mae_loss(predicted, patches, w, torch.tensor([[1.0, 0.0]])).item() == 1.25
+    assert u.weighted_mae_loss(predicted, patches, w, torch.tensor([[1.0, 1.0]])).item() == 8.0  # + 1.5 * 9 / 2
+
+
+def test_eq3_gradient_reaches_masked_patches_only():
+    """Eq. (3): dL/dx^ = 2 w m (x^ - x) / (N B), which is 0 on the visible patches."""
+    predicted, patches, w, m = reconstruction()
+    predicted.requires_grad_()
+    u.weighted_mae_loss(predicted, patches, w, m).backward()
+    close(predicted.grad, 2 * (w * m)[..., None] * (predicted.detach() - patches) / 12)
+    assert (predicted.grad[m == 0] == 0).all() and (predicted.grad[m == 1] != 0).all()
+
+
+# ==========================================================================================================
+# Eq. (4)  H^ = Conv(Deconv(Deconv(F_img))), with ReLU and BatchNorm after each deconvolution (Table 7)
+# ==========================================================================================================
+def deconv_by_loops(layer, image):
+    """Deconvolution of (C, h, w), 4 x 4, stride 2, padding 1: every pixel lays its kernel on the larger image."""
+    (_, h, w), out = image.shape, len(layer.bias)
+    larger = layer.bias.view(out, 1, 1).expand(out, 2 * h, 2 * w).clone()
+    for i in range(h):
+        for j in range(w):
+            for a in range(4):
+                for b in range(4):
+                    y, x = 2 * i + a - 1, 2 * j + b - 1
+                    if 0 <= y < 2 * h and 0 <= x < 2 * w:
+                        larger[:, y, x] += sum(image[c, i, j] * layer.weight[c, :, a, b] for c in range(len(image)))
+    return larger
+
+
+def head_by_loops(head, tokens):
+    """Eq. (4) and Table 7 in evaluation mode for one image's tokens (1 + N, D), to (K, Z, Y, X)."""
+    rows, columns = head.grid
+    x = torch.stack([torch.stack([tokens[1 + r * columns + c] for c in range(columns)], -1) for r in range(rows)], -2)
+    for deconv, norm in ((head.deconv1, head.norm1), (head.deconv2, head.norm2)):
+        x = deconv_by_loops(deconv, x).clamp(min=0)
+        for c in range(len(x)):
+            x[c] = (x[c] - norm.running_mean[c]) / torch.sqrt(norm.running_var[c] + norm.eps) * norm.weight[c]
+            x[c] += norm.bias[c]
+    S = head.side
+    return torch.stack([torch.stack([
+        sum(head.conv.weight[k * S + z, c, 0, 0] * x[c] for c in range(len(x))) + head.conv.bias[k * S + z]
+        for z in range(S)]) for k in range(head.keypoints)])
+
+
+@torch.no_grad()
+def check_eq4(forward):
+    head, tokens = randomised(u.KeypointHead((2, 2), 3, 2, 3)).eval(), torch.randn(2, 5, 3).double()
+    close(forward(head, tokens), torch.stack([head_by_loops(head, t) for t in tokens]))
+
+
+def head_with(image=lambda t, grid: t[:, 1:].transpose(1, 2).unflatten(2, grid),
+              stage=lambda x, deconv, norm: norm(F.relu(deconv(x))),
+              volume=lambda x, K, S: x.unflatten(1, (K, S))):
+    def forward(head, tokens):
+        x = stage(image(tokens, head.grid), head.deconv1, head.norm1)
+        return volume(head.conv(stage(x, head.deconv2, head.norm2)), head.keypoints, head.side)
+    return forward
+
+
+def mirrored(deconv):
+    flipped = copy.deepcopy(deconv)
+    flipped.weight.copy_(deconv.weight.flip(2, 3))
+    return flipped
+
+
+WRONG_4 = {
+    "BatchNorm before ReLU": head_with(stage=lambda x, deconv, norm: F.relu(norm(deconv(x)))),
+    "no ReLU": head_with(stage=lambda x, deconv, norm: norm(deconv(x))),
+    "no BatchNorm": head_with(stage=lambda x, deconv, norm: F.relu(deconv(x))),
+    "batch statistics in evaluation": lambda head, t: copy.deepcopy(head).train()(t),
+    "kernel mirrored": head_with(stage=lambda x, deconv, norm: norm(F.relu(mirrored(deconv)(x)))),
+    "class token kept": head_with(lambda t, grid: t[:, :-1].transpose(1, 2).unflatten(2, grid)),
+    "tokens column by column": head_with(lambda t, grid: t[:, 1:].transpose(1, 2).unflatten(2, grid).mT),
+    "token and channel axes mixed": head_with(lambda t, grid: t[:, 1:].reshape(len(t), -1, *grid)),
+    "depth before keypoint": head_with(volume=lambda x, K, S: x.unflatten(1, (S, K)).transpose(1, 2)),
+    "depth behind": head_with(volume=lambda x, K, S: x.unflatten(1, (K, S)).permute(0, 1, 3, 4, 2)),
+    "x and y exchanged": head_with(volume=lambda x, K, S: x.unflatten(1, (K, S)).mT),
+    "depth reversed": head_with(volume=lambda x, K, S: x.unflatten(1, (K, S)).flip(2)),
+}
+
+
+def test_eq4_head(): check_eq4(lambda head, tokens: head(tokens))
+
+
+@each(WRONG_4)
+def test_eq4_rejects(wrong): rejected(check_eq4, wrong)
+
+
+@torch.no_grad()
+def test_eq4_by_hand():
+    """Eq. (4): the token of row 1, column 0 is 1. Deconv 1 (all ones) lights rows 1-3, columns 0-2 of 4 x 4; deconv 2
+    (one tap) moves (i, j) to (2i, 2j); the convolution gives depth z of keypoint k the value 10 k + z + 1."""
+    head = u.KeypointHead((2, 2), 1, 1, 2).eval()
+    head.deconv1.weight.fill_(1)
+    head.deconv2.weight.zero_()[0, 0, 1, 1] = 1
+    for norm in (head.norm1, head.norm2): norm.running_var.fill_(1 - norm.eps)
+    head.conv.weight.copy_(torch.tensor([10.0 * k + z + 1 for k in range(2) for z in range(8)]).view(16, 1, 1, 1))
+    expected = torch.zeros(1, 2, 8, 8, 8)
+    for k in range(2):
+        for z in range(8):
+            for y in (2, 4, 6):
+                for x in (0, 2, 4): expected[0, k, z, y, x] = 10 * k + z + 1
+    close(head(torch.tensor([[[100.0], [0.0], [0.0], [1.0], [0.0]]])), expected)  # class token 100: no trace of it
+
+
+def test_eq4_gradient_does_not_reach_the_class_token():
+    head, tokens = randomised(u.KeypointHead((2, 2), 3, 2, 3)), torch.randn(2, 5, 3, dtype=torch.double)
+    head(tokens.requires_grad_()).square().sum().backward()
+    assert (tokens.grad[:, 0] == 0).all() and (tokens.grad[:, 1:].abs().sum(-1) > 0).all()
+
+
+def test_eq4_refuses_a_grid_that_is_not_square():
+    with pytest.raises(u.InputError, match="square.*4 x 6"): u.KeypointHead((4, 6), 8, 8, 3)
+
+
+# ==========================================================================================================
+# Eq. (5)  L_kpt = ||H^ - H||²_2, sum over keypoints and voxels, mean over the batch
+# ==========================================================================================================
+def kpt_by_loops(predicted, centres, valid, sigma):
+    B, K, S = predicted.shape[:3]
+    total = 0.0
+    for b in range(B):
+        for k in range(K):
+            x0, y0, z0 = centres[b, k].tolist()
+            for z in range(S):
+                for y in range(S):
+                    for x in range(S):
+                        square = (x - x0) ** 2 + (y - y0) ** 2 + (z - z0) ** 2
+                        H = math.exp(-square / (2 * sigma ** 2))
+                        total += valid[b, k].item() * (predicted[b, k, z, y, x].item() - H) ** 2
+    return torch.tensor(total / B)
+
+
+def pose(B=2, K=3, S=6):
+    """Heatmaps (B, K, S, S, S), centres (B, K, 3) with one joint outside the volume, valid (B, K), sigma."""
+    centres = torch.rand(B, K, 3) * (S - 1)
+    centres[1, 0] = torch.tensor([-2.0, 3.0, 9.0])
+    valid = torch.ones(B, K)
+    valid[0, 1] = valid[1, 0] = 0
+    return 0.3 * torch.randn(B, K, S, S, S), centres, valid, 1.4
+
+
+def check_eq5(function):
+    case = pose()
+    close(function(*case), kpt_by_loops(*case), rtol=1e-5, atol=1e-5)
+
+
+def expanded(predicted, centres, valid, sigma):
+    """The fast form on features that are the heatmaps themselves, behind a convolution that changes nothing."""
+    channels = predicted.shape[1] * predicted.shape[2]
+    identity = torch.nn.Conv2d(channels, channels, 1)
+    with torch.no_grad(): torch.nn.init.dirac_(identity.weight), identity.bias.zero_()
+    return u.keypoint_loss_expanded(predicted.flatten(1, 2), identity, centres, valid, sigma)
+
+
+def eq5_with(loss=lambda error, valid: (valid * error.square().sum((2, 3, 4))).sum(1).mean(),
+             blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma)):
+    return lambda p, c, valid, sigma: loss(p - blob(c, p.shape[-1], sigma), valid)
+
+
+WRONG_5 = {
+    "mean over voxels": eq5_with(lambda e, v: (v * e.square().mean((2, 3, 4))).sum(1).mean()),
+    "mean over keypoints": eq5_with(lambda e, v: (v * e.square().sum((2, 3, 4))).mean(1).mean()),
+    "mean over valid keypoints": eq5_with(lambda e, v: (v * e.square().sum((2, 3, 4))).sum() / v.sum()),
+    "sum over the batch": eq5_with(lambda e, v: (v * e.square().sum((2, 3, 4))).sum()),
+    "norm not squared": eq5_with(lambda e, v: (v * e.square().sum((2, 3, 4)).sqrt()).sum(1).mean()),
+    "half of it": eq5_with(lambda e, v: (v * e.square().sum((2, 3, 4))).sum(1).mean() / 2),
+    "valid forgotten": eq5_with(lambda e, v: e.square().sum((2, 3, 4)).sum(1).mean()),
+    "valid inverted": eq5_with(lambda e, v: ((1 - v) * e.square().sum((2, 3, 4))).sum(1).mean()),
+    "blob at z y x": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c.flip(-1), S, sigma)),
+    "x and y exchanged": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma).mT),
+    "factor 2 of sigma² missing": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma / 2 ** 0.5)),
+    "centres rounded": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c.round(), S, sigma)),
+    "blob of sum 1": eq5_with(blob=lambda c, S, sigma: F.normalize(u.target_heatmaps(c, S, sigma).flatten(2), 1, 2)
+                              .unflatten(2, (S, S, S))),
+    "blob shifted by half a voxel": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c + 0.5, S, sigma)),
+}
+
+
+def test_eq5_loss(): check_eq5(u.keypoint_loss)
+
+
+def test_eq5_expanded(): check_eq5(expanded)
+
+
+@each(WRONG_5)
+def test_eq5_rejects(wrong): rejected(check_eq5, wrong)
+
+
+@pytest.mark.parametrize("loss", [u.keypoint_loss, expanded])
+def test_eq5_by_hand(loss):
+    """Eq. (5): S = 2, centre at voxel (0, 0, 0), sigma such that one step halves the blob: H = (1/2)^(x + y + z).
+    Against 0: (1 + 1/4)^3. Against 1: 0 + 3 * (1/2)² + 3 * (3/4)² + (7/8)²."""
+    sigma = math.sqrt(1 / (2 * math.log(2)))
+    zero, one = torch.zeros(1, 1, 3), torch.ones(1, 1)
+    close(loss(torch.zeros(1, 1, 2, 2, 2), zero, one, sigma), torch.tensor(1.953125), atol=1e-5, rtol=0)
+    close(loss(torch.ones(1, 1, 2, 2, 2), zero, one, sigma), torch.tensor(3.203125), atol=1e-5, rtol=0)
+
+
+def test_eq5_gradient_reaches_valid_keypoints_only():
+    """Eq. (5): dL/dH^ = 2 valid (H^ - H) / B; a joint without a label teaches nothing."""
+    predicted, centres, valid, sigma = pose()
+    u.keypoint_loss(predicted.requires_grad_(), centres, valid, sigma).backward()
+    difference = predicted.detach() - u.target_heatmaps(centres, 6, sigma)
+    close(predicted.grad, 2 * valid[..., None, None, None] * difference / 2)
+    assert (predicted.grad[valid == 0] == 0).all()
+    assert u.keypoint_loss(u.target_heatmaps(centres, 6, sigma), centres, valid, sigma) == 0
+
+
+# ==========================================================================================================
+# Eq. (6)  L_attn = ||a_cls^E - a_cls^A||_1, and the attention maps a_cls in it (Sec. 3.2, Table 8)
+# ==========================================================================================================
+def class_rows_by_loops(q, k):
+    """The attention vector of the class token "excluding the j-th element", its own; mean over heads: (B, N)."""
+    B, M, T, d = q.shape
+    rows = torch.zeros(B, T - 1)
+    for b in range(B):
+        for h in range(M):
+            e = [math.exp(sum(q[b, h, 0, c] * k[b, h, j, c] for c in range(d)) / math.sqrt(d)) for j in range(T)]
+            for j in range(1, T): rows[b, j - 1] += e[j] / sum(e) / M
+    return rows
+
+
+def check_class_attention(function):
+    q, k = torch.randn(2, 2, 3, 5, 4).unbind(0)
+    close(function(q, k), class_rows_by_loops(q, k))
+
+
+def matrix(q, k): return u.plain_attention(q, k, k)[1]
+
+
+WRONG_MAPS = {
+    "class column kept": lambda q, k: matrix(q, k).mean(1)[:, 0],
+    "row scaled up to 1": lambda q, k: F.normalize(matrix(q, k).mean(1)[:, 0, 1:], p=1, dim=-1),
+    "column of the class token": lambda q, k: matrix(q, k).mean(1)[:, 1:, 0],
+    "q and k exchanged": lambda q, k: matrix(k, q).mean(1)[:, 0, 1:],
+    "sum over heads": lambda q, k: matrix(q, k).sum(1)[:, 0, 1:],
+    "largest head": lambda q, k: matrix(q, k).amax(1)[:, 0, 1:],
+    "first head": lambda q, k: matrix(q, k)[:, 0, 0, 1:],
+    "heads averaged before the softmax": lambda q, k: (q @ k.mT / 2).mean(1).softmax(-1)[:, 0, 1:],
+    "scores not divided": lambda q, k: (q @ k.mT).softmax(-1).mean(1)[:, 0, 1:],
+    "scores instead of softmax": lambda q, k: (q @ k.mT / 2).mean(1)[:, 0, 1:],
+    "softmax over queries": lambda q, k: (q @ k.mT / 2).softmax(-2).mean(1)[:, 0, 1:],
+    "softmax without the class token": lambda q, k: (q @ k.mT / 2)[..., 1:].softmax(-1).mean(1)[:, 0],
+    "class token last": lambda q, k: matrix(q, k).mean(1)[:, -1, :-1],
+    "mean over all tokens": lambda q, k: matrix(q, k).mean((1, 2))[:, 1:],
+}
+
+
+def attn_by_loops(a_E, a_A):
+    B, L, N = a_E.shape
+    return sum(abs(a_E[b, i, j] - a_A[b, i, j]) for b in range(B) for i in range(L) for j in range(N)) / B
+
+
+def check_eq6(function):
+    a_E, a_A = torch.rand(2, 3, 4, 5).unbind(0)
+    close(function(a_E, a_A), attn_by_loops(a_E, a_A))
+
+
+WRONG_6 = {
+    "mean over patches": lambda a, b: (a - b).abs().mean(2).sum(1).mean(),
+    "mean over blocks": lambda a, b: (a - b).abs().sum(2).mean(1).mean(),
+    "mean over everything": lambda a, b: (a - b).abs().mean(),
+    "sum over the batch": lambda a, b: (a - b).abs().sum(),
+    "last block only": lambda a, b: (a - b)[:, -1].abs().sum(1).mean(),
+    "no absolute value": lambda a, b: (a - b).sum((1, 2)).mean(),
+    "squared": lambda a, b: (a - b).square().sum((1, 2)).mean(),
+    "2-norm": lambda a, b: (a - b).flatten(1).norm(dim=1).mean(),
+    "largest difference": lambda a, b: (a - b).abs().amax((1, 2)).mean(),
+}
+
+
+def test_eq6_class_attention(): check_class_attention(u.class_attention)
+
+
+@each(WRONG_MAPS)
+def test_eq6_rejects_maps(wrong): rejected(check_class_attention, wrong)
+
+
+def test_eq6_loss(): check_eq6(u.attention_loss)
+
+
+@each(WRONG_6)
+def test_eq6_rejects(wrong): rejected(check_eq6, wrong)
+
+
+def test_eq6_by_hand():
+    """Eq. (6): d = 4, so scores are halved: q k / 2 = 0, ln 2, ln 5, softmax 1/8, 2/8, 5/8, and the first goes.
+    The losses of two blocks: |0.5 - 0.25| + |0 - 0.25| and |1 - 0| + 0."""
+    q = torch.tensor([2.0, 0, 0, 0]).expand(1, 1, 3, 4)
+    k = torch.tensor([[0.0, 0, 0, 0], [math.log(2), 0, 0, 0], [math.log(5), 0, 0, 0]])[None, None]
+    close(u.class_attention(q, k), torch.tensor([[0.25, 0.625]]))
+    a_E, a_A = torch.tensor([[[0.5, 0.0], [1.0, 0.0]]]), torch.tensor([[[0.25, 0.25], [0.0, 0.0]]])
+    assert u.attention_loss(a_E, a_A).item() == 1.5
+
+
+def test_eq6_gradient_reaches_queries_and_keys_only():
+    """Eq. (6) regularises f^E up to q and k of its last block: v, projection, FFN, final norm and head get nothing."""
+    encoder = u.Encoder((8, 8), 4, 8, 2, 2)
+    model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
+    _, a_E = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8))
+    u.attention_loss(a_E, torch.rand(2, 2, 4)).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {n for n in reached if not n.startswith("encoder.")} == set()
+    assert {n.removeprefix("encoder.blocks.1.") for n in reached if ".blocks.1." in n} == {
+        "norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias"}
+    assert (encoder.blocks[1].attn.qkv.weight.grad[16:] == 0).all()                      # the rows of v
+    assert all(f"encoder.blocks.0.{n}" in reached for n, _ in encoder.blocks[0].named_parameters())
+    assert {"encoder.cls_token", "encoder.patch_embed.proj.weight"} <= reached
+    assert not any(n.startswith("encoder.norm") for n in reached)
+
+
+# ==========================================================================================================
+# Eq. (7)  L_HPE = L_kpt + lambda_attn L_attn
+# ==========================================================================================================
+def check_eq7(function):
+    for L_kpt, L_attn, lam in ((3.0, 0.5, 100.0), (7.0, 2.0, 10.0), (5.0, 4.0, 0.0)):
+        close(function(torch.tensor(L_kpt), torch.tensor(L_attn), lam), torch.tensor(L_kpt + lam * L_attn))
+
+
+WRONG_7 = {
+    "lambda missing": lambda k, a, lam: k + a,
+    "lambda on the other term": lambda k, a, lam: lam * k + a,
+    "lambda on both": lambda k, a, lam: lam * (k + a),
+    "difference": lambda k, a, lam: k - lam * a,
+    "weighted mean": lambda k, a, lam: (k + lam * a) / (1 + lam),
+    "half": lambda k, a, lam: (k + lam * a) / 2,
+}
+
+
+def test_eq7_sum(): check_eq7(u.hpe_loss)
+
+
+@each(WRONG_7)
+def test_eq7_rejects(wrong): rejected(check_eq7, wrong)
+
+
+def test_eq7_by_hand(): assert u.hpe_loss(torch.tensor(3.0), torch.tensor(0.5), 100).item() == 53
+
+
+def test_eq7_gradient_is_that_of_both_terms():
+    """Eq. (7): the gradient of f^E is the keypoints' plus lambda times the attention's; that of f^H the keypoints'."""
+    encoder = u.Encoder((8, 8), 4, 8, 2, 2)
+    model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
+    for p in model.head.parameters(): torch.nn.init.normal_(p)        # 0.001 would leave f^E hardly any gradient
+    source, target, a_A = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.rand(2, 2, 4)
+    centres, valid = torch.rand(2, 2, 3) * 7, torch.ones(2, 2)
+
+    def gradients(loss):
+        features, a_E = model(source, target)
+        L_kpt = u.keypoint_loss_expanded(features, model.head.conv, centres, valid, 1.0)
+        values = torch.autograd.grad(loss(L_kpt, u.attention_loss(a_E, a_A)), list(model.parameters()),
+                                     allow_unused=True, materialize_grads=True)
+        return torch.cat([v.flatten() for v in values])
+    both = gradients(lambda k, a: u.hpe_loss(k, a, 10.0))
+    close(both, gradients(lambda k, a: k) + 10 * gradients(lambda k, a: a), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,201 @@
+"""Fast = readable: where udapose.py computes something another way than it is written, both must agree."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import udapose as u
+
+close = torch.testing.assert_close
+
+
+def rejected(check, wrong) -> None:
+    with pytest.raises(AssertionError): check(wrong)
+
+
+# ==========================================================================================================
+# Attention: fused for every token, and the class row apart, Eq. (1) and Eq. (6)
+# ==========================================================================================================
+def plain_maps(encoder, images):
+    """a_cls of every block from the whole attention matrix: class row, mean over heads, class column dropped."""
+    x, maps = encoder.embed(images), []
+    for block in encoder.blocks:
+        q, k, v = block.attn.split(block.norm1(x))
+        y, A = u.plain_attention(q, k, v)                                  # (B, M, T, d), (B, M, T, T)
+        maps.append(A.mean(dim=1)[:, 0, 1:])
+        x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    return encoder.norm(x), torch.stack(maps, dim=1)
+
+
+@torch.no_grad()
+def encoder_with_sharp_attention():
+    """Larger weights than the initial ones, under which attention is nearly uniform and no map differs from another."""
+    encoder = u.Encoder((16, 24), 4, 16, 3, 4)
+    for p in encoder.parameters():
+        if p.ndim == 2: p.mul_(3)
+    return encoder, torch.randn(2, 3, 16, 24)
+
+
+def test_fused_attention_is_plain_attention():
+    q, k, v = torch.randn(3, 2, 3, 7, 4).unbind(0)
+    y, A = u.plain_attention(q, k, v)
+    close(F.scaled_dot_product_attention(q, k, v), y)
+    close(A.sum(-1), torch.ones(2, 3, 7))
+
+
+def test_class_attention_is_the_class_row_of_plain_attention():
+    q, k, v = torch.randn(3, 2, 3, 7, 4).unbind(0)
+    _, A = u.plain_attention(q, k, v)
+    close(u.class_attention(q, k), A.mean(dim=1)[:, 0, 1:])
+    assert (u.class_attention(q, k).sum(-1) < 1).all()                     # the class token's own share is gone
+
+
+@torch.no_grad()
+def test_maps_are_the_plain_ones_with_fused_attention_in_use(monkeypatch):
+    encoder, images = encoder_with_sharp_attention()
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    tokens, maps = plain_maps(encoder, images)
+    assert maps.std(dim=-1).min() > 0.3 * maps.mean()                      # the maps say something
+    close(encoder(images), tokens, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 3, "every block uses fused attention"
+    calls.clear()
+    close(encoder.attention_maps(images), maps, rtol=1e-4, atol=1e-6)
+    assert len(calls) == 2, "the last block of f^A needs no attention output"
+
+
+@torch.no_grad()
+def test_a_block_returns_the_map_of_its_own_input():
+    encoder, images = encoder_with_sharp_attention()
+    x, block = encoder.embed(images), encoder.blocks[0]
+    _, row = block(x, attention=True)
+    close(row, plain_maps(encoder, images)[1][:, 0])
+    close(block.only_class_attention(x), row)
+    assert block(x)[1] is None
+
+
+@torch.no_grad()
+def test_only_visible_patches_are_embedded():
+    """Masking before the embedding gives the tokens of masking after it, x_m^p of Sec. 3.1."""
+    encoder, images = encoder_with_sharp_attention()
+    visible = torch.stack([torch.randperm(24)[:6] for _ in range(2)])
+    everything = encoder.embed(images)
+    close(encoder.embed(images, visible)[:, 1:], torch.stack([everything[b, 1 + visible[b]] for b in range(2)]))
+    close(encoder.embed(images, visible)[:, 0], everything[:, 0])
+
+
+# ==========================================================================================================
+# Eq. (5) without a heatmap
+# ==========================================================================================================
+def fitting_problem(B=3, K=4, S=12, C=6, weight=0.3):
+    features, conv = torch.randn(B, C, S, S), torch.nn.Conv2d(C, K * S, 1)
+    with torch.no_grad(): conv.weight.normal_(std=weight), conv.bias.normal_(std=weight)
+    centres, valid = torch.rand(B, K, 3) * S - 0.5, torch.ones(B, K)
+    valid[0, 1] = valid[2, 0] = valid[2, 3] = 0
+    return features, conv, centres, valid, 1.8
+
+
+def readable(features, conv, centres, valid, sigma):
+    K, S = centres.shape[1], features.shape[-1]
+    return u.keypoint_loss(conv(features).unflatten(1, (K, S)), centres, valid, sigma)
+
+
+def value_and_gradients(loss, features, conv, *rest):
+    features = features.detach().requires_grad_()
+    value = loss(features, conv, *rest)
+    return value.detach(), torch.autograd.grad(value, [features, conv.weight, conv.bias])
+
+
+def check_expanded(loss, weight=0.3, noise=None):
+    features, conv, centres, valid, sigma = problem = fitting_problem(weight=weight)
+    if noise is not None: problem = nearly_perfect(noise)
+    ours, our_gradients = value_and_gradients(loss, *problem)
+    value, gradients = value_and_gradients(readable, *problem)
+    size = u.keypoint_loss(torch.zeros(len(centres), *u.target_heatmaps(centres, 12, sigma).shape[1:]), centres,
+                           valid, sigma)                                   # ||H||²
+    assert abs(ours - value) < 1e-5 * (size + value), (ours, value, size)
+    for one, other in zip(our_gradients, gradients):
+        assert (one - other).abs().max() < 1e-5 * (1 + other.abs().max()) * math.sqrt(size)
+
+
+def nearly_perfect(noise):
+    """Features that are the target heatmaps and a convolution that passes them on, disturbed by `noise`."""
+    _, _, centres, valid, sigma = fitting_problem()
+    H = u.target_heatmaps(centres, 12, sigma).flatten(1, 2)                # (B, K*S, S, S)
+    conv = torch.nn.Conv2d(48, 48, 1)
+    with torch.no_grad(): torch.nn.init.dirac_(conv.weight), conv.bias.zero_()
+    return H + noise * torch.randn_like(H), conv, centres, valid, sigma
+
+
+def without_bias(conv):
+    bare = torch.nn.Conv2d(conv.in_channels, conv.out_channels, 1)
+    bare.weight, bare.bias = conv.weight, torch.nn.Parameter(conv.bias * 0)
+    return bare
+
+
+def as_leaf(conv, loss):  # keeps conv.bias in the graph, so that only the value can betray the variant
+    return loss + 0 * conv.bias.sum()
+
+
+WRONG_EXPANDED = {
+    "bias forgotten": lambda f, conv, c, v, s: as_leaf(conv, u.keypoint_loss_expanded(f, without_bias(conv), c, v, s)),
+    "x and y exchanged": lambda f, conv, c, v, s: u.keypoint_loss_expanded(f, conv, c[..., [1, 0, 2]], v, s),
+    "x and z exchanged": lambda f, conv, c, v, s: u.keypoint_loss_expanded(f, conv, c.flip(-1), v, s),
+    "valid forgotten": lambda f, conv, c, v, s: u.keypoint_loss_expanded(f, conv, c, v * 0 + 1, s),
+    "sum over the batch": lambda f, conv, c, v, s: u.keypoint_loss_expanded(f, conv, c, v, s) * len(f),
+}
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.3])
+def test_expanded_loss_equals_the_readable_one(weight):
+    """Eq. (5) in value and in every gradient: at the head's initial weights, and at large ones; some joints invalid."""
+    check_expanded(u.keypoint_loss_expanded, weight)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
+def test_expanded_loss_near_a_perfect_fit(noise):
+    """There the three terms of Eq. (5) cancel: what is left must still be right to 1e-5 of ||H||²."""
+    check_expanded(u.keypoint_loss_expanded, noise=noise)
+
+
+@pytest.mark.parametrize("wrong", WRONG_EXPANDED.values(), ids=WRONG_EXPANDED.keys())
+def test_expanded_check_rejects(wrong): rejected(check_expanded, wrong)
+
+
+def test_expanded_loss_of_no_valid_joint_is_zero():
+    features, conv, centres, valid, sigma = fitting_problem()
+    value, gradients = value_and_gradients(u.keypoint_loss_expanded, features, conv, centres, valid * 0, sigma)
+    assert value == 0 and all((g == 0).all() for g in gradients)
+
+
+# ==========================================================================================================
+# Precision: what says float32 computes in float32, inside autocast too
+# ==========================================================================================================
+def float32_functions():
+    features, conv, centres, valid, sigma = fitting_problem()
+    heatmaps = conv(features).unflatten(1, (4, 12)).detach()
+    predicted, patches, w, m = torch.randn(2, 4, 9), torch.randn(2, 4, 9), torch.rand(2, 4), torch.ones(2, 4)
+    q, k = torch.randn(2, 2, 3, 7, 4).unbind(0)
+    a_E, a_A = torch.rand(2, 2, 3, 4).unbind(0)
+    camera = torch.tensor([[[300.0, 0, 31.5], [0, 300, 31.5], [0, 0, 1]]]).expand(3, 3, 3)
+    points, uv = torch.randn(3, 4, 3) * 50 + torch.tensor([0.0, 0, 600]), torch.rand(3, 4, 2) * 63
+    return {
+        "weighted_mae_loss": lambda: u.weighted_mae_loss(predicted, patches, w, m),
+        "keypoint_loss": lambda: u.keypoint_loss(heatmaps, centres, valid, sigma),
+        "keypoint_loss_expanded": lambda: u.keypoint_loss_expanded(features, conv, centres, valid, sigma),
+        "attention_loss": lambda: u.attention_loss(a_E, a_A),
+        "class_attention": lambda: u.class_attention(q, k),
+        "project": lambda: u.project(points, camera),
+        "back_project": lambda: u.back_project(uv, points[..., 2], camera),
+    }
+
+
+@pytest.mark.parametrize("name", ["weighted_mae_loss", "keypoint_loss", "keypoint_loss_expanded", "attention_loss",
+                                  "class_attention", "project", "back_project"])
+def test_float32_inside_autocast(name):
+    """bfloat16 has three digits: pixels, millimetres and losses would be off by up to a half percent."""
+    function = float32_functions()[name]
+    with torch.autocast("cpu", torch.bfloat16): inside = function()
+    close(inside, function())

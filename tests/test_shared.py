@@ -1,0 +1,396 @@
+"""What the three scripts share: randomness, batches, learning rate, checkpoints, run folders, settings."""
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import udapose as u
+
+
+def rejected(check, wrong) -> None:
+    with pytest.raises(AssertionError): check(wrong)
+
+
+# ==========================================================================================================
+# Randomness
+# ==========================================================================================================
+def check_generator(function):
+    """The same numbers for the same (seed, purpose, step), in any order of calls; other numbers for all others."""
+    keys = [(seed, purpose, step) for seed in range(4) for purpose in ("order", "noise", "esion") for step in range(4)]
+    draws = {key: function(*key).random(8).tolist() for key in keys}
+    for key in reversed(keys): assert function(*key).random(8).tolist() == draws[key]
+    firsts = [x for draw in draws.values() for x in draw]
+    assert len(set(firsts)) == len(firsts), "two streams share numbers"
+
+
+def test_random_generator(): check_generator(u.random_generator)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda seed, purpose, step: np.random.default_rng(seed + step + len(purpose)),   # seed 1 is seed 0 one step on
+    lambda seed, purpose, step: np.random.default_rng([seed, len(purpose), step]),   # "order", "noise": both 5
+    lambda seed, purpose, step: np.random.default_rng([seed, ord(purpose[0])]),      # every step the same
+    lambda seed, purpose, step: np.random.default_rng()], ids=["sum", "length", "no step", "no seed"])
+def test_random_generator_check_rejects(wrong): rejected(check_generator, wrong)
+
+
+def test_random_numbers_are_the_same_in_every_process():
+    """Python's own hash() of a string changes with every process; the CRC-32 of "order" is this number for ever."""
+    own = np.random.default_rng(np.random.SeedSequence([0, 4113142680, 7]))
+    assert u.random_generator(0, "order", 7).random() == own.random()
+
+
+# ==========================================================================================================
+# Batches, learning rate, weight decay, precision
+# ==========================================================================================================
+def test_share_of_batch_by_hand():
+    assert u.share_of_batch(8, 2, 1, 2) == [slice(4, 6), slice(6, 8)]
+    assert u.share_of_batch(8, 0, 1, 2) == [slice(4, 8)]                   # 0: the whole share at once
+    assert u.share_of_batch(8, 100, 0, 4) == [slice(0, 2)]
+
+
+@pytest.mark.parametrize("batch, micro, world", [(24, 0, 1), (24, 3, 2), (24, 2, 4), (24, 1, 3)])
+def test_shares_cover_the_batch_once(batch, micro, world):
+    shares = [s for rank in range(world) for s in u.share_of_batch(batch, micro, rank, world)]
+    assert [i for s in shares for i in range(batch)[s]] == list(range(batch))
+    assert len({s.stop - s.start for s in shares}) == 1
+
+
+def test_uneven_shares_are_refused():
+    with pytest.raises(u.InputError, match="batch 10 .* 4 processes"): u.share_of_batch(10, 0, 0, 4)
+    with pytest.raises(u.InputError, match="micro_batch 3 .* 4"): u.share_of_batch(8, 3, 0, 2)
+
+
+def check_rate(rate):
+    """10 steps, 2 of warm-up, peak 8: 4, 8, then half a cosine from 8 to 0 over the remaining 8 steps."""
+    assert [rate(i, 10, 2, 8.0) for i in (0, 1, 2)] == [4, 8, 8]
+    assert abs(rate(6, 10, 2, 8.0) - 4) < 1e-12 and abs(rate(10, 10, 2, 8.0)) < 1e-12
+    assert abs(rate(4, 10, 2, 8.0) - 8 * (1 + 0.5 ** 0.5) / 2) < 1e-12
+    rates = [rate(i, 10, 2, 8.0) for i in range(2, 11)]
+    assert rates == sorted(rates, reverse=True)
+    assert rate(0, 10, 0, 8.0) == 8 and rate(3, 3, 3, 8.0) == 8            # no warm-up; nothing but warm-up
+
+
+def test_cosine_rate():
+    check_rate(u.cosine_rate)
+    rejected(check_rate, lambda i, n, w, peak: u.cosine_rate(i + 1, n, w, peak))
+    rejected(check_rate, lambda i, n, w, peak: u.cosine_rate(i, n, 0, peak))
+    rejected(check_rate, lambda i, n, w, peak: min(u.cosine_rate(i, n, w, peak), peak * (n - i) / (n - w)))   # linear
+
+
+def test_no_weight_decay_on_offsets_scales_and_tokens():
+    encoder = u.Encoder((8, 8), 4, 8, 1, 2)
+    mae = u.MaskedAutoencoder(encoder, u.Decoder(encoder.grid, 4, 8, 8, 1, 2))
+    decay, plain = u.parameter_groups(mae, 0.05)
+    names = {id(p): n for n, p in mae.named_parameters()}
+    assert decay["weight_decay"] == 0.05 and plain["weight_decay"] == 0
+    decayed, spared = ({names[id(p)] for p in g["params"]} for g in (decay, plain))
+    assert decayed | spared == set(names.values()) and not decayed & spared
+    assert spared == {n for n in names.values() if n.endswith(("bias", "_token")) or "norm" in n}
+
+
+@pytest.mark.parametrize("fast, chosen", [(0.5, "bfloat16"), (0.95, "float32"), (2.0, "float32")])
+def test_precision_is_what_is_clearly_faster(monkeypatch, fast, chosen):
+    clock = [0.0]
+
+    def one_pass(dtype): clock[0] += fast if dtype == torch.bfloat16 else 1.0
+    monkeypatch.setattr(u, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert u.choose_precision("auto", torch.device("cpu"), one_pass) == chosen
+    assert u.choose_precision("float32", torch.device("cpu"), None) == "float32"             # named: not timed
+    with pytest.raises(u.InputError, match="float16.*auto, float32 or bfloat16"):
+        u.choose_precision("float16", torch.device("cpu"), one_pass)
+
+
+def test_autocast_only_below_float32():
+    for dtype in (torch.float32, torch.bfloat16):
+        with u.autocast(torch.device("cpu"), dtype): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_one_process_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert u.setup_distributed("cpu") == (0, 1, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert u.setup_distributed("auto") == (0, 1, torch.device("cpu"))
+    with pytest.raises(u.InputError, match="no CUDA device"): u.setup_distributed("cuda")
+    assert u.mean_over_processes(torch.tensor([3.0])).tolist() == [3]
+
+
+# ==========================================================================================================
+# Files
+# ==========================================================================================================
+def failing(path):
+    path.write_bytes(b"half of the new")
+    raise OSError(28, "No space left on device")
+
+
+def into_dev_full(path):
+    with open("/dev/full", "w") as file: file.write("x")
+
+
+@pytest.mark.parametrize("write", [failing, into_dev_full])
+def test_a_failed_write_keeps_the_old_file(tmp_path, write):
+    path = tmp_path / "a.json"
+    with pytest.raises(u.InputError, match="a.json.*No space left.*nothing was saved"): u.write_atomically(path, write)
+    assert list(tmp_path.iterdir()) == []
+    u.write_json(path, {"a": 1})
+    with pytest.raises(u.InputError, match="a.json.*No space left.*previous one is intact"):
+        u.write_atomically(path, write)
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 20,000 bytes: what a full disk does to a real writer in the middle of its work."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("values", [2_100, 5_100, 100_000])               # the limit falls on different writes
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, small_disk, kind, values):
+    path, large = tmp_path / "checkpoint.pt", np.random.default_rng(0).random(values)
+    save = {"torch": lambda p, x: torch.save({"settings": {}, "w": torch.from_numpy(x)}, p),
+            "numpy": lambda p, x: np.save(open(p, "wb"), x)}[kind]
+    u.write_atomically(path, lambda p: save(p, large[:10]))
+    old = path.read_bytes()
+    if values > 2_500:
+        with pytest.raises(u.InputError, match="checkpoint.pt.*previous one is intact") as error:
+            u.write_atomically(path, lambda p: save(p, large))
+        assert "\n" not in str(error.value) and path.read_bytes() == old
+    else: u.write_atomically(path, lambda p: save(p, large))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: order.append("sync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda a, b: order.append("rename") or replace(a, b))
+    u.write_json(tmp_path / "a.json", [1])
+    assert order == ["sync", "rename"]
+
+
+def test_an_error_without_a_text_is_reported_too(tmp_path):
+    def write(path): raise OSError
+    with pytest.raises(u.InputError, match="a.json"): u.write_atomically(tmp_path / "a.json", write)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    state = {"settings": {"a": 1}, "w": torch.randn(3)}
+    u.write_atomically(tmp_path / "c.pt", lambda p: torch.save(state, p))
+    assert torch.equal(u.read_checkpoint(tmp_path / "c.pt")["w"], state["w"])
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04.", b"PK\x03\x04 and nothing behind"])
+def test_garbage_is_no_checkpoint(tmp_path, content):
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(u.InputError, match="c.pt: not a readable checkpoint") as error:
+        u.read_checkpoint(tmp_path / "c.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_other_checkpoints_are_refused(tmp_path):
+    with pytest.raises(u.InputError, match="none.pt: no such checkpoint"): u.read_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(u.InputError, match="not a readable checkpoint"): u.read_checkpoint(tmp_path)
+    for state in ({"model": {}}, [1], torch.ones(2)):
+        torch.save(state, tmp_path / "c.pt")
+        with pytest.raises(u.InputError, match="c.pt: not one of our checkpoints"):
+            u.read_checkpoint(tmp_path / "c.pt")
+    torch.save({"settings": {}, "path": types.SimpleNamespace()}, tmp_path / "c.pt")          # not plain values
+    with pytest.raises(u.InputError, match="not a readable checkpoint"): u.read_checkpoint(tmp_path / "c.pt")
+
+
+def part(D): return torch.nn.Sequential(torch.nn.Linear(D, 2), torch.nn.Linear(2, 2))
+
+
+def test_load_parts():
+    ours, theirs = part(3), part(3)
+    u.load_parts("c.pt", {"encoder": theirs.state_dict(), "step": 3}, encoder=ours)
+    for a, b in zip(ours.parameters(), theirs.parameters()): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("state, says", [
+    ({"decoder": {}}, r"c.pt: holds no encoder"),
+    ({"encoder": part(4).state_dict()}, r"c.pt: encoder.0.weight is \(2, 4\) in the file and \(2, 3\) here"),
+    ({"encoder": part(3)[:1].state_dict()}, r"encoder.1.(weight|bias) is nothing in the file and \(2,( 2)?\) here"),
+    ({"encoder": part(3).state_dict() | {"2.gamma": torch.ones(5)}}, r"encoder.2.gamma is \(5,\) in the file and nothing")])
+def test_load_parts_names_the_key_and_both_shapes(state, says):
+    with pytest.raises(u.InputError, match=says): u.load_parts("c.pt", state, encoder=part(3))
+
+
+# ==========================================================================================================
+# Settings
+# ==========================================================================================================
+@dataclasses.dataclass
+class Settings:
+    preset: str = "tiny"          # sizes: tiny, large
+    variant: str = "full"         # row of the table
+    run: str = ""                 # run folder
+    width: int = 8                # width of f^E, 100 % of it (Table 5)
+    lr: float = 1e-3              # learning rate (paper Sec. 7)
+    norm_pix: bool = False        # pixels normalised per patch
+    save_every: int = 10          # steps between checkpoints
+
+
+PRESETS = {"tiny": {}, "large": {"width": 64, "lr": 5e-4}}
+VARIANTS = {"full": {}, "slow": {"lr": 1e-5, "norm_pix": True}}
+
+
+def settings(*arguments): return u.parse_settings(Settings, "what it does", PRESETS, VARIANTS, list(arguments))
+
+
+def test_settings_preset_then_variant_then_flags():
+    assert settings() == Settings()
+    large = settings("--preset", "large")
+    assert (large.preset, large.width, large.lr) == ("large", 64, 5e-4)
+    both = settings("--variant", "slow", "--preset", "large")
+    assert (both.width, both.lr, both.norm_pix) == (64, 1e-5, True)
+    mine = settings("--preset", "large", "--variant", "slow", "--lr", "0.5", "--no-norm-pix", "--width", "3")
+    assert (mine.width, mine.lr, mine.norm_pix, mine.variant) == (3, 0.5, False, "slow")
+    assert settings("--lr", "1e-3", "--preset", "large").lr == 1e-3        # a flag that repeats the default counts
+
+
+@pytest.mark.parametrize("arguments", [["--unknown", "1"], ["--preset", "huge"], ["--variant", "none"], ["stray"],
+                                       ["--width", "wide"], ["--lr"], ["--norm-pix", "5"]])
+def test_unknown_flags_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop: settings(*arguments)
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_help_is_the_comment_behind_the_field(capsys):
+    with pytest.raises(SystemExit) as stop: settings("-h")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert stop.value.code == 0 and "what it does" in text
+    for comment in ("--width width of f^E, 100 % of it (Table 5) [8]", "learning rate (paper Sec. 7) [0.001]",
+                    "pixels normalised per patch [False]", "--save-every steps between checkpoints [10]"):
+        assert comment in text, comment
+
+
+def test_script_turns_input_errors_into_one_line(capsys):
+    def fails(): raise u.InputError("a.npy: truncated")
+    def stopped(): raise KeyboardInterrupt
+    def breaks(): raise ValueError("a bug of ours: its traceback is wanted")
+    for main, code in ((fails, 2), (stopped, 130), (lambda: 0, 0), (lambda: 130, 130)):
+        with pytest.raises(SystemExit) as stop: u.run_script(main)
+        assert stop.value.code == code
+    assert capsys.readouterr().err == "error: a.npy: truncated\n"
+    with pytest.raises(ValueError): u.run_script(breaks)
+
+
+# ==========================================================================================================
+# Run folders
+# ==========================================================================================================
+def run(folder, rank=0, facts=None, **changes): return u.Run(str(folder), Settings(**changes), facts or {"n": 5}, rank)
+
+
+def test_run_writes_its_settings_and_can_be_taken_up_again(tmp_path):
+    first = run(tmp_path / "deep" / "a")
+    config = json.loads((tmp_path / "deep" / "a" / "config.json").read_text())
+    assert config["settings"] == dataclasses.asdict(Settings()) and config["facts"] == {"n": 5}
+    assert config["versions"]["torch"] == torch.__version__
+    first.lock.close()                                                     # as when the process ends, or is killed
+    assert run(tmp_path / "deep" / "a").config == config
+
+
+def test_second_holder_is_refused(tmp_path):
+    first = run(tmp_path)
+    with pytest.raises(u.InputError, match="another run is at work"): run(tmp_path)
+    first.lock.close()
+    run(tmp_path)
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"width": 9}, "width: 8 there, 9 now"), ({"facts": {"n": 6}}, "n: 5 there, 6 now"),
+    ({"norm_pix": True}, "norm_pix: False there, True now"), ({"lr": 2e-3, "width": 9}, "width: 8 there, 9 now; lr")])
+def test_other_settings_are_refused_with_the_difference(tmp_path, changes, says):
+    run(tmp_path).lock.close()
+    with pytest.raises(u.InputError, match="other settings") as error: run(tmp_path, **changes)
+    assert says in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_that_do_not_change_the_result_are_free(tmp_path):
+    run(tmp_path).lock.close()
+    run(tmp_path, save_every=99, run="elsewhere")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(u.InputError, match="cannot be used as a run folder"): run(folder)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    run(tmp_path).lock.close()
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    other = run(tmp_path, rank=1)
+    other.save("checkpoint.pt", {}), other.log(step=1), other.decide("precision", lambda: "float32")
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_decision_is_made_once(tmp_path):
+    first = run(tmp_path)
+    assert first.decide("precision", lambda: "bfloat16") == "bfloat16"
+    first.lock.close()
+    again = run(tmp_path)
+    assert again.decide("precision", lambda: 1 / 0) == "bfloat16"
+
+
+def test_resume_restores_weights_and_optimiser_and_cuts_the_log(tmp_path):
+    first, module = run(tmp_path), part(3)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=0.1)
+    assert first.resume("checkpoint.pt", encoder=module, optimiser=optimiser) is None
+    module(torch.randn(4, 3)).sum().backward()
+    optimiser.step()
+    first.log(stage="segmentation", step=99, L_seg=1.0)
+    for step in (1, 2, 3, 4): first.log(stage="pretraining", step=step, loss=float(step))
+    first.save("checkpoint.pt", {"settings": {}, "stage": "pretraining", "step": 2, "encoder": module.state_dict(),
+                                 "optimiser": optimiser.state_dict()})
+    first.lock.close()
+    again, fresh = run(tmp_path), part(3)
+    fresh_optimiser = torch.optim.AdamW(fresh.parameters(), lr=0.1)
+    state = again.resume("checkpoint.pt", encoder=fresh, optimiser=fresh_optimiser)
+    assert state["step"] == 2
+    for a, b in zip(module.parameters(), fresh.parameters()): assert torch.equal(a, b)
+    assert torch.equal(fresh_optimiser.state_dict()["state"][0]["exp_avg"], optimiser.state_dict()["state"][0]["exp_avg"])
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(l["stage"], l["step"]) for l in logged] == [("segmentation", 99), ("pretraining", 1), ("pretraining", 2)]
+    with pytest.raises(u.InputError, match="encoder.0.weight"): again.resume("checkpoint.pt", encoder=part(4))
+
+
+# ==========================================================================================================
+# Stopping and progress
+# ==========================================================================================================
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_stops(number):
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = u.StopSignal()
+        assert not stop.requested(torch.device("cpu"))
+        signal.raise_signal(number)
+        assert stop.requested(torch.device("cpu"))
+        with pytest.raises(KeyboardInterrupt): signal.raise_signal(number)
+    finally:
+        for n, handler in handlers.items(): signal.signal(n, handler)
+
+
+def test_progress_line(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(u, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    progress, quiet = (u.Progress("MAE", 100, 32, start=10, rank=rank) for rank in (0, 1))
+    clock[0] = 105.0
+    progress.show(15, {"loss": 1.0})                                       # too early for a line
+    clock[0] = 120.0
+    progress.show(30, {"loss": 0.25}), quiet.show(30, final=True)
+    assert capsys.readouterr().out == "MAE  30/100 | loss 0.25 | 32 images/s | 1:10 left\n"
+    progress.show(31, final=True)
+    assert "31/100" in capsys.readouterr().out                             # the last line always comes
