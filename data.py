@@ -154,7 +154,7 @@ class Writer:
             self.header(file, rows, self.state["rows"])
             file.close()
         write_json(self.part / "meta.json", self.meta | {k: self.state[k] for k in ("rows", "crc", "skipped")})
-        (self.part / "state.json").unlink()
+        (self.part / "state.json").unlink(missing_ok=True)
         os.replace(self.part, self.folder)
 
 
@@ -363,6 +363,11 @@ def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device) ->
     intrinsics = transform_intrinsics(A, torch.from_numpy(dataset.intrinsics[rows]).to(device))
     root = dataset.meta["root"]
     return back_project(uv, truth[:, root:root + 1, 2] + depth, intrinsics), truth
+
+
+def chunks(count: int, size: int = 100) -> list[np.ndarray]:
+    """Rows 0..count-1 in pieces of at most `size`."""
+    return np.array_split(np.arange(count), -(-count // size))
 
 
 def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:

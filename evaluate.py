@@ -48,7 +48,7 @@ def attention_lift(maps: Tensor, masks: Tensor, patch: int) -> tuple[Tensor, Ten
 
     maps a_cls (n, L, N); masks (n, 1, H, W) in 0..1. Their ratio is 1 for attention that ignores the foreground.
     """
-    area = torch.nn.functional.avg_pool2d(masks, patch).flatten(1)         # (n, N) share of foreground in a patch
+    area = torch.nn.functional.avg_pool2d(masks, patch).flatten(1)     # (n, N) share of foreground in a patch
     share = (maps * area[:, None]).sum(-1) / maps.sum(-1)                  # (n, L)
     return share, area.mean(dim=1)
 
@@ -62,9 +62,9 @@ def mask_iou(predicted: Tensor, truth: Tensor) -> float:
 def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> float:
     """Chance: the error of answering every image with the mean root-relative pose of the labelled images."""
     root = test.meta["root"]
-    poses = torch.from_numpy(labelled.keypoints[:count])
+    poses = torch.from_numpy(np.array(labelled.keypoints[:count]))
     mean = (poses - poses[:, root:root + 1]).nanmean(dim=0, keepdim=True)  # (1, K, 3) mm
-    truth = torch.from_numpy(test.keypoints[:])
+    truth = torch.from_numpy(np.array(test.keypoints))
     return float(u.joint_errors(mean.expand_as(truth), truth, root).nanmean())
 
 

@@ -1,13 +1,12 @@
-"""Stage 2, Sec. 3.2: 3D heatmaps from source labels, attention on target images held to the frozen f^A's (L_HPE).
+"""Stage 2, Sec. 3.2: 3D heatmaps from source labels, target attention held to that of the frozen f^A.
 
     python train_finetune.py                                         after train_pretrain.py; minutes on a CPU
-    python train_finetune.py --variant scratch                       the baseline: no pre-training, source labels only
+    python train_finetune.py --variant scratch                       the baseline: source labels alone
     torchrun --nproc_per_node 8 train_finetune.py --preset paper-hand
 
-The same command again resumes a run that was stopped. Writes checkpoint.pt (f^E, f^H); `python evaluate.py RUN` measures
-it. The last step's weights are the result; the target's labels are never opened, so nothing can be chosen on them.
+The same command again resumes a run that was stopped. Writes checkpoint.pt (f^E, f^H) for evaluate.py. The
+last step's weights are the result: the target's labels are never opened, so nothing can be chosen on them.
 """
-import contextlib
 import copy
 import dataclasses
 import time
@@ -25,14 +24,14 @@ import udapose as u
 class Settings:
     preset: str = "tiny"          # sizes and schedule: tiny, small, paper-hand, paper-human
     variant: str = "full"         # row of the paper's tables: see VARIANTS
-    run: str = ""                 # run folder; default runs/PRESET/VARIANT-seedSEED
-    init: str = "auto"            # pre-training run, or a public weights file; "": scratch; auto: by variant and seed
+    out: str = ""                 # run folder; default runs/PRESET/VARIANT-seedSEED
+    init: str = "auto"    # pre-training run, or a public weights file; "": scratch; auto: by variant and seed
     source: str = "datasets/hands/source_train"     # data-set folder with keypoints
     target: str = "datasets/hands/target_train"     # data-set folder, images only (not opened where lam is 0)
-    validation: str = "datasets/hands/source_val"   # labelled *source* images, to watch the training; "": none
+    validation: str = "datasets/hands/source_val"  # labelled *source* images, to watch the training; "": none
     labels: int = 0               # labelled source images to use, the first so many; 0: all
     lam: float = 100.0            # lambda_attn of Eq. 7 (paper Sec. 7: 100 hands, 10 humans); 0: without AR
-    sigma: float = 2.0            # standard deviation of the target Gaussians, voxels (ours; the field's value)
+    sigma: float = 2.0          # standard deviation of the target Gaussians, voxels (ours; the field's value)
     image: int = 256              # side of the network's crop, px (paper Sec. 7)
     patch: int = 16               # side of a patch, px (paper: ViT-B/16)
     width: int = 768              # width of f^E (Table 7)
@@ -47,7 +46,7 @@ class Settings:
     layer_decay: float = 1.0      # learning rate of a block, relative to the block above it (ViTPose: 0.75)
     weight_decay: float = 0.1     # of AdamW (ViTPose)
     jitter: float = 0.2           # brightness, contrast, saturation 1 +- jitter (ours)
-    expanded: bool = True         # Eq. 5 without a heatmap (keypoint_loss_expanded); --no-expanded: as it is written
+    expanded: bool = True  # Eq. 5 without a heatmap (keypoint_loss_expanded); --no-expanded: as it is written
     seed: int = 0                 # of everything random
     device: str = "auto"          # auto, cpu, cuda
     threads: int = 0              # CPU threads of a process; 0: torch's choice
@@ -80,13 +79,12 @@ PRETRAINED_BY = {"no-ar": "full"}
 # ==========================================================================================================
 # One step
 # ==========================================================================================================
-def finetuning_batch(s: Settings, step: int, own: slice, source, target, labels: int, side: int, device) -> tuple:
-    """Source images (b, 3, H, W), voxel centres (b, K, 3), valid (b, K), and target images (b, 3, H, W) or None."""
+def finetuning_batch(s: Settings, step: int, own: slice, source, target, labels: int, side: int, device):
+    """Source images (b, 3, H, W), voxel centres (b, K, 3), valid (b, K); target images or None."""
     rng = u.random_generator(s.seed, "finetuning", step)
     rows = data.batch_rows(labels, s.seed, "finetuning order", step, s.batch)[own]
-    parameters = data.augmentation(rng, s.batch, s.jitter)[own]
-    x_s, _, A = data.crops(source, rows, parameters, s.image, device)
-    uv, depth = data.labels_of(source, rows, A)                            # (b, K, 2) px, (b, K) mm from the root
+    x_s, _, A = data.crops(source, rows, data.augmentation(rng, s.batch, s.jitter)[own], s.image, device)
+    uv, depth = data.labels_of(source, rows, A)                        # (b, K, 2) px, (b, K) mm from the root
     centres, valid = u.to_voxels(uv, depth, s.image, source.meta["depth_range"], side)
     if target is None: return data.normalise(x_s), centres, valid, None
     rows = data.batch_rows(len(target), s.seed, "target order", step, s.batch)[own]
@@ -94,17 +92,15 @@ def finetuning_batch(s: Settings, step: int, own: slice, source, target, labels:
     return data.normalise(x_s), centres, valid, data.normalise(x_t)
 
 
-def pose_losses(s: Settings, model, estimator, f_A, x_s, centres, valid, x_t, device, dtype):
+def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device, dtype):
     """L_kpt of Eq. (5) and L_attn of Eq. (6) for one share of a batch."""
-    with u.autocast(device, dtype): features, a_E = model(x_s, x_t)        # (b, C, S, S), (b, L, N)
-    if s.expanded:
-        L_kpt = u.keypoint_loss_expanded(features, estimator.head.conv, centres, valid, s.sigma)     # Eq. (5)
-    else:
-        with u.autocast(device, dtype):
-            heatmaps = estimator.head.conv(features).unflatten(1, (centres.shape[1], -1))            # Eq. (4)
-        L_kpt = u.keypoint_loss(heatmaps, centres, valid, s.sigma)                                   # Eq. (5)
+    with u.autocast(device, dtype):
+        features, a_E = model(x_s, x_t)                                              # (b, C, S, S), (b, L, N)
+        heatmaps = None if s.expanded else head.heatmaps(features)                  # Eq. (4), (b, K, S, S, S)
+    if s.expanded: L_kpt = u.keypoint_loss_expanded(features, head.conv, centres, valid, s.sigma)    # Eq. (5)
+    else: L_kpt = u.keypoint_loss(heatmaps, centres, valid, s.sigma)                                 # Eq. (5)
     if x_t is None: return L_kpt, torch.zeros((), device=device)
-    with torch.no_grad(), u.autocast(device, dtype): a_A = f_A.attention_maps(x_t)   # the same augmented x_t
+    with torch.no_grad(), u.autocast(device, dtype): a_A = f_A.attention_maps(x_t)    # the same augmented x_t
     return L_kpt, u.attention_loss(a_E, a_A)                                                         # Eq. (6)
 
 
@@ -113,8 +109,9 @@ def validate(s: Settings, estimator, dataset, device, dtype) -> float:
     """EPE (MPJPE for humans) on labelled source images, mm, with the root's true depth."""
     estimator.eval()
     errors = []
-    for rows in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 100)):
-        with u.autocast(device, dtype): predicted, truth = data.predict(estimator, dataset, rows, s.image, device)
+    for rows in data.chunks(len(dataset)):
+        with u.autocast(device, dtype):
+            predicted, truth = data.predict(estimator, dataset, rows, s.image, device)  # (b, K, 3) mm, camera
         errors.append(u.joint_errors(predicted, truth, dataset.meta["root"]).cpu())
     estimator.train()
     return float(torch.cat(errors).nanmean())
@@ -124,40 +121,39 @@ def validate(s: Settings, estimator, dataset, device, dtype) -> float:
 # Set-up
 # ==========================================================================================================
 def build(s: Settings, keypoints: int, rank: int, device):
-    """f^E with f^H, and frozen f^A: the same pre-trained weights twice, Sec. 3.2. From scratch there is no f^A."""
+    """f^E with f^H, and frozen f^A: the same pre-trained weights twice, Sec. 3.2. From scratch: no f^A."""
     torch.manual_seed(s.seed)
     encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
     head = u.KeypointHead(encoder.grid, s.width, s.head_channels, keypoints)
-    if s.init:
-        path = Path(s.init)
-        if path.is_dir():
-            state = u.read_checkpoint(path / "checkpoint.pt")
-            if "decoder" in state and state["step"] != state["steps"]:
-                raise u.InputError(f"{path}: pre-training stands at step {state['step']} of {state['steps']}; finish it")
-            u.load_parts(path / "checkpoint.pt", state, encoder=encoder)
-        else:
-            for line in u.load_public_weights(path, encoder):
-                if rank == 0: print(line, flush=True)
-    f_A = copy.deepcopy(encoder).eval().requires_grad_(False).to(device) if s.init and s.lam else None
+    path = Path(s.init) / "checkpoint.pt"
+    if s.init and Path(s.init).is_file():
+        report = u.load_public_weights(s.init, encoder)
+        if rank == 0: print("\n".join(report), flush=True)
+    elif s.init:
+        state = u.read_checkpoint(path)
+        if state["step"] != state["steps"]:
+            raise u.InputError(f"{s.init}: stands at step {state['step']} of {state['steps']}: finish it")
+        u.load_parts(path, state, encoder=encoder)
+    f_A = copy.deepcopy(encoder).eval().requires_grad_(False).to(device) if s.lam else None
     return u.PoseEstimator(encoder, head).to(device), f_A
 
 
 def optimiser_groups(s: Settings, estimator) -> list[dict]:
-    """Weight decay as `parameter_groups`; with layer_decay < 1, block i of L learns at layer_decay^(L - i) of lr."""
-    parts = [(estimator.head, 1.0), (estimator.encoder.norm, 1.0)]
-    parts += [(b, s.layer_decay ** (s.depth - i)) for i, b in enumerate(estimator.encoder.blocks, 1)]
-    parts += [(estimator.encoder.patch_embed, s.layer_decay ** s.depth)]
+    """Weight decay as `parameter_groups`; block i of L learns at layer_decay^(L - i) of lr (ViTPose)."""
+    encoder, lowest = estimator.encoder, s.layer_decay ** s.depth
+    parts = [(estimator.head, 1.0), (encoder.norm, 1.0), (encoder.patch_embed, lowest)]
+    parts += [(block, s.layer_decay ** (s.depth - i)) for i, block in enumerate(encoder.blocks, 1)]
     groups = [g | {"scale": scale} for part, scale in parts for g in u.parameter_groups(part, s.weight_decay)]
-    cls = {"params": [estimator.encoder.cls_token], "weight_decay": 0.0, "scale": s.layer_decay ** s.depth}
-    return [g for g in groups if g["params"]] + [cls]
+    groups.append({"params": [encoder.cls_token], "weight_decay": 0.0, "scale": lowest})
+    return [g for g in groups if g["params"]]
 
 
 def complete(s: Settings) -> None:
     """Settings that follow from others."""
-    s.run = s.run or f"runs/{s.preset}/{s.variant}-seed{s.seed}"
+    s.out = s.out or f"runs/{s.preset}/{s.variant}-seed{s.seed}"
     if s.init == "auto":
         s.init = f"runs/{s.preset}/pretrain-{PRETRAINED_BY.get(s.variant, s.variant)}-seed{s.seed}"
-    if s.lam and not s.init: raise u.InputError("lam > 0 needs a pre-trained f^A: give --init, or --lam 0")
+    if s.lam and not s.init: raise u.InputError("--lam > 0 needs a pre-trained f^A: give --init, or --lam 0")
 
 
 def main(arguments=None) -> int:
@@ -168,58 +164,52 @@ def main(arguments=None) -> int:
     data.ensure_benchmark([s.source, s.target if s.lam else "", s.validation], rank)
     stop = u.StopSignal()
 
-    # ---- data: images only of the target ---------------------------------------------------------------------
+    # ---- data: of the target, images only ------------------------------------------------------------------
     source = data.Dataset(s.source, "keypoints", "intrinsics")
     target = data.Dataset(s.target) if s.lam else None
     validation = data.Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
     labels = min(s.labels or len(source), len(source))
-    K = len(source.meta["joints"])
     facts = {name: d.fingerprint for name, d in (("source", source), ("target", target)) if d is not None}
-    run = u.Run(s.run, s, {"data": facts, "world": world}, rank)
 
-    # ---- model and optimiser ---------------------------------------------------------------------------------
-    estimator, f_A = build(s, K, rank, device)
+    # ---- model, optimiser, run folder ----------------------------------------------------------------------
+    estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
+    head, parts = estimator.head, {"encoder": estimator.encoder, "head": estimator.head}
+    run = u.Run(s.out, s, {"data": facts, "world": world}, rank)
     optimiser = torch.optim.AdamW(optimiser_groups(s, estimator), lr=s.lr, betas=(0.9, 0.999), fused=True)
     steps = max(1, round(s.epochs * labels / s.batch))
-    state = run.resume("checkpoint.pt", encoder=estimator.encoder, head=estimator.head, optimiser=optimiser)
-    start, seconds, sums = (state["step"], state["seconds"], state["sums"].to(device)) if state else \
-        (0, 0.0, torch.zeros(2, device=device))
-    if start == steps:
-        if rank == 0: print(f"finished already: {run.folder}/checkpoint.pt", flush=True)
-        return 0
-    shares, side = u.share_of_batch(s.batch, s.micro_batch, rank, world), estimator.head.side
-    make = lambda step, own: finetuning_batch(s, step, own, source, target, labels, side, device)  # noqa: E731
+    state = run.resume("checkpoint.pt", optimiser, parts)
+    start, begin = state["step"], time.perf_counter()
+    if start == steps and rank == 0: print(f"finished already: {run.folder}", flush=True)
+    if start == steps: return 0
+    sums = state.get("sums", torch.zeros(2)).to(device)  # of L_kpt and L_attn, since the last line of the log
+    shares = u.share_of_batch(s.batch, s.micro_batch, rank, world)
+
+    def make(step, own): return finetuning_batch(s, step, own, source, target, labels, head.side, device)
     trial, first = copy.deepcopy(estimator), make(0, shares[0])
+    dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: sum(pose_losses(
+        s, trial, trial.head, f_A, *first, device, dtype)).backward())  # on a copy: timing leaves no trace
+    if rank == 0: print(f"fine-tuning: {steps} steps of {s.batch}, {labels} labels, {dtype}", flush=True)
 
-    def one_pass(dtype):  # on a copy, so that timing leaves no trace
-        sum(pose_losses(s, trial, trial, f_A, *first, device, dtype)).backward()
-    dtype = getattr(torch, run.decide("precision", lambda: u.choose_precision(s.precision, device, one_pass)))
-    if rank == 0:
-        print(f"fine-tuning: {steps} steps of {s.batch} of {labels} labelled images, {dtype}, {device}", flush=True)
-
-    # ---- loop ------------------------------------------------------------------------------------------------
+    # ---- loop ----------------------------------------------------------------------------------------------
     model = DistributedDataParallel(estimator) if world > 1 else estimator
     estimator.train()
-    progress, begin = u.Progress("fine-tuning", steps, s.batch, start, rank), time.perf_counter()
+    progress = u.Progress("fine-tuning", steps, s.batch, start, rank)
     batches = ([make(i, own) for own in shares] for i in range(start, steps))
     for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches)):
         rate = u.cosine_rate(step, steps, s.warmup, s.lr)
         for group in optimiser.param_groups: group["lr"] = rate * group["scale"]
         optimiser.zero_grad(set_to_none=True)
-        for i, batch in enumerate(shares_of_batch):
-            last = i == len(shares_of_batch) - 1  # gradients travel between processes once a step
-            with contextlib.nullcontext() if world == 1 or last else model.no_sync():
-                L_kpt, L_attn = pose_losses(s, model, estimator, f_A, *batch, device, dtype)
-                (u.hpe_loss(L_kpt, L_attn, s.lam) / len(shares_of_batch)).backward()      # Eq. (7)
-                sums += torch.stack([L_kpt.detach(), L_attn.detach()]) / len(shares_of_batch)
+        for batch in u.micro_steps(model, shares_of_batch):
+            L_kpt, L_attn = pose_losses(s, model, head, f_A, *batch, device, dtype)
+            L_HPE = u.hpe_loss(L_kpt, L_attn, s.lam)                                     # Eq. (7)
+            (L_HPE / len(shares)).backward()
+            sums += torch.stack([L_kpt.detach(), L_attn.detach()]) / len(shares)
         optimiser.step()
         done, stopping = step + 1, stop.requested(device)
         if done % s.log_every == 0 or done == steps:
             L_kpt, L_attn = (u.mean_over_processes(sums) / (done % s.log_every or s.log_every)).tolist()
-            if not np.isfinite(L_kpt + L_attn):
-                raise u.InputError(f"L_kpt {L_kpt}, L_attn {L_attn} at step {done}: lower --lr, or --precision "
-                                   "float32; the last checkpoint is sound")
-            shown = {"L_kpt": L_kpt, "L_attn": L_attn, "ratio": s.lam * L_attn / L_kpt}
+            u.check_finite(done, L_kpt=L_kpt, L_attn=L_attn)
+            shown = {"L_kpt": L_kpt, "L_attn": L_attn, "lam L_attn / L_kpt": s.lam * L_attn / L_kpt}
             run.log(stage="finetuning", step=done, lr=rate, **shown)
             progress.show(done, shown, final=done == steps)
             sums.zero_()
@@ -228,14 +218,11 @@ def main(arguments=None) -> int:
             run.log(stage="finetuning", step=done, source_val_epe=epe)
             print(f"fine-tuning  {done}/{steps} | EPE on source validation {epe:.2f} mm", flush=True)
         if done % s.save_every == 0 or done == steps or stopping:
-            run.save("checkpoint.pt", {"settings": dataclasses.asdict(s), "stage": "finetuning", "step": done,
-                                       "steps": steps, "sums": sums, "encoder": estimator.encoder.state_dict(),
-                                       "seconds": seconds + time.perf_counter() - begin,
-                                       "head": estimator.head.state_dict(), "optimiser": optimiser.state_dict(),
-                                       "skeleton": {k: source.meta[k] for k in ("joints", "bones", "root",
-                                                                               "depth_range")}})
+            skeleton = {k: source.meta[k] for k in ("joints", "bones", "root", "depth_range")}
+            run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done, steps=steps,
+                     sums=sums, skeleton=skeleton, seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return 130
-    if rank == 0: print(f"finished: {run.folder}/checkpoint.pt; now: python evaluate.py {run.folder}", flush=True)
+    if rank == 0: print(f"finished: {run.folder}; now: python evaluate.py {run.folder}", flush=True)
     return 0
 
 

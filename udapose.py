@@ -2,9 +2,9 @@
 
 Park et al., "Leveraging 2D Masked Reconstruction for Domain Adaptation of 3D Pose Estimation".
 
-Stage 1 (Sec. 3.1) trains encoder f^E and decoder f^D as a masked autoencoder on the images of both domains; the
-loss looks mostly at the foreground. Stage 2 (Sec. 3.2) trains f^E and a keypoint head f^H on the labels of the source,
-while the class token's attention on target images is held to that of the frozen pre-trained encoder f^A.
+Stage 1 (Sec. 3.1) trains encoder f^E and decoder f^D as a masked autoencoder on the images of both domains;
+the loss looks mostly at the foreground. Stage 2 (Sec. 3.2) trains f^E and a keypoint head f^H on the source's
+labels, while the class token's attention on target images is held to that of the frozen pre-trained f^A.
 
     Eq. (1)  one transformer block                     Block
     Eq. (2)  weights of the patches                    foreground_weights
@@ -19,18 +19,18 @@ Letters in the shape comments:
     T tokens of a sequence  D width of a token            M attention heads, d = D / M
     L blocks                K keypoints                   S side of the heatmap volume, in voxels
     H, W image side in px   P side of a patch in px       C channels
-Coordinates: pixels and voxels have their centres at integers. Camera frame: x right, y down, z forward, millimetres.
+Pixels and voxels have their centres at integers. The camera frame: x right, y down, z forward, millimetres.
 Where the paper is silent the comment says `not in the paper:` and why.
 """
 import argparse
 import contextlib
 import dataclasses
 import fcntl
-import functools
+import inspect
 import json
 import math
 import os
-import platform
+import re
 import signal
 import sys
 import time
@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# not in the paper: the input statistics of MAE and of almost every public ViT, so that their weights can be used.
+# not in the paper: the input statistics of MAE and of almost every public ViT, so that their weights fit.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LN_EPS = 1e-6  # not in the paper: MAE's value
 
@@ -51,11 +51,15 @@ class InputError(Exception):
     """Something the user can mend: a file, a setting, a value. The scripts print it as one line and stop."""
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
 # ==========================================================================================================
 # Sec. 3.1  The transformer block and the encoder f^E (Tables 5, 7, 8). f^A is a frozen copy of it.
 # ==========================================================================================================
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Cut (B, C, H, W) into N = (H/P)(W/P) patches (B, N, P*P*C), row by row; inside: row, column, channel."""
+    """Cut (B, C, H, W) into N = (H/P)(W/P) patches (B, N, P*P*C), row by row; inside a patch likewise."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // patch, patch, W // patch, patch)         # (B, C, H/P, P, W/P, P)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)   # (B, N, P*P*C)
@@ -64,16 +68,16 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     """The way back: (B, N, P*P*C) with N = grid[0] * grid[1] to (B, C, H, W)."""
     B, (rows, columns) = len(patches), grid
-    x = patches.reshape(B, rows, columns, patch, patch, -1)                              # (B, H/P, W/P, P, P, C)
+    x = patches.reshape(B, rows, columns, patch, patch, -1)                           # (B, H/P, W/P, P, P, C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * patch, columns * patch)     # (B, C, H, W)
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Fixed position embedding (1, 1 + N, D): sines and cosines of column and row; zero for the class token.
 
-    not in the paper: Tables 5 and 7 omit it; without one, a transformer does not know where a patch is. As MAE.
+    not in the paper: Tables 5 and 7 omit it, but without it no block knows where a patch is. As in MAE.
     """
-    if width % 4: raise InputError(f"width {width} is not divisible by 4, which 2D sine-cosine positions need")
+    if width % 4: raise InputError(f"width {width} is not divisible by 4, as 2D sine-cosine positions need")
     row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = [place.reshape(-1, 1) * omega for place in (column, row)]                   # 2 x (N, D/4)
@@ -82,20 +86,20 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention as it is written: returns output (B, M, T, d) and attention matrix A (B, M, T, T), rows sum to 1.
+    """Attention as it is written: output (B, M, T, d) and the matrix A (B, M, T, T), whose rows sum to 1.
 
     The readable twin of F.scaled_dot_product_attention, which is faster and never returns A.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])              # (B, M, T, T)
-    A = scores.softmax(dim=-1)                                             # query in the rows, key in the columns
+    A = scores.softmax(dim=-1)                                         # query in the rows, key in the columns
     return A @ v, A
 
 
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
     """a_cls of one block, Sec. 3.2 and Table 8: how much the class token looks at each patch, (B, N).
 
-    q (B, M, >= 1, d) and k (B, M, 1 + N, d) hold the class token first. Only the class row of A is needed, so only it is
-    computed, in float32. Mean over heads (Table 8 prints one row a block); the class token's attention to itself is
+    q (B, M, >= 1, d) and k (B, M, 1 + N, d) hold the class token first. Only the class row of A is needed, so
+    only it is computed, in float32. Mean over heads (Table 8 prints one row a block); attention to itself is
     dropped and the rest is not scaled up again ("excluding the j-th element").
     """
     scores = q[:, :, :1].float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, M, 1, 1 + N)
@@ -103,7 +107,7 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patches (B, N, P*P*3) to tokens (B, N, D). Stored as a convolution, as public weights are."""
+    """Linear map of patches (B, N, P*P*3) to tokens (B, N, D); a convolution, as in public weights."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
@@ -130,9 +134,9 @@ class Attention(nn.Module):
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)                        # 3 x (B, M, T, d)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output and q, k, from which `class_attention` makes the class row where it is wanted."""
+        """The output, and q and k, from which `class_attention` makes the class row where it is wanted."""
         q, k, v = self.split(x)
-        y = F.scaled_dot_product_attention(q, k, v)                        # (B, M, T, d) = plain_attention(q, k, v)[0]
+        y = F.scaled_dot_product_attention(q, k, v)               # (B, M, T, d) = plain_attention(q, k, v)[0]
         return self.proj(y.transpose(1, 2).flatten(2)), q, k               # (B, T, D)
 
 
@@ -186,14 +190,14 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_positions(self.grid, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=LN_EPS)  # not in the paper: every pre-norm transformer ends in one
+        self.norm = nn.LayerNorm(width, eps=LN_EPS)  # not in the paper: as every pre-norm transformer
         initialise_transformer(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
     def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """F_1 = [x^cls, x_m^p] (B, 1 + V, D), Sec. 3.1. `visible` (B, V): indices of the patches kept; None: all."""
+        """F_1 = [x^cls, x_m^p] (B, 1 + V, D), Sec. 3.1. `visible` (B, V): the patches kept; None: all."""
         if tuple(images.shape[-2:]) != self.image:
-            raise InputError(f"the encoder takes images of {self.image} px and got {tuple(images.shape[-2:])}")
+            raise InputError(f"the encoder takes {self.image} px images and got {tuple(images.shape[-2:])}")
         patches = patchify(images, self.patch)                             # (B, N, P*P*3)
         positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)      # (B, N, D)
         if visible is not None:  # masked patches are dropped before they cost anything
@@ -209,7 +213,7 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def attention_maps(self, images: Tensor) -> Tensor:
-        """a_cls of every block on the unmasked image, Table 8: (B, L, N). The last block does nothing else."""
+        """a_cls of every block on the unmasked image, Table 8: (B, L, N). The last block does no more."""
         x, maps = self.embed(images), []
         for block in self.blocks[:-1]:
             x, row = block(x, attention=True)
@@ -219,10 +223,10 @@ class Encoder(nn.Module):
 
 
 def initialise_transformer(module: nn.Module) -> None:
-    """not in the paper: MAE's initialisation. Linear layers and the flattened patch kernel Xavier-uniform, biases 0."""
+    """not in the paper: MAE's. Linear layers and the flattened patch kernel Xavier-uniform, biases zero."""
     for part in module.modules():
         if isinstance(part, nn.Linear): nn.init.xavier_uniform_(part.weight); nn.init.zeros_(part.bias)
-        if isinstance(part, PatchEmbed): nn.init.xavier_uniform_(part.proj.weight.view(part.proj.weight.shape[0], -1))
+        if isinstance(part, PatchEmbed): nn.init.xavier_uniform_(part.proj.weight.flatten(1))
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -242,16 +246,17 @@ def random_masking(noise: Tensor, r: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     B, N = noise.shape
     V = round(N * (1 - r))
-    if not 0 < V < N: raise InputError(f"masking ratio r = {r} leaves {V} of {N} patches visible; choose another r")
-    order = noise.argsort(dim=1)                                           # (B, N) patch indices, visible ones first
+    if not 0 < V < N: raise InputError(f"masking ratio r = {r} leaves {V} of {N} patches visible: change r")
+    order = noise.argsort(dim=1)                                    # (B, N) patch indices, visible ones first
     restore = order.argsort(dim=1)                                         # (B, N) the inverse permutation
     return order[:, :V], restore, (restore >= V).float()
 
 
 class Decoder(nn.Module):
-    """f^D, Table 5 L17-L22: projection, mask tokens, back into image order, one block, pixels; class token dropped."""
+    """f^D, Table 5 L17-L22: projection, mask tokens, image order, one block, pixels; class token dropped."""
 
-    def __init__(self, grid: tuple[int, int], patch: int, encoder_width: int, width: int, depth: int, heads: int):
+    def __init__(self, grid: tuple[int, int], patch: int, encoder_width: int, width: int, depth: int,
+                 heads: int):
         super().__init__()
         self.decoder_embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -267,7 +272,7 @@ class Decoder(nn.Module):
         x = self.decoder_embed(latent)                                                   # (B, 1 + V, D')
         masked = restore.shape[1] + 1 - x.shape[1]
         M = self.mask_token.to(x.dtype).expand(len(x), masked, -1)                       # (B, N - V, D')
-        tokens = take_tokens(torch.cat([x[:, 1:], M], dim=1), restore)                   # (B, N, D') in image order
+        tokens = take_tokens(torch.cat([x[:, 1:], M], dim=1), restore)             # (B, N, D') in image order
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed                # (B, 1 + N, D')
         for block in self.decoder_blocks: x, _ = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]                            # (B, N, P*P*3)
@@ -292,8 +297,8 @@ class MaskedAutoencoder(nn.Module):
 def foreground_weights(masks: Tensor, patch: int, alpha: float) -> Tensor:
     """Eq. (2), Sec. 3.1:  w_i = N ŵ_i / sum_k ŵ_k,  ŵ_i = exp(alpha (w*_i - 0.5)).
 
-    masks s (B, 1, H, W), 0 = background .. 1 = foreground; w*_i is the mean of s in patch i. Returns W (B, N), mean 1.
-    An empty mask gives 1 everywhere. (The -0.5 cancels in the division; it stays because the equation has it.)
+    masks s (B, 1, H, W), 0 = background .. 1 = foreground; w*_i is the mean of s in patch i. Returns W
+    (B, N), mean 1; an empty mask gives ones. (The -0.5 cancels in the division; the equation has it.)
     """
     w_star = F.avg_pool2d(masks.float(), kernel_size=patch, stride=patch).flatten(1)     # (B, N)
     w_hat = torch.exp(alpha * (w_star - 0.5))                                            # Eq. (2), right
@@ -303,7 +308,7 @@ def foreground_weights(masks: Tensor, patch: int, alpha: float) -> Tensor:
 def weighted_mae_loss(predicted: Tensor, patches: Tensor, weights: Tensor, m: Tensor) -> Tensor:
     """Eq. (3), Sec. 3.1:  L_WMAE = 1/N sum_i w_i m_i ||x^_i - x_i||²_2, mean over the batch, in float32.
 
-    predicted x^ and patches x (B, N, P*P*3); weights w (B, N) of Eq. (2), ones without it; m (B, N): 1 = masked.
+    predicted x^, patches x (B, N, P*P*3); weights w (B, N) of Eq. (2), or ones; m (B, N): 1 = masked.
     As printed: the norm is a sum over a patch's pixels, and 1/N counts all patches, not the masked ones.
     """
     error = (predicted.float() - patches.float()).square().sum(dim=-1)                   # (B, N)
@@ -314,7 +319,7 @@ def replace_background(images: Tensor, masks: Tensor, unconstrained: Tensor) -> 
     """Sec. 3.1, data augmentation: keep the foreground of x and take the background from x_c.
 
     images, unconstrained (B, 3, H, W); masks (B, 1, H, W) in 0..1. not in the paper: the soft mask is cut at
-    0.5, and one with under 1 % or over 90 % foreground is taken for a failure of f^S: that image stays as it is.
+    0.5, and one with under 1 % or over 90 % foreground is taken for a failure of f^S: that image stays.
     """
     hard = masks >= 0.5                                                    # (B, 1, H, W) True = foreground
     share = hard.float().mean(dim=(1, 2, 3))[:, None, None, None]          # (B, 1, 1, 1)
@@ -327,18 +332,19 @@ def replace_background(images: Tensor, masks: Tensor, unconstrained: Tensor) -> 
 class UNet(nn.Module):
     """f^S: images (B, 3, H, W), normalised, to foreground logits (B, 1, H, W); sigmoid of them is the mask s.
 
-    Table 6, mended where it contradicts itself: L5 is 64 x 64 (L6 is); the skips come from L13, L10, L7, L4, whose sizes
-    fit, not from L16, L13, L10, L5. Upsampling goes to the skip's own size, so odd sizes work. BatchNorm only in L2.
+    Table 6, mended where it contradicts itself: L5 is 64 x 64 (L6 is); the skips come from L13, L10, L7, L4,
+    whose sizes fit, not from L16, L13, L10, L5. Upsampling goes to the skip's own size, so odd sizes work.
+    BatchNorm stands in L2 alone, as printed. Raises InputError for images under 32 px.
     """
 
     def __init__(self, channels: int = 64):
         super().__init__()
         c = channels
-        self.stem = nn.Sequential(nn.Conv2d(3, c, 7, stride=2, padding=3), nn.BatchNorm2d(c), nn.ReLU())  # L1-L2
-        self.down = nn.ModuleList(self.double(c, c) for _ in range(5))          # L3-4, L6-7, L9-10, L12-13, L15-16
-        self.up = nn.ModuleList(self.double(2 * c, c) for _ in range(4))        # L19-20, L23-24, L27-28, L31-32
+        self.stem = nn.Sequential(nn.Conv2d(3, c, 7, stride=2, padding=3), nn.BatchNorm2d(c), nn.ReLU())  # L1
+        self.down = nn.ModuleList(self.double(c, c) for _ in range(5))     # L3-4, L6-7, L9-10, L12-13, L15-16
+        self.up = nn.ModuleList(self.double(2 * c, c) for _ in range(4))      # L19-20, L23-24, L27-28, L31-32
         self.last = self.double(c, c)                                           # L34-35, no skip at full size
-        self.head = nn.Conv2d(c, 1, 1)                                          # L36, its sigmoid is in the loss
+        self.head = nn.Conv2d(c, 1, 1)                                       # L36, its sigmoid is in the loss
 
     @staticmethod
     def double(c_in: int, c_out: int) -> nn.Sequential:
@@ -346,7 +352,8 @@ class UNet(nn.Module):
                              nn.Conv2d(c_out, c_out, 3, padding=1), nn.ReLU())
 
     def forward(self, images: Tensor) -> Tensor:
-        if min(images.shape[-2:]) < 32: raise InputError(f"f^S needs images of 32 px or more, got {images.shape[-2:]}")
+        if min(images.shape[-2:]) < 32:
+            raise InputError(f"f^S needs images of 32 px or more, got {tuple(images.shape[-2:])}")
         x, skips = self.stem(images), []                                   # (B, C, H/2, W/2)
         for i, double in enumerate(self.down):
             x = double(x if i == 0 else F.max_pool2d(x, 2))                # (B, C, H/2^(i+1), W/2^(i+1))
@@ -362,14 +369,15 @@ class UNet(nn.Module):
 class KeypointHead(nn.Module):
     """Eq. (4), Sec. 3.2:  H^ = Conv(Deconv(Deconv(F_img))), tokens (B, 1 + N, D) to heatmaps (B, K, S, S, S).
 
-    Table 7: the class token is excluded, the rest is an image again; deconvolution 4 x 4 of stride 2, ReLU, BatchNorm, in
-    that printed order, twice: S = 4 sqrt(N); 1 x 1 convolution to K S channels, of which each keypoint has S depths:
-    index order (K, Z, Y, X). Raises InputError if the grid of patches is not square: the volume is a cube.
+    Table 7: the class token is excluded, the rest is an image again; deconvolution 4 x 4 of stride 2, ReLU,
+    BatchNorm, in that printed order, twice: S = 4 sqrt(N); 1 x 1 convolution to K S channels, S depths a
+    keypoint: index order (K, Z, Y, X). Raises InputError if the grid of patches is not square.
     """
 
     def __init__(self, grid: tuple[int, int], width: int, channels: int, keypoints: int):
         super().__init__()
-        if grid[0] != grid[1]: raise InputError(f"the head needs a square image, got {grid[0]} x {grid[1]} patches")
+        if grid[0] != grid[1]:
+            raise InputError(f"the head needs a square image, got {grid[0]} x {grid[1]} patches")
         self.grid, self.keypoints, self.side = grid, keypoints, 4 * grid[0]
         self.deconv1 = nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
         self.norm1 = nn.BatchNorm2d(channels)
@@ -381,13 +389,16 @@ class KeypointHead(nn.Module):
 
     def features(self, tokens: Tensor) -> Tensor:
         """Everything but the last convolution: (B, 1 + N, D) to (B, C, S, S). Eq. (5) can start from here."""
-        x = tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)          # (B, D, sqrt N, sqrt N), Table 7 L16-L17
+        x = tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)    # (B, D, sqrt N, sqrt N), Table 7 L16-L17
         x = self.norm1(F.relu(self.deconv1(x)))                            # (B, C, S/2, S/2)        L18
         return self.norm2(F.relu(self.deconv2(x)))                         # (B, C, S, S)            L19
 
+    def heatmaps(self, features: Tensor) -> Tensor:
+        """The last convolution: (B, C, S, S) to H^ (B, K, S, S, S), index order K Z Y X."""
+        return self.conv(features).unflatten(1, (self.keypoints, self.side))   # L20, L21
+
     def forward(self, tokens: Tensor) -> Tensor:
-        heatmaps = self.conv(self.features(tokens))                        # (B, K*S, S, S)          Eq. (4), L20
-        return heatmaps.unflatten(1, (self.keypoints, self.side))          # (B, K, S, S, S): K Z Y X          L21
+        return self.heatmaps(self.features(tokens))                        # Eq. (4), (B, K, S, S, S)
 
 
 class PoseEstimator(nn.Module):
@@ -411,30 +422,31 @@ class PoseEstimator(nn.Module):
 # Sec. 3.2  Ground-truth heatmaps and the losses, Eq. (5) to Eq. (7)
 # ==========================================================================================================
 def gaussian_1d(centres: Tensor, side: int, sigma: float) -> Tensor:
-    """exp(-(i - c)² / 2 sigma²) at voxels i = 0..S-1 for centres c (B, K) in voxels, not rounded: (B, K, S), peak 1."""
+    """exp(-(i - c)² / 2 sigma²), voxels i = 0..S-1, centres c (B, K): (B, K, S), peak 1, not rounded."""
     voxels = torch.arange(side, device=centres.device, dtype=torch.float32)
     return torch.exp(-(voxels - centres.float()[..., None]).square() / (2 * sigma ** 2))
 
 
 def target_heatmaps(centres: Tensor, side: int, sigma: float) -> Tensor:
-    """H of Sec. 3.2: a 3D Gaussian blob of peak 1 around each centre (B, K, 3), x y z in voxels: (B, K, S, S, S)."""
+    """H of Sec. 3.2: a Gaussian of peak 1 around each centre (B, K, 3), x y z in voxels: (B, K, S, S, S)."""
     x, y, z = (gaussian_1d(centres[..., axis], side, sigma) for axis in range(3))        # 3 x (B, K, S)
-    return torch.einsum("bkz,bky,bkx->bkzyx", z, y, x)                                   # a Gaussian is separable
+    return torch.einsum("bkz,bky,bkx->bkzyx", z, y, x)                               # a Gaussian is separable
 
 
 def keypoint_loss(predicted: Tensor, centres: Tensor, valid: Tensor, sigma: float) -> Tensor:
-    """Eq. (5), Sec. 3.2:  L_kpt = ||H^ - H||²_2, the sum over keypoints and voxels, mean over the batch, in float32.
+    """Eq. (5), Sec. 3.2:  L_kpt = ||H^ - H||²_2, sum over keypoints and voxels, mean over the batch.
 
-    predicted H^ (B, K, S, S, S); centres (B, K, 3), x y z in voxels; valid (B, K): 1 = counts, 0 = joint not labelled or
-    outside the volume. The norm is a sum, as printed: under a mean, lambda_attn = 100 would drown this term.
+    predicted H^ (B, K, S, S, S); centres (B, K, 3), x y z in voxels; valid (B, K): 1 = counts, 0 = joint not
+    labelled or outside the volume. The norm is a sum, as printed: a mean would drown in lambda_attn = 100.
     """
     H = target_heatmaps(centres, predicted.shape[-1], sigma)
     error = (predicted.float() - H).square().sum(dim=(2, 3, 4))                          # (B, K)
     return (valid * error).sum(dim=1).mean(dim=0)                                        # Eq. (5)
 
 
-def keypoint_loss_expanded(features: Tensor, conv: nn.Conv2d, centres: Tensor, valid: Tensor, sigma: float) -> Tensor:
-    """Eq. (5) without a heatmap: the same value as keypoint_loss(conv(features), ..) at a twentieth of the cost.
+def keypoint_loss_expanded(features: Tensor, conv: nn.Conv2d, centres: Tensor, valid: Tensor,
+                           sigma: float) -> Tensor:
+    """Eq. (5) without a heatmap: the value of keypoint_loss(conv(features), ..) at a twentieth of the cost.
 
     H^ = W F is linear in the head's features F (B, C, S, S), and the Gaussian H = z y x is a product, so
         ||H^ - H||² = ||W F||² - 2 <W F, H> + ||H||²,   ||W F||² = trace(W (F F^T) W^T),
@@ -443,15 +455,16 @@ def keypoint_loss_expanded(features: Tensor, conv: nn.Conv2d, centres: Tensor, v
     """
     (B, C, S, _), K = features.shape, centres.shape[1]
     with torch.autocast(features.device.type, enabled=False):
-        ones = features.new_ones(B, 1, S * S, dtype=torch.float32)                       # the bias is one more channel
+        ones = features.new_ones(B, 1, S * S, dtype=torch.float32)              # the bias is one more channel
         Fm = torch.cat([features.float().flatten(2), ones], dim=1)                       # (B, C+1, S*S)
-        W = torch.cat([conv.weight.float().reshape(K, S, C), conv.bias.float().reshape(K, S, 1)], 2)  # (K, S, C+1)
+        W = torch.cat([conv.weight.float().flatten(1), conv.bias.float()[:, None]], dim=1)   # (K*S, C+1)
+        W = W.reshape(K, S, C + 1)                                                           # (K, S, C+1)
         x, y, z = (gaussian_1d(centres[..., axis], S, sigma) for axis in range(3))       # 3 x (B, K, S)
-        gram = Fm @ Fm.transpose(1, 2)                                                   # (B, C+1, C+1) = F F^T
-        power = W.transpose(1, 2) @ W                                                    # (K, C+1, C+1) = W^T W
-        norm_predicted = gram.flatten(1) @ power.flatten(1).T                            # (B, K) trace(W F F^T W^T)
+        gram = Fm @ Fm.transpose(1, 2)                                                 # (B, C+1, C+1) = F F^T
+        power = W.transpose(1, 2) @ W                                                  # (K, C+1, C+1) = W^T W
+        norm_predicted = gram.flatten(1) @ power.flatten(1).T                      # (B, K) trace(W F F^T W^T)
         plane = (y[..., :, None] * x[..., None, :]).flatten(2)                           # (B, K, S*S)
-        under_blob = plane @ Fm.transpose(1, 2)                                          # (B, K, C+1) = F (y x)
+        under_blob = plane @ Fm.transpose(1, 2)                                        # (B, K, C+1) = F (y x)
         at_depth = torch.einsum("bkz,kzc->bkc", z, W)                                    # (B, K, C+1) = z^T W
         inner = (under_blob * at_depth).sum(-1)                                          # (B, K)
         norm_target = z.square().sum(-1) * y.square().sum(-1) * x.square().sum(-1)       # (B, K)
@@ -467,7 +480,7 @@ def attention_loss(a_E: Tensor, a_A: Tensor) -> Tensor:
 
 
 def hpe_loss(L_kpt: Tensor, L_attn: Tensor, lambda_attn: float) -> Tensor:
-    """Eq. (7), Sec. 3.2:  L_HPE = L_kpt + lambda_attn L_attn; lambda_attn is 100 for hands, 10 for humans (Sec. 7)."""
+    """Eq. (7), Sec. 3.2:  L_HPE = L_kpt + lambda_attn L_attn; lambda_attn: 100 hands, 10 humans."""
     return L_kpt + lambda_attn * L_attn                                                  # Eq. (7)
 
 
@@ -475,24 +488,25 @@ def hpe_loss(L_kpt: Tensor, L_attn: Tensor, lambda_attn: float) -> Tensor:
 # Heatmap coding: millimetres -> voxels -> millimetres; the errors of Sec. 4.1
 # ==========================================================================================================
 def project(keypoints: Tensor, intrinsics: Tensor) -> Tensor:
-    """Points (B, K, 3) mm, camera, by intrinsics (B, 3, 3) px to pixels (B, K, 2): u = fx x/z + cx, v alike."""
+    """Points (B, K, 3) mm, camera, and intrinsics (B, 3, 3) to pixels (B, K, 2): u = fx x/z + cx, v alike."""
     uvw = keypoints @ intrinsics.transpose(1, 2)                           # (B, K, 3)
     return uvw[..., :2] / uvw[..., 2:]                                     # (B, K, 2) px
 
 
 def back_project(uv: Tensor, z: Tensor, intrinsics: Tensor) -> Tensor:
     """Pixels uv (B, K, 2) at depths z (B, K) mm to points (B, K, 3) mm, camera: the inverse of `project`."""
-    rays = torch.cat([uv, torch.ones_like(uv[..., :1])], dim=-1) @ torch.linalg.inv(intrinsics).transpose(1, 2)
-    return rays * z[..., None]                                             # (B, K, 3) mm, camera
+    homogeneous = torch.cat([uv, torch.ones_like(uv[..., :1])], dim=-1)                  # (B, K, 3) u v 1
+    rays = homogeneous @ torch.linalg.inv(intrinsics).transpose(1, 2)                    # (B, K, 3) x/z y/z 1
+    return rays * z[..., None]                                                          # (B, K, 3) mm, camera
 
 
 def to_voxels(uv: Tensor, depth: Tensor, image: int, depth_range: float, side: int) -> tuple[Tensor, Tensor]:
-    """Pixels uv (B, K, 2) of a square crop and depth (B, K) mm relative to the root, to voxels (B, K, 3), x y z.
+    """Pixels uv (B, K, 2) of a square crop and depth (B, K) mm from the root, to voxels (B, K, 3), x y z.
 
-    The volume spans the crop, and depth_range mm around the root. Also returns valid (B, K): 1 = inside the volume; an
-    unlabelled joint (NaN) is 0 and lies at the origin.
+    The volume spans the crop, and depth_range mm around the root. Also returns valid (B, K): 1 = inside the
+    volume; an unlabelled joint (NaN) is 0 and lies at the origin.
     """
-    xy = (uv + 0.5) * side / image - 0.5                                   # pixel and voxel centres are integers
+    xy = (uv + 0.5) * side / image - 0.5                                # pixel and voxel centres are integers
     z = (depth / depth_range + 0.5) * side - 0.5
     centres = torch.cat([xy, z[..., None]], dim=-1)                        # (B, K, 3)
     valid = ((centres >= -0.5) & (centres <= side - 0.5)).all(dim=-1)      # False where a coordinate is NaN
@@ -505,28 +519,28 @@ def from_voxels(centres: Tensor, image: int, depth_range: float, side: int) -> t
 
 
 def decode_heatmaps(heatmaps: Tensor, refine: bool = True) -> Tensor:
-    """Heatmaps (B, K, Z, Y, X) to centres (B, K, 3), x y z in voxels: the largest voxel, refined inside its 3³ window.
+    """Heatmaps (B, K, Z, Y, X) to centres (B, K, 3), x y z in voxels: the largest, refined in its 3³ window.
 
-    not in the paper. The window's sums along two axes are a 1D profile of the third; where that is a Gaussian its
-    logarithm is a parabola, whose vertex is the centre: exact for `target_heatmaps` at any sigma and offset.
+    not in the paper. The window's sums along two axes are a 1D profile of the third; where that is a Gaussian
+    its logarithm is a parabola, whose vertex is the centre: exact for `target_heatmaps`, whatever sigma.
     """
     B, K, S = heatmaps.shape[:3]
     best = heatmaps.flatten(2).argmax(dim=-1)                                            # (B, K)
     zyx = torch.stack([best // (S * S), best // S % S, best % S], dim=-1)                # (B, K, 3) z y x
     if not refine: return zyx.flip(-1).float()
-    zyx = zyx.clamp(1, S - 2)                                     # at the border: extrapolate from the window inside
+    zyx = zyx.clamp(1, S - 2)                              # at the border: extrapolate from the window inside
     step = torch.arange(-1, 2, device=heatmaps.device)
     z, y, x = (zyx[..., axis, None] + step for axis in range(3))                         # 3 x (B, K, 3)
-    flat = (z[..., :, None, None] * S + y[..., None, :, None]) * S + x[..., None, None, :]      # (B, K, 3, 3, 3)
+    flat = (z[..., :, None, None] * S + y[..., None, :, None]) * S + x[..., None, None, :]   # (B, K, 3, 3, 3)
     window = heatmaps.flatten(2).gather(2, flat.flatten(2)).float().clamp(min=1e-6).reshape(B, K, 3, 3, 3)
-    profiles = torch.stack([window.sum(dim=(3, 4)), window.sum(dim=(2, 4)), window.sum(dim=(2, 3))], dim=2).log()
-    left, middle, right = profiles.unbind(-1)                                            # 3 x (B, K, 3) z y x
-    curvature = (left - 2 * middle + right).clamp(max=-1e-3)                             # a peak bends downwards
+    profiles = torch.stack([window.sum(dim=(3, 4)), window.sum(dim=(2, 4)), window.sum(dim=(2, 3))], dim=2)
+    left, middle, right = profiles.log().unbind(-1)                                      # 3 x (B, K, 3) z y x
+    curvature = (left - 2 * middle + right).clamp(max=-1e-3)                          # a peak bends downwards
     return (zyx + ((left - right) / (2 * curvature)).clamp(-1.5, 1.5)).flip(-1)          # (B, K, 3) x y z
 
 
 def joint_errors(predicted: Tensor, truth: Tensor, root: int) -> Tensor:
-    """Distances (B, K) mm after moving the roots onto each other, Sec. 4.1; their mean is EPE, for humans MPJPE.
+    """Distances (B, K) mm after moving the roots onto each other, Sec. 4.1; their mean is EPE or MPJPE.
 
     predicted, truth (B, K, 3) mm. A joint that is not labelled (NaN) gives NaN: take nanmean.
     """
@@ -534,9 +548,10 @@ def joint_errors(predicted: Tensor, truth: Tensor, root: int) -> Tensor:
 
 
 def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> Tensor:
-    """Move predicted (B, K, 3) onto truth by the best rotation, translation and, unless rigid, scale (Sec. 4.1, [17]).
+    """Move predicted (B, K, 3) onto truth by the best rotation, shift and, unless rigid, scale (Sec. 4.1).
 
-    Joints that are NaN in truth do not count. A reflection is not a rotation: the smallest singular value's sign mends it.
+    Joints that are NaN in truth do not count. A reflection is no rotation: the smallest singular vector is
+    turned round where the product would be one.
     """
     valid = truth.isfinite().all(-1, keepdim=True)                                       # (B, K, 1)
     count = valid.sum(1, keepdim=True).clamp(min=1)
@@ -546,7 +561,7 @@ def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> T
     U, s, Vt = torch.linalg.svd(p.transpose(1, 2) @ t)                                   # (B, 3, 3)
     sign = torch.ones_like(s)
     sign[:, 2] = torch.linalg.det(U @ Vt).sign()
-    R = U @ (sign[..., None] * Vt)                                                       # row vectors: p R = t
+    R = U @ (sign[..., None] * Vt)                                                      # row vectors: p R = t
     size = p.square().sum(dim=(1, 2)).clamp(min=1e-12)
     scale = torch.ones_like(size) if rigid else (s * sign).sum(1) / size
     return (predicted - p_mean) @ R * scale[:, None, None] + t_mean
@@ -561,33 +576,34 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file  # optional: needed for this format only
             return load_file(str(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official MAE files hold their arguments
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official MAE files hold one
             state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise InputError(f"{path}: this format is read by the library safetensors: pip install safetensors") from error
+        raise InputError(f"{path}: this format needs safetensors: pip install safetensors") from error
     except FileNotFoundError as error: raise InputError(f"{path}: no such file") from error
     except Exception as error:
-        raise InputError(f"{path}: not a weights file that can be read safely: {str(error).splitlines()[0]}") from error
-    for key in ("model", "state_dict", "encoder"): state = state.get(key, state) if isinstance(state, dict) else state
+        raise InputError(f"{path}: cannot be read safely as weights: {first_line(error)}") from error
+    for key in ("model", "state_dict", "encoder"):
+        if isinstance(state, dict): state = state.get(key, state)
     if not isinstance(state, dict) or not any(isinstance(t, Tensor) for t in state.values()):
         raise InputError(f"{path}: holds no named tensors")
     return {k: t for k, t in state.items() if isinstance(t, Tensor)}
 
 
 def resample_positions(positions: Tensor, grid: tuple[int, int], file_grid: tuple[int, int]) -> Tensor:
-    """Learned patch positions (1, N', D) on file_grid, by bicubic interpolation on another grid: (1, N, D)."""
+    """Learned patch positions (1, N', D) on file_grid, interpolated (bicubic) to another grid: (1, N, D)."""
     image = positions.float().unflatten(1, file_grid).permute(0, 3, 1, 2)                # (1, D, H', W')
     return F.interpolate(image, size=grid, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
 
 
 def file_positions(tensors: dict[str, Tensor], encoder: Encoder) -> tuple[Tensor, str]:
-    """The position embedding (1, 1 + N, D) to use, and why: recomputed where the file's is fixed, else resampled."""
+    """Positions (1, 1 + N, D) to use, and why: recomputed where the file's are sines, else resampled."""
     learned = tensors["pos_embed"].float()
     if learned.ndim != 3 or learned.shape[2] != encoder.width:
-        raise InputError(f"pos_embed: the file has {tuple(learned.shape)}, the encoder {tuple(encoder.pos_embed.shape)}")
+        raise InputError(f"pos_embed is {tuple(learned.shape)} in the file; our width is {encoder.width}")
     count = learned.shape[1] - 1                                           # without the class token's
     rows = round(math.sqrt(count))
-    if rows * rows != count: rows = round(math.sqrt(count * 4 / 3))        # 256 x 192, the usual upright human crop
+    if rows * rows != count: rows = round(math.sqrt(count * 4 / 3))  # 256 x 192, the usual upright human crop
     if rows == 0 or count % rows:
         raise InputError(f"pos_embed: {count} positions are neither a square nor a 4:3 grid of patches")
     file_grid = (rows, count // rows)
@@ -595,56 +611,61 @@ def file_positions(tensors: dict[str, Tensor], encoder: Encoder) -> tuple[Tensor
         return sincos_positions(encoder.grid, encoder.width), "recomputed: sines and cosines"
     cls, patches = learned[:, :1], learned[:, 1:]
     if "cls_token" not in tensors: cls, patches = torch.zeros_like(cls), patches + cls   # ViTPose adds both
-    return torch.cat([cls, resample_positions(patches, encoder.grid, file_grid)], 1), f"learned, from {file_grid}"
+    patches = resample_positions(patches, encoder.grid, file_grid)
+    return torch.cat([cls, patches], dim=1), f"learned, resampled from {file_grid} to {encoder.grid} patches"
 
 
 def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | None = None) -> list[str]:
-    """Fill f^E (and f^D) from an MAE, timm or ViTPose file; returns lines that say what was used, left, and why.
+    """Fill f^E (and f^D) from an MAE, timm or ViTPose file; returns lines: what was used, left, and why.
 
-    Raises InputError, naming the first key and both shapes, where a tensor does not fit or a block's tensor is missing.
+    Raises InputError, naming the first key and both shapes, where a tensor does not fit or a block lacks one.
     """
-    tensors = {k.removeprefix("module.").removeprefix("backbone."): t for k, t in read_weights(path).items()}
-    tensors = {k.replace("last_norm.", "norm.") if k.startswith("last_norm.") else k: t for k, t in tensors.items()}
+    tensors = {re.sub(r"^(module\.)?(backbone\.)?(last_(?=norm\.))?", "", k): t
+               for k, t in read_weights(path).items()}
     report = []
     if "pos_embed" in tensors:
         tensors["pos_embed"], why = file_positions(tensors, encoder)
         report.append(f"pos_embed: {why}")
-    if decoder is not None and "decoder_pos_embed" in tensors: tensors["decoder_pos_embed"] = decoder.decoder_pos_embed
+    if decoder is not None and "decoder_pos_embed" in tensors:
+        tensors["decoder_pos_embed"] = decoder.decoder_pos_embed
     wanted = encoder.state_dict() | (decoder.state_dict() if decoder is not None else {})
     for key, own in wanted.items():
         if key not in tensors and (key.startswith("blocks.") or key.startswith("patch_embed.")):
             raise InputError(f"{path}: has no {key} {tuple(own.shape)}; it holds another architecture "
                              f"(its keys begin {', '.join(list(tensors)[:3])})")
         if key in tensors and tensors[key].shape != own.shape:
-            raise InputError(f"{path}: {key} is {tuple(tensors[key].shape)} in the file and {tuple(own.shape)} here")
+            theirs, ours = tuple(tensors[key].shape), tuple(own.shape)
+            raise InputError(f"{path}: {key} is {theirs} in the file and {ours} here")
     surplus = [k for k in tensors if k not in wanted]
     foreign = [k for k in surplus if k.startswith("blocks.")]
-    if foreign: raise InputError(f"{path}: {foreign[0]} {tuple(tensors[foreign[0]].shape)} has no counterpart here; "
-                                 "deeper, or another kind of block")
+    if foreign: raise InputError(f"{path}: {foreign[0]} {tuple(tensors[foreign[0]].shape)} is nothing here: "
+                                 "the file is deeper, or has another kind of block")
     for module in filter(None, (encoder, decoder)):
         module.load_state_dict({k: t for k, t in tensors.items() if k in module.state_dict()}, strict=False)
     report.insert(0, f"used {len(wanted.keys() & tensors.keys())} of {len(tensors)} tensors of {path}")
     missing = [k for k in wanted if k not in tensors]
     if missing: report.append(f"not in the file, left at their initial values: {', '.join(missing[:4])}"
                               + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""))
-    if surplus: report.append(f"left in the file, no such part here: {', '.join(sorted({k.split('.')[0] for k in surplus}))}")
-    if "cls_token" in missing: report.append("no class token in the file: attention maps (Eq. 6) are meaningless")
+    kinds = sorted({k.split(".")[0] for k in surplus})
+    if surplus: report.append(f"left in the file, no such part here: {', '.join(kinds)}")
+    if "cls_token" in missing: report.append("no class token: attention maps (Eq. 6) are meaningless")
     return report
 
 
 # ==========================================================================================================
-# Shared by the three scripts. The method ends here: below are processes, randomness, precision, runs and settings.
+# Shared by the three scripts. The method ends here; below: processes, randomness, precision, runs, settings.
 # ==========================================================================================================
 def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     """Rank, number of processes, device. Started by `python` it is one process; by `torchrun`, many."""
     cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    if cuda and not torch.cuda.is_available(): raise InputError("device cuda: torch sees no CUDA device; --device cpu")
+    if cuda and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; choose --device cpu")
     if "RANK" not in os.environ: return 0, 1, torch.device("cuda" if cuda else "cpu")
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
     local = int(os.environ["LOCAL_RANK"])
     if cuda: torch.cuda.set_device(local)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device("cuda", local) if cuda \
-        else torch.device("cpu")
+    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), place
 
 
 def distributed() -> bool:
@@ -652,7 +673,7 @@ def distributed() -> bool:
 
 
 def from_rank_0(value):
-    """The value that rank 0 holds, on every process. It may be an InputError: then every process raises it."""
+    """The value that rank 0 holds, on every process. If it is an InputError, every process raises it."""
     box = [value]
     if distributed(): torch.distributed.broadcast_object_list(box, src=0)
     if isinstance(box[0], InputError): raise box[0]
@@ -664,8 +685,20 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def wait_for_rank_0() -> None:
+    if distributed(): torch.distributed.barrier()
+
+
+def check_finite(step: int, **losses: float) -> None:
+    """Stop before a loss that is not a number reaches a checkpoint."""
+    bad = {k: v for k, v in losses.items() if not math.isfinite(v)}
+    text = ", ".join(f"{k} is {v}" for k, v in bad.items())
+    if bad: raise InputError(f"{text} at step {step}: lower --lr, or --precision float32; the last save "
+                             "is sound")
+
+
 def random_generator(seed: int, purpose: str, step: int = 0) -> np.random.Generator:
-    """Random numbers that depend on (seed, purpose, step) alone: a resumed run draws what the undisturbed run drew.
+    """Random numbers of (seed, purpose, step) alone: a resumed run draws what the undisturbed run drew.
 
     SeedSequence mixes the three; a sum would make seed 1 at step 0 repeat seed 0 at step 1.
     """
@@ -677,14 +710,21 @@ def share_of_batch(batch: int, micro_batch: int, rank: int, world: int) -> list[
     if batch % world: raise InputError(f"batch {batch} does not divide evenly among {world} processes")
     own = batch // world
     micro = min(micro_batch or own, own)
-    if own % micro: raise InputError(f"micro_batch {micro} does not divide a process's share of the batch, {own}")
+    if own % micro: raise InputError(f"micro_batch {micro} does not divide a process's share of {own} images")
     return [slice(rank * own + i, rank * own + i + micro) for i in range(0, own, micro)]
 
 
-def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
-    """float32 or bfloat16, by timing `one_pass(dtype)`, a forward and backward pass of this very model, under both.
+def micro_steps(model: nn.Module, batches: list):
+    """Each micro-batch of a step in turn; gradients travel between processes with the last one only."""
+    for i, batch in enumerate(batches):
+        quiet = i < len(batches) - 1 and hasattr(model, "no_sync")  # DistributedDataParallel's
+        with model.no_sync() if quiet else contextlib.nullcontext(): yield batch
 
-    A matrix product alone misleads: narrow models lose to casts what they gain in products. Rank 0 decides for all.
+
+def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
+    """float32 or bfloat16, by timing `one_pass(dtype)`, a forward and backward pass of this very model.
+
+    A matrix product alone misleads: narrow models lose to casts what they gain in products.
     """
     if wanted in ("float32", "bfloat16"): return wanted
     if wanted != "auto": raise InputError(f"precision {wanted!r}: choose auto, float32 or bfloat16")
@@ -705,7 +745,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def cosine_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate: linear warm-up to `peak`, then half a cosine down to 0, per step (Sec. 7: cosine and warm-up)."""
+    """Learning rate of a step: linear warm-up to `peak`, then half a cosine to 0 (Sec. 7)."""
     if step < warmup: return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
@@ -718,7 +758,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM raise a flag; the loop saves at the end of its step. A second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM raise a flag, the loop saves at the end of its step. A second one stops at once."""
 
     def __init__(self):
         self.number = 0
@@ -740,7 +780,7 @@ class StopSignal:
 class Progress:
     """One line now and then: step, values, images per second, time left. Silent except on rank 0."""
 
-    def __init__(self, name: str, steps: int, images: int, start: int = 0, rank: int = 0, every: float = 10.0):
+    def __init__(self, name: str, steps: int, images: int, start: int = 0, rank: int = 0, every: float = 10):
         self.name, self.steps, self.images, self.start, self.quiet = name, steps, images, start, rank != 0
         self.begin = self.shown = time.perf_counter()
         self.every = every
@@ -752,12 +792,14 @@ class Progress:
         rate = (done - self.start) / (now - self.begin + 1e-9)
         left = (self.steps - done) / rate if rate else 0
         text = " | ".join(f"{k} {v:.4g}" for k, v in (values or {}).items())
-        print(f"{self.name}  {done}/{self.steps}" + (f" | {text}" if text else "")
-              + f" | {rate * self.images:.0f} images/s | {int(left // 60)}:{int(left % 60):02d} left", flush=True)
+        text = f" | {text}" if text else ""
+        clock = f"{int(left // 60)}:{int(left % 60):02d}"
+        print(f"{self.name}  {done}/{self.steps}{text} | {rate * self.images:.0f} images/s | {clock} left",
+              flush=True)
 
 
 def write_atomically(path: Path, write) -> None:
-    """`write(temporary)`, flush it to the disk, rename: a reader sees the old file or the new one, never half of one."""
+    """`write(temporary)`, flush to disk, rename: a reader sees the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".part")
     try:
         write(temporary)
@@ -766,7 +808,7 @@ def write_atomically(path: Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
         kept = "the previous one is intact" if path.exists() else "nothing was saved"
-        raise InputError(f"{path}: could not be written ({str(error).splitlines()[0]}); {kept}") from error
+        raise InputError(f"{path}: could not be written ({first_line(error)}); {kept}") from error
 
 
 def write_json(path: Path, value) -> None:
@@ -778,53 +820,56 @@ def read_checkpoint(path: str | Path) -> dict:
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error: raise InputError(f"{path}: no such checkpoint") from error
     except Exception as error:
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
-    if not isinstance(state, dict) or "settings" not in state: raise InputError(f"{path}: not one of our checkpoints")
+        raise InputError(f"{path}: not a readable checkpoint ({first_line(error)})") from error
+    if not isinstance(state, dict) or "settings" not in state:
+        raise InputError(f"{path}: not a checkpoint of this project")
     return state
 
 
 def load_parts(path: str | Path, state: dict, **parts: nn.Module) -> None:
-    """Copy the weights state["name"] into each named module; InputError names the first key that does not fit."""
+    """Copy the weights state[name] into each module; InputError names the first key that does not fit."""
     for name, module in parts.items():
         if name not in state: raise InputError(f"{path}: holds no {name}; it is a checkpoint of another kind")
         own = module.state_dict()
         for key in own.keys() | state[name].keys():
             theirs, ours = (tuple(d[key].shape) if key in d else "nothing" for d in (state[name], own))
-            if theirs != ours: raise InputError(f"{path}: {name}.{key} is {theirs} in the file and {ours} here: "
-                                                "another architecture; give the settings it was trained with")
+            if theirs != ours:
+                raise InputError(f"{path}: {name}.{key} is {theirs} in the file and {ours} here: another "
+                                 "architecture; give the settings it was trained with")
         module.load_state_dict(state[name])
 
 
 class Run:
-    """A run folder: config.json, log.jsonl, checkpoint.pt, result.json, and a lock that a killed process releases.
+    """A run folder: config.json, log.jsonl, checkpoint.pt, result.json, a lock that a killed run releases.
 
-    Raises InputError if the folder cannot be made, another process holds it, or it was made with other settings.
+    Raises InputError if the folder cannot be made, another process holds it, or it has other settings.
     """
-    FREE = {"save_every", "log_every", "run"}  # settings that do not change the result
+    FREE = {"save_every", "log_every", "out"}  # settings that do not change the result
 
     def __init__(self, folder: str, settings, facts: dict, rank: int):
         self.folder, self.rank, self.lock = Path(folder), rank, None
         try: problem = self.claim(settings, facts) if rank == 0 else None
-        except OSError as error: problem = InputError(f"{folder}: cannot be used as a run folder ({error.strerror})")
+        except OSError as error: problem = InputError(f"{folder}: cannot hold a run ({error.strerror})")
         except InputError as error: problem = error
         from_rank_0(problem)
-        self.config = json.loads((self.folder / "config.json").read_text())
+        self.config = from_rank_0(json.loads((self.folder / "config.json").read_text()) if rank == 0 else None)
 
     def claim(self, settings, facts: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")
         try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error: raise InputError(f"{self.folder}: another run is at work here") from error
+        except BlockingIOError as error:
+            raise InputError(f"{self.folder}: another run is at work here; give another --out") from error
         path, new = self.folder / "config.json", dataclasses.asdict(settings)
         if not path.exists():
-            versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+            versions = {"torch": torch.__version__, "numpy": np.__version__}
             return write_json(path, {"settings": new, "facts": facts, "versions": versions})
         old = json.loads(path.read_text())
         ours, theirs = new | facts, old["settings"] | old["facts"]
         other = [f"{k}: {theirs.get(k)} there, {ours.get(k)} now" for k in ours
                  if k not in self.FREE and theirs.get(k) != json.loads(json.dumps(ours.get(k)))]
         if other: raise InputError(f"{self.folder}: was made with other settings ({'; '.join(other[:4])}); "
-                                   "give those, or another --run")
+                                   "give those, or another --out")
 
     def decide(self, name: str, choose):
         """A choice of the machine (precision, threads), made once and kept: a resume uses the first run's."""
@@ -833,21 +878,26 @@ class Run:
             if self.rank == 0: write_json(self.folder / "config.json", self.config)
         return self.config[name]
 
-    def save(self, name: str, state: dict) -> None:
+    def decide_dtype(self, name: str, wanted: str, device: torch.device, one_pass) -> torch.dtype:
+        return getattr(torch, self.decide(name, lambda: choose_precision(wanted, device, one_pass)))
+
+    def save(self, name: str, settings, optimiser, parts: dict[str, nn.Module], **values) -> None:
+        """A checkpoint: weights, optimiser, settings and plain values (stage, step, steps, seconds, ..)."""
+        state = {"settings": dataclasses.asdict(settings), "optimiser": optimiser.state_dict(), **values,
+                 **{k: module.state_dict() for k, module in parts.items()}}
         if self.rank == 0: write_atomically(self.folder / name, lambda path: torch.save(state, path))
 
-    def resume(self, name: str, **parts) -> dict | None:
-        """The saved state, its weights copied into `parts` and the log cut back to its step; None: a fresh start."""
-        path = self.folder / name
-        if not from_rank_0(path.exists()): return None
+    def resume(self, name: str, optimiser, parts: dict[str, nn.Module]) -> dict:
+        """The saved values, or {"step": 0, "seconds": 0}; weights, optimiser filled; log cut back."""
+        path, log = self.folder / name, self.folder / "log.jsonl"
+        if not from_rank_0(path.exists()): return {"step": 0, "seconds": 0.0}
         state = read_checkpoint(path)
-        load_parts(path, state, **{k: v for k, v in parts.items() if isinstance(v, nn.Module)})
-        if "optimiser" in parts: parts["optimiser"].load_state_dict(state["optimiser"])
-        log = self.folder / "log.jsonl"
+        load_parts(path, state, **parts)
+        optimiser.load_state_dict(state["optimiser"])
         if self.rank == 0 and log.exists():  # steps after the checkpoint are done again, and logged again
-            kept = [l for l in log.read_text().splitlines()
-                    if json.loads(l)["stage"] != state["stage"] or json.loads(l)["step"] <= state["step"]]
-            write_atomically(log, lambda p: p.write_text("".join(l + "\n" for l in kept)))
+            lines = [(json.loads(line), line) for line in log.read_text().splitlines()]
+            kept = [t for v, t in lines if v["stage"] != state["stage"] or v["step"] <= state["step"]]
+            write_atomically(log, lambda part: part.write_text("".join(t + "\n" for t in kept)))
         return state
 
     def log(self, **values) -> None:
@@ -856,17 +906,16 @@ class Run:
 
 
 def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, dict], arguments=None):
-    """Settings from the command line: the dataclass's defaults, then preset, then variant, then the flags given.
+    """Settings of a script: the dataclass's defaults, then preset, then variant, then the flags given.
 
     The help of a flag is the comment behind its field. An unknown flag or preset fails.
     """
-    import inspect, re
     notes = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
         choices = {"preset": list(presets), "variant": list(variants)}.get(field.name)
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": ""}
-        if choices: kind = {"choices": choices}
+        kind = {"choices": choices} if choices else {"type": field.type, "metavar": ""}
+        if field.type is bool: kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
                             help=f"{notes.get(field.name, '')} [{field.default}]".replace("%", "%%"))
     given = vars(parser.parse_args(arguments))

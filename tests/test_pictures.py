@@ -1,0 +1,273 @@
+"""evaluate.py's pictures: each is written and shows what it should where it should; photographs of every kind."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate as e
+import train_finetune
+import train_pretrain
+import udapose as u
+
+SIDE, N = 48, 4
+BONES = [[0, 1], [0, 2], [2, 3]]                              # two fingers, of one bone and of two
+META = {"format": 1, "name": "toy", "split": "test", "joints": list("abcd"), "bones": BONES, "root": 0,
+        "depth_range": 300.0, "margin": 1.25, "origin": "test_pictures.py"}
+SIZES = {"image": SIDE, "patch": 16, "width": 16, "depth": 2, "heads": 2}
+RED, ORANGE = data.COLOURS[:2]
+
+
+# ==========================================================================================================
+# Runs of tiny, untrained networks
+# ==========================================================================================================
+def save_checkpoint(folder, kind, seed=0, skeleton=True, **settings) -> None:
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    s = dataclasses.asdict(kind.Settings()) | SIZES | {"seed": seed} | settings
+    state = {"settings": s, "step": 2, "steps": 2, "seconds": 1.0}
+    encoder = u.Encoder((SIDE, SIDE), 16, 16, 2, 2)
+    state["encoder"] = encoder.state_dict()
+    if kind is train_pretrain:
+        s |= {"decoder_width": 16, "decoder_heads": 2, "seg_channels": 4}
+        state["decoder"] = u.Decoder(encoder.grid, 16, 16, 16, 1, 2).state_dict()
+        torch.save(state | {"segmentation": u.UNet(4).state_dict()}, folder / "segmentation.pt")
+        lines = [{"stage": "pretraining", "step": i, "L_WMAE": 100 / i, "pixel": 1} for i in (1, 2)]
+    else:
+        s |= {"head_channels": 4}
+        state["head"] = u.KeypointHead(encoder.grid, 16, 4, 4).state_dict()
+        state["skeleton"] = {k: META[k] for k in ("joints", "bones", "root", "depth_range")}
+        lines = [{"stage": "finetuning", "step": i, "L_kpt": 50 / i, "L_attn": 0.1 / i} for i in (1, 2)]
+        lines.append({"stage": "finetuning", "step": 2, "source_val_epe": 40.0})
+    torch.save(state, folder / "checkpoint.pt")
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def save_dataset(folder) -> None:
+    """N crops of noise with a bright square, the mask; joints around the camera's axis at half a metre."""
+    folder.mkdir(parents=True)
+    rng, masks = np.random.default_rng(0), np.zeros((N, 60, 60), np.uint8)
+    masks[:, 20:40, 20:40] = 255
+    np.save(folder / "masks.npy", masks)
+    np.save(folder / "images.npy", rng.integers(0, 90, (N, 60, 60, 3), dtype=np.uint8) + masks[..., None] // 2)
+    np.save(folder / "keypoints.npy", np.float32(rng.uniform(-60, 60, (N, 4, 3)) + (0, 0, 500)))
+    np.save(folder / "intrinsics.npy", np.float32([[[150, 0, 29.5], [0, 150, 29.5], [0, 0, 1]]] * N))
+    (folder / "meta.json").write_text(json.dumps(META))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    save_dataset(root / "toy")
+    source = {"source": str(root / "toy")}
+    save_checkpoint(root / "runs/pretrain-full-seed0", train_pretrain, norm_pix=True)
+    save_checkpoint(root / "runs/scratch-seed0", train_finetune, variant="scratch", lam=0.0, **source)
+    for seed in (0, 1): save_checkpoint(root / f"runs/full-seed{seed}", train_finetune, seed, **source)
+    return root
+
+
+def colour_at(picture, xy) -> np.ndarray:
+    return np.array(picture)[tuple(np.round(xy).astype(int)[::-1])].astype(int)
+
+
+def centre_of(picture, colour) -> np.ndarray:
+    """Mean (x, y) of the pixels of one colour."""
+    return np.argwhere((np.array(picture) == colour).all(-1)).mean(axis=0)[::-1]
+
+
+# ==========================================================================================================
+# What is drawn is where it should be
+# ==========================================================================================================
+def test_views_are_neither_upside_down_nor_mirrored():
+    up_left, far_right = (-50, -80, 0), (60, 0, 70)                                    # mm: y down, z away
+    pose = np.float32([(0, 0, 0), up_left, far_right, far_right])
+    front, right = (e.view(pose, None, across, BONES) for across in (0, 2))
+    (left_x, left_y), (right_x, right_y) = centre_of(front, RED), centre_of(front, ORANGE)
+    assert left_x < right_x and left_y < right_y                                       # as the camera sees it
+    (near_x, near_y), (far_x, far_y) = centre_of(right, RED), centre_of(right, ORANGE)
+    assert near_x < far_x and near_y < far_y                                           # far is to the right
+    mirrored = e.view(pose * np.float32((-1, 1, 1)), None, 0, BONES)
+    assert centre_of(mirrored, RED)[0] > centre_of(mirrored, ORANGE)[0]
+
+
+def test_view_keeps_the_truth_in_sight_and_one_scale():
+    truth = np.float32([(0, 0, 0), (0, -100, 0), (100, 0, 0), (100, 0, 100)])
+    panel = np.array(e.view(truth * 0.5, truth, 0, BONES))
+    y, x = np.argwhere((panel == e.GREY).all(-1)).T                                    # its joints, and labels
+    assert y.min() > 0 and x.min() > 0 and max(y.max(), x.max()) < e.CELL - 1
+    along, down = (np.ptp(np.argwhere((panel == c).all(-1))[:, axis]) for c, axis in ((ORANGE, 1), (RED, 0)))
+    assert abs(int(along) - int(down)) <= 14                                           # 50 mm each, up to the dots
+    truth[3] = np.nan                                                                  # a joint without label
+    assert (np.array(e.view(truth * 0.5, truth, 2, BONES)) == e.GREY).all(-1).any()
+
+
+def test_skeleton_lies_on_the_keypoints():
+    """A bright pixel of the image, shown as a panel, is where the joint that was found there is drawn."""
+    uv = torch.tensor([(10.0, 30.0), (40.0, 5.0), (20.0, 44.0), (float("nan"), 3.0)])
+    image = torch.zeros(3, SIDE, SIDE)
+    for x, y in uv[:3].int().tolist(): image[:, y, x] = 1
+    panel, points = e.to_panel(image), e.in_panel(uv, SIDE)
+    assert all(colour_at(panel, p).min() > 150 for p in points[:3])
+    blank = Image.new("RGB", panel.size)
+    data.draw_skeleton(e.ImageDraw.Draw(blank), points, BONES, 5)
+    ends = [tuple(colour_at(blank, points[i])) for i in (1, 2)]
+    assert ends == [RED, ORANGE] and tuple(colour_at(blank, points[[0, 1]].mean(axis=0))) == RED
+    assert {c for _, c in blank.getcolors()} == {(0, 0, 0), RED, ORANGE}               # no bone to the NaN joint
+    blank = Image.new("RGB", panel.size)
+    data.draw_skeleton(e.ImageDraw.Draw(blank), points, BONES, 3, e.GREY)
+    assert {c for _, c in blank.getcolors()} == {(0, 0, 0), e.GREY}
+
+
+def test_heat_has_row_and_column_in_place():
+    values = torch.full((9,), 0.1)
+    values[1 * 3 + 2] = 5                                                              # row 1, column 2
+    panel = e.heat(Image.new("RGB", (e.CELL, e.CELL)), values)
+    for i in range(9):
+        r, _, b = colour_at(panel, (np.array([i % 3, i // 3]) + 0.5) * e.CELL / 3)
+        assert (r > b) == (i == 5)
+    even = [e.heat(panel, torch.full((9,), v)) for v in (0.01, 7.0)]                   # relative to the mean
+    assert even[0].tobytes() == even[1].tobytes()
+
+
+def test_ticks_are_round_and_inside():
+    assert e.ticks(0, 50) == [0, 10, 20, 30, 40, 50] and e.ticks(0, 2500) == [0, 500, 1000, 1500, 2000, 2500]
+    assert e.ticks(60, -130) == [-100, -50, 0, 50] and len(e.ticks(21.3, 21.9)) in range(3, 8)
+    assert e.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_chart_draws_each_value_at_its_place():
+    panel = e.chart({"a": ([0, 10], [0.0, 1.0])}, {"a": RED}, (0, 1))
+    left, right, top, foot = e.LEFT, e.CHART[0] - e.RIGHT, e.TOP, e.CHART[1] - e.FOOT
+    for share in (0.25, 0.5, 0.75):
+        assert tuple(colour_at(panel, (left + share * (right - left), foot - share * (foot - top)))) == RED
+
+
+# ==========================================================================================================
+# Every picture is written
+# ==========================================================================================================
+def test_all_pictures(runs, capsys):
+    datasets = {name: data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks") for name in ("source", "target")}
+    paths = sorted((runs / "runs").rglob("checkpoint.pt"))
+    results = [e.measure(path, datasets, "cpu") for path in paths]
+    e.draw_all(paths, results, datasets, runs / "pictures", "cpu")
+    names = {"attention", "curves", "poses", "pck", "reconstruction-runs-pretrain-full"}
+    assert {path.name for path in (runs / "pictures").iterdir()} == {f"{name}.png" for name in names}
+    cell, line = (e.CELL + e.GAP) // 2, e.LINE // 2
+    for name, columns, rows in (("poses", 5, 3 * 2), ("attention", 3, 3 * 3),         # 3 images; seed 1 not shown
+                                ("reconstruction-runs-pretrain-full", 5, 3 * 2)):
+        picture = Image.open(runs / f"pictures/{name}.png")
+        assert picture.size == (e.GAP // 2 + columns * cell, 2 * line + rows * (cell + line))
+        assert len(picture.getcolors(maxcolors=10 ** 6)) > 1000
+    for name in ("curves", "pck"): assert len(Image.open(runs / f"pictures/{name}.png").getcolors(10 ** 6)) > 50
+    assert capsys.readouterr().out.count("wrote ") == len(names)
+
+
+def test_pck_is_the_mean_over_seeds(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(e, "chart", lambda curves, *_: seen.update(curves) or Image.new("RGB", e.CHART))
+    result = lambda pck, auc: (None, {"target": {"pck": pck, "auc": auc}})
+    e.draw_pck({"full": [result([0, 1], 0.5), result([0, 0.5], 0.25)]}, {"full": RED})
+    assert list(seen) == ["full: 0.375"] and np.allclose(seen["full: 0.375"], [[0, 50], [0, 0.75]])
+
+
+# ==========================================================================================================
+# Your own picture
+# ==========================================================================================================
+def shades() -> np.ndarray:
+    """(40, 60) uint8: dark above, light below."""
+    return np.repeat(np.uint8([40, 200]), 20)[:, None].repeat(60, axis=1)
+
+
+def save_as(kind: str, path) -> None:
+    grey = Image.fromarray(shades())
+    images = {"grey.png": grey, "cmyk.jpg": grey.convert("RGB").convert("CMYK"), "cmyk.tif": grey.convert("CMYK"),
+              "16bit.png": Image.fromarray(shades().astype(np.uint16) * 257), "palette.png": grey.convert("P"),
+              "rgba.png": Image.merge("RGBA", [grey] * 3 + [Image.new("L", grey.size, 255)]),
+              "rgb.jpg": grey.convert("RGB")}
+    images[kind].save(path)
+
+
+@pytest.mark.parametrize("kind", ["grey.png", "cmyk.jpg", "cmyk.tif", "16bit.png", "palette.png", "rgba.png", "rgb.jpg"])
+def test_every_kind_of_picture_is_read_as_rgb(kind, tmp_path):
+    save_as(kind, tmp_path / kind)
+    picture = data.open_picture(tmp_path / kind)
+    assert picture.dtype == np.uint8 and picture.shape == (40, 60, 3)
+    assert np.abs(picture[..., 1].astype(int) - shades()).max() < 12
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    Image.new("RGBA", (20, 20), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    assert (data.open_picture(tmp_path / "clear.png") == 255).all()
+
+
+def test_a_turned_picture_lands_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                   # stored turned by 90 degrees
+    Image.fromarray(shades()).convert("RGB").rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif)
+    picture = data.open_picture(tmp_path / "turned.jpg")
+    assert picture.shape == (40, 60, 3) and picture[:15].mean() < 60 and picture[25:].mean() > 180
+
+
+def damaged(kind: str, path, monkeypatch) -> None:
+    if kind == "text": path.write_text("not a picture")
+    elif kind == "folder": path.mkdir()
+    elif kind == "tiny": Image.new("RGB", (8, 8)).save(path, "PNG")
+    elif kind != "missing":
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8))
+        noise.save(path, "JPEG" if kind == "cut jpeg" else "PNG")
+        if kind != "bomb": path.write_bytes(path.read_bytes()[:3000])
+        else: monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "tiny", "missing", "cut jpeg", "cut png", "bomb"])
+def test_what_is_no_picture_is_refused_in_one_line(kind, runs, tmp_path, monkeypatch):
+    damaged(kind, tmp_path / "photo", monkeypatch)
+    with pytest.raises(u.InputError) as caught:
+        e.draw_photo(runs / "runs/full-seed0/checkpoint.pt", str(tmp_path / "photo"), None, tmp_path, "cpu")
+    text = str(caught.value)
+    assert "photo: " in text and "; give a " in text and "\n" not in text
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 9, 9), (0, 0, 0, 9), (0, 0, 9, -3), (55, 0, 9, 9), (0, 35, 9, 9),
+                                 (0, 0, float("nan"), 9), (0, 0, float("inf"), 9)])
+def test_a_bad_box_is_refused(box):
+    with pytest.raises(u.InputError, match=r"photo.png: --box .* is not inside the picture, 60 x 40 px; give"):
+        e.square_around(list(box), (60, 40), "photo.png")
+
+
+def test_the_square_is_that_of_training():
+    corner, width = e.square_around([10, 20, 20, 8], (60, 40), "")
+    assert width == 30 and corner.tolist() == [5, 9]                                   # 1.5 x 20 around (20, 24)
+    corner, width = e.square_around(None, (60, 40), "")
+    assert width == 40 and corner.tolist() == [10, 0]
+
+
+def test_millimetres_of_a_photo_come_from_the_bones(tmp_path):
+    save_dataset(tmp_path / "toy")
+    pose = np.load(tmp_path / "toy/keypoints.npy")[:1]
+    np.save(tmp_path / "toy/keypoints.npy", pose.repeat(N, axis=0))
+    state = {"settings": {"source": str(tmp_path / "toy"), "image": SIDE}, "skeleton": META}
+    depth = pose[0, :, 2] - pose[0, 0, 2]
+    scale, why = e.millimetres_per_pixel(pose[0, :, :2] / 2.5 + 7, depth, state)
+    assert scale == pytest.approx(2.5, rel=1e-4) and why == "bones as long as in training"
+    assert np.isfinite(e.millimetres_per_pixel(pose[0, :, :2] / 2.5, 100 * depth, state)[0])   # deeper than any hand
+    state["settings"]["source"] = str(tmp_path / "nowhere")
+    scale, why = e.millimetres_per_pixel(pose[0, :, :2], depth, state)
+    assert scale == 300 / SIDE and "nowhere is missing" in why
+
+
+def test_a_photo_from_the_command_line(runs, tmp_path, capsys):
+    save_as("rgb.jpg", tmp_path / "me.jpg")
+    options = ["--image", str(tmp_path / "me.jpg"), "--device", "cpu", "--pictures"]
+    box = ["--box", "5", "5", "20", "20"]
+    assert e.main([str(runs / "runs"), *options, str(tmp_path / "out"), *box]) == 0
+    picture = Image.open(tmp_path / "out/me_pose.png")
+    assert picture.size[0] == e.GAP // 2 + 4 * (e.CELL + e.GAP) // 2
+    assert "assumed for x, y: no perspective; bones as long as in training" in capsys.readouterr().out
+    with pytest.raises(u.InputError, match="me.jpg: cannot be made"):                  # a file is no folder
+        e.main([str(runs / "runs"), *options, str(tmp_path / "me.jpg")])
+    with pytest.raises(u.InputError, match="no finished fine-tuning run"):
+        e.main([str(runs / "runs/pretrain-full-seed0"), *options, str(tmp_path)])

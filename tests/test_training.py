@@ -1,0 +1,298 @@
+"""The two training scripts on a tiny data set: resume, several processes, variants, what is never opened, refusals."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import train_finetune
+import train_pretrain
+import udapose as u
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--width", "16", "--depth", "2", "--heads", "2", "--threads", "1", "--device", "cpu",
+         "--precision", "float32", "--log-every", "2", "--save-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    """Folders as of the embedded benchmark: 48 source, 40 target, 16 X_C images and two test sets, 60 px."""
+    root = tmp_path_factory.mktemp("sets")
+    for name, domain, count in (("source", "source", 48), ("target", "target", 40), ("xc", None, 16),
+                                ("source_test", "source", 12), ("target_test", "target", 12)):
+        rng = u.random_generator(0, name)
+        arrays = data.render_hands(rng, domain, count, 60) if domain else \
+            {"images": data.render_unconstrained(rng, count, 60)}
+        writer = data.Writer(root / name, {"name": name, "margin": 1.25, "joints": data.HAND_JOINTS,
+                                           "bones": data.HAND_BONES, "root": 0, "depth_range": 300.0})
+        writer.append(arrays)
+        writer.finish()
+    return root
+
+
+def pretrain(sets: Path, run: Path, *more: str) -> int:
+    return train_pretrain.main(SMALL + [
+        "--source", f"{sets}/source", "--target", f"{sets}/target", "--unconstrained", f"{sets}/xc",
+        "--out", str(run), "--decoder-width", "16", "--decoder-heads", "2", "--seg-channels", "4",
+        "--seg-steps", "4", "--seg-batch", "8", "--batch", "16", "--epochs", "1.3", *more])
+
+
+def finetune(sets: Path, run: Path, init: str, *more: str) -> int:
+    return train_finetune.main(SMALL + [
+        "--source", f"{sets}/source", "--target", f"{sets}/target", "--validation", f"{sets}/source_test",
+        "--out", str(run), "--init", init, "--head-channels", "8", "--labels", "24", "--batch", "8",
+        "--epochs", "2", "--warmup", "2", "--validate-every", "4", *more])
+
+
+@pytest.fixture(scope="module")
+def pretrained(sets, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "pretrained"
+    assert pretrain(sets, run) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def finetuned(sets, pretrained) -> Path:
+    run = pretrained.parent / "finetuned"
+    assert finetune(sets, run, str(pretrained)) == 0
+    return run
+
+
+def weights(run: Path, *parts: str) -> dict:
+    state = u.read_checkpoint(run / "checkpoint.pt")
+    return {f"{part}.{k}": t for part in parts for k, t in state[part].items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def same_but_for_sums(a: dict, b: dict) -> bool:
+    """Equal up to the order of sums. A key's bias cancels in the softmax, so its gradient is rounding noise alone,
+    which Adam scales to full steps: it is left out."""
+    return all(torch.allclose(a[k], b[k], atol=2e-4) for k in a if not k.endswith("qkv.bias"))
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """As Ctrl-C would, once `steps` steps are done: the loop saves and main returns 130."""
+    calls = iter(range(10 ** 6))
+    monkeypatch.setattr(u.StopSignal, "requested", lambda self, device: next(calls) + 1 >= steps)
+
+
+def test_pretraining_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch):
+    for steps in (2, 3, 4):  # inside f^S; between f^S and the masked autoencoder; inside the latter
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            assert pretrain(sets, tmp_path / "run") == 130
+    assert pretrain(sets, tmp_path / "run") == 0
+    assert same(weights(tmp_path / "run", "encoder", "decoder"), weights(pretrained, "encoder", "decoder"))
+    assert (tmp_path / "run/log.jsonl").read_text() == (pretrained / "log.jsonl").read_text()
+    masks = [np.load(run / "target_masks.npy") for run in (tmp_path / "run", pretrained)]
+    assert np.array_equal(*masks) and masks[0].shape == (40, 60, 60)
+
+
+def test_finetuning_resumes_bitwise(sets, pretrained, finetuned, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert finetune(sets, tmp_path / "run", str(pretrained)) == 130
+    assert finetune(sets, tmp_path / "run", str(pretrained)) == 0
+    assert same(weights(tmp_path / "run", "encoder", "head"), weights(finetuned, "encoder", "head"))
+    assert (tmp_path / "run/log.jsonl").read_text() == (finetuned / "log.jsonl").read_text()
+
+
+def test_seed_changes_everything_random(sets, finetuned, pretrained, tmp_path):
+    finetune(sets, tmp_path / "run", str(pretrained), "--seed", "1")
+    assert not same(weights(tmp_path / "run", "head"), weights(finetuned, "head"))
+
+
+def test_target_labels_and_masks_are_never_opened(sets, pretrained, finetuned, tmp_path):
+    bare = tmp_path / "target"
+    bare.mkdir()
+    for name in ("images.npy", "meta.json"): os.link(sets / "target" / name, bare / name)
+    for name in ("keypoints.npy", "masks.npy", "intrinsics.npy"): (bare / name).write_text("not an array")
+    pretrain(sets, tmp_path / "a", "--target", str(bare))
+    finetune(sets, tmp_path / "b", str(tmp_path / "a"), "--target", str(bare))
+    assert same(weights(tmp_path / "a", "encoder", "decoder"), weights(pretrained, "encoder", "decoder"))
+    assert same(weights(tmp_path / "b", "encoder", "head"), weights(finetuned, "encoder", "head"))
+
+
+def test_scratch_opens_no_target(sets, tmp_path):
+    assert finetune(sets, tmp_path / "run", "", "--variant", "scratch", "--lam", "0", "--target", "nowhere") == 0
+
+
+def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
+    pretrain(sets, tmp_path / "run", "--micro-batch", "4")
+    ours, theirs = weights(tmp_path / "run", "encoder"), weights(pretrained, "encoder")
+    assert same_but_for_sums(ours, theirs)
+    assert not same(ours, theirs), "this test compares two different orders of summation"
+
+
+def test_two_processes_give_the_same_pretraining(sets, tmp_path):
+    """torchrun with two processes; without f^S, whose BatchNorm sees one process's images only."""
+    base = [a for a in SMALL] + ["--source", f"{sets}/source", "--target", f"{sets}/target", "--variant", "mae",
+                                 "--decoder-width", "16", "--decoder-heads", "2", "--batch", "16", "--epochs", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617",
+               str(ROOT / "train_pretrain.py"), *base, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert train_pretrain.main(base + ["--out", str(tmp_path / "one")]) == 0
+    one, two = weights(tmp_path / "one", "encoder", "decoder"), weights(tmp_path / "two", "encoder", "decoder")
+    assert same_but_for_sums(one, two)
+
+
+def test_sigterm_saves_and_the_same_command_continues(sets, pretrained, tmp_path):
+    command = [sys.executable, str(ROOT / "train_pretrain.py"), *SMALL, "--source", f"{sets}/source", "--target",
+               f"{sets}/target", "--variant", "mae", "--decoder-width", "16", "--decoder-heads", "2",
+               "--batch", "16", "--epochs", "4000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/checkpoint.pt").exists() and process.poll() is None: time.sleep(0.05)
+    with pytest.raises(u.InputError, match="another run is at work"):  # the folder is locked meanwhile
+        train_pretrain.main(command[2:])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 130, process.stderr.read()
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    state = u.read_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert state["step"] >= log[-1]["step"] > 0 and state["step"] < state["steps"]
+
+
+# ---- variants: each switch changes its own term --------------------------------------------------------------
+def pretraining_settings(*arguments: str):
+    return u.parse_settings(train_pretrain.Settings, "", train_pretrain.PRESETS, train_pretrain.VARIANTS, arguments)
+
+
+def batch_of(sets: Path, *arguments: str):
+    s = pretraining_settings("--batch", "16", "--seg-batch", "16", *arguments)
+    source, target = data.Dataset(sets / "source", "masks"), data.Dataset(sets / "target", "masks")
+    domains = [(source, source.masks, s.masks != "none"), (target, target.masks, s.masks == "both")]
+    return train_pretrain.pretraining_batch(s, 0, slice(0, 16), domains, data.Dataset(sets / "xc"),
+                                            torch.device("cpu"))
+
+
+def test_variants_change_their_own_term(sets):
+    full, no_fcr, no_xc, mae = (batch_of(sets, "--variant", v) for v in ("full", "no-fcr", "no-xc", "mae"))
+    source_masks = batch_of(sets, "--variant", "source-masks")
+    assert torch.equal(full[0], no_fcr[0]) and bool((no_fcr[1] == 1).all()) and bool((full[1] != 1).any())
+    assert torch.equal(full[1], no_xc[1]) and not torch.equal(full[0], no_xc[0])
+    assert torch.equal(mae[0], no_xc[0]) and bool((mae[1] == 1).all())
+    weighted = (source_masks[1] != 1).any(dim=1)                           # (16,) images of the source only
+    assert 0 < int(weighted.sum()) < 16 and torch.equal(source_masks[1][weighted], full[1][weighted])
+    assert torch.allclose(full[1].mean(dim=1), torch.ones(16), atol=1e-5)
+    replaced = (full[0] != no_xc[0]).any(dim=1).flatten(1).any(dim=1)      # (16,) about half of the images
+    assert 2 <= int(replaced.sum()) <= 14
+    assert pretraining_settings("--variant", "source-only").target == ""
+
+
+def test_a_share_is_a_slice_of_the_global_batch(sets):
+    s = pretraining_settings("--batch", "16")
+    source = data.Dataset(sets / "source", "masks")
+    make = lambda own: train_pretrain.pretraining_batch(  # noqa: E731
+        s, 3, own, [(source, source.masks, True)], data.Dataset(sets / "xc"), torch.device("cpu"))
+    whole, half = make(slice(0, 16)), make(slice(8, 16))
+    for a, b in zip(whole, half): assert torch.allclose(a[8:], b, atol=1e-6)
+
+
+def test_ar_is_one_term_and_lambda_its_weight(sets, pretrained, tmp_path):
+    log = lambda run: [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]  # noqa: E731
+    finetune(sets, tmp_path / "off", str(pretrained), "--lam", "0")
+    finetune(sets, tmp_path / "on", str(pretrained), "--lam", "1000")
+    off, on = ([r for r in log(tmp_path / run) if "L_kpt" in r] for run in ("off", "on"))
+    assert all(r["L_attn"] == 0 for r in off) and on[-1]["L_attn"] > 0
+    assert on[-1]["lam L_attn / L_kpt"] == pytest.approx(1000 * on[-1]["L_attn"] / on[-1]["L_kpt"])
+
+
+def test_expanded_and_written_eq_5_train_alike(sets, pretrained, finetuned, tmp_path):
+    """keypoint_loss_expanded against keypoint_loss, Eq. (5), through six whole optimiser steps."""
+    finetune(sets, tmp_path / "run", str(pretrained), "--no-expanded")
+    a, b = weights(tmp_path / "run", "head"), weights(finetuned, "head")
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=2e-3) for k in a)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------
+def test_evaluate_measures_and_tabulates(sets, pretrained, finetuned, tmp_path, capsys):
+    assert evaluate.main([str(pretrained.parent), "--source-test", f"{sets}/source_test", "--target-test",
+                          f"{sets}/target_test", "--pictures", "none", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "chance" in text and "tiny full" in text
+    result = json.loads((finetuned / "result.json").read_text())
+    assert 5 < result["target"]["epe"] < 300 and len(result["target"]["per_joint"]) == 21
+    assert result["target"]["per_joint"][0] == 0  # the root is aligned
+    assert len(result["target"]["attention"]["lift"]) == 2
+    again = evaluate.read_results([str(pretrained.parent)])
+    assert {r["kind"] for r in again} == {"pretraining", "finetuning"}
+
+
+# ---- refusals: one line, before work is lost -----------------------------------------------------------------
+@pytest.mark.parametrize("more, message", [
+    (["--image", "50"], "50 x 50 px is not divisible by the patch"),
+    (["--source", "nowhere"], "nowhere: no data set here"),
+    (["--mask-ratio", "1.5"], "between 0 and 1"),
+    (["--mask-ratio", "0.99"], "visible"),
+    (["--xc", "7"], "between 0 and 1"),
+    (["--masks", "some"], "choose both, source or none"),
+    (["--batch", "16", "--micro-batch", "5"], "does not divide"),
+    (["--heads", "5"], "not divisible by the number of heads"),
+    (["--precision", "int8"], "choose auto, float32 or bfloat16"),
+    (["--target-masks", "nowhere.npy"], "nowhere.npy: no readable masks"),
+    (["--out", "/dev/null/run"], "cannot hold a run"),
+])
+def test_pretraining_refuses(sets, tmp_path, more, message):
+    with pytest.raises(u.InputError, match=message): pretrain(sets, tmp_path / "run", *more)
+
+
+def test_unknown_flag_and_preset(sets, tmp_path, capsys):
+    for wrong in (["--no-such-flag", "1"], ["--preset", "huge"], ["--epochs", "many"]):
+        with pytest.raises(SystemExit) as stopped: pretrain(sets, tmp_path / "run", *wrong)
+        assert stopped.value.code == 2
+
+
+def test_finetuning_refuses(sets, pretrained, finetuned, tmp_path):
+    refuse = lambda message, *a: pytest.raises(u.InputError, match=message)  # noqa: E731
+    with refuse("no such checkpoint"): finetune(sets, tmp_path / "a", "nowhere")
+    with refuse("another architecture"): finetune(sets, tmp_path / "b", str(pretrained), "--width", "32")
+    with refuse("other settings.*lam: 100.0 there, 3.0 now"):
+        finetune(sets, finetuned, str(pretrained), "--lam", "3")
+    with refuse("needs a pre-trained f"): finetune(sets, tmp_path / "c", "", "--lam", "3")
+
+
+def test_unfinished_pretraining_is_refused(sets, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        pretrain(sets, tmp_path / "half")
+    with pytest.raises(u.InputError, match="stands at step 2 of"):
+        finetune(sets, tmp_path / "run", str(tmp_path / "half"))
+
+
+def test_finished_run_says_so(sets, pretrained, finetuned, capsys):
+    assert finetune(sets, finetuned, str(pretrained)) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_changed_data_is_noticed(sets, finetuned, pretrained, tmp_path):
+    """A run goes on with the data it began with, or not at all."""
+    other = tmp_path / "source"
+    other.mkdir()
+    for path in (sets / "source").iterdir():
+        if path.name != "meta.json": os.link(path, other / path.name)
+    meta = json.loads((sets / "source/meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"crc": {"images": 1}}))
+    arguments = [str(sets / "source"), str(other)]
+    config = json.loads((finetuned / "config.json").read_text())
+    config["settings"]["source"] = arguments[1]
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | {"out": str(copy)}}))
+    with pytest.raises(u.InputError, match="other settings.*data"):
+        finetune(sets, copy, str(pretrained), "--source", arguments[1])
+
+
+def test_infinite_loss_stops_the_run(sets, tmp_path):
+    with pytest.raises(u.InputError, match="L_WMAE is nan at step"):
+        pretrain(sets, tmp_path / "run", "--variant", "mae", "--lr", "1e30")
