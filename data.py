@@ -269,7 +269,7 @@ def no_augmentation(count: int) -> np.ndarray:
 def crop_transform(parameters: Tensor, stored: int, margin: float, side: int) -> Tensor:
     """Affine map A (B, 2, 3) from pixels of the stored crop to pixels of the network's crop of `side` px."""
     angle, shift, scale = parameters[:, 0], parameters[:, 1:3], parameters[:, 3]
-    zoom = scale * side * margin / stored                                                # (B,) crop px per stored px
+    zoom = scale * side * margin / stored                                         # (B,) crop px per stored px
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     linear = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)          # (B, 2, 2)
     centre = torch.full((len(parameters), 2, 1), (stored - 1) / 2, device=parameters.device)
@@ -291,7 +291,7 @@ def transform_intrinsics(A: Tensor, intrinsics: Tensor) -> Tensor:
 def warp(images: Tensor, A: Tensor, side: int) -> Tensor:
     """Stored crops (B, C, H, H) through A (B, 2, 3) to (B, C, side, side), bilinear; edge pixels go on outside."""
     H, back = images.shape[-1], torch.linalg.inv(A[:, :, :2])              # (B, 2, 2) crop px -> stored px
-    middle = back @ ((side - 1) / 2 - A[:, :, 2:])                         # (B, 2, 1) stored px of the crop's centre
+    middle = back @ ((side - 1) / 2 - A[:, :, 2:])                  # (B, 2, 1) stored px of the crop's centre
     # grid_sample's own units, in both images: -1 .. 1 from the outer edge of the first pixel to that of the last
     theta = torch.cat([back * (side / H), (2 * middle + 1) / H - 1], dim=2)              # (B, 2, 3)
     grid = F.affine_grid(theta, [len(A), 1, side, side], align_corners=False)            # (B, side, side, 2)
@@ -309,7 +309,7 @@ def colour_jitter(images: Tensor, parameters: Tensor) -> Tensor:
     contrast, saturation = parameters[:, 5, None, None], parameters[:, 6, None, None]    # (B, 1, 1)
     mean = (images.mean(dim=(2, 3)) * gains).mean(dim=1)[:, None, None]                  # (B, 1, 1)
     mix = saturation * torch.eye(3, device=images.device) + (1 - saturation) / 3         # (B, 3, 3)
-    matrix, offset = mix * (contrast * gains[:, None]), mean * (1 - contrast)            # (B, 3, 3), (B, 1, 1)
+    matrix, offset = mix * (contrast * gains[:, None]), mean * (1 - contrast)           # (B, 3, 3), (B, 1, 1)
     return torch.baddbmm(offset, matrix, images.reshape(B, 3, -1)).clamp_(0, 1).reshape(B, 3, H, W)
 
 
@@ -343,7 +343,7 @@ def crops(dataset: Dataset, rows: np.ndarray, parameters: np.ndarray, side: int,
 
 def labels_of(dataset: Dataset, rows: np.ndarray, A: Tensor) -> tuple[Tensor, Tensor]:
     """Labels in the network's crop: uv (B, K, 2) px and depth (B, K) mm relative to the root; NaN: not labelled."""
-    keypoints = torch.from_numpy(dataset.keypoints[rows]).to(A.device)                   # (B, K, 3) mm, camera
+    keypoints = torch.from_numpy(dataset.keypoints[rows]).to(A.device)                  # (B, K, 3) mm, camera
     intrinsics = torch.from_numpy(dataset.intrinsics[rows]).to(A.device)                 # (B, 3, 3)
     uv = transform_points(A, project(keypoints, intrinsics))                             # (B, K, 2) px
     root = dataset.meta["root"]
@@ -359,7 +359,7 @@ def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device) ->
     images, _, A = crops(dataset, rows, no_augmentation(len(rows)), side, device)
     heatmaps = estimator.heatmaps(normalise(images))                                     # (B, K, S, S, S)
     uv, depth = from_voxels(decode_heatmaps(heatmaps), side, dataset.meta["depth_range"], heatmaps.shape[-1])
-    truth = torch.from_numpy(dataset.keypoints[rows]).to(device)                         # (B, K, 3) mm, camera
+    truth = torch.from_numpy(dataset.keypoints[rows]).to(device)                        # (B, K, 3) mm, camera
     intrinsics = transform_intrinsics(A, torch.from_numpy(dataset.intrinsics[rows]).to(device))
     root = dataset.meta["root"]
     return back_project(uv, truth[:, root:root + 1, 2] + depth, intrinsics), truth

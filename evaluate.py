@@ -5,12 +5,12 @@
     python evaluate.py --table assets/results runs      the table alone, from result.json files that exist
     python evaluate.py --image PHOTO [--box X Y W H]    predict the pose on your own picture
 
-Errors are EPE (hands) or MPJPE (humans), Sec. 4.1: mean joint distance in mm with the roots aligned, on test images that
-no training script opens. Each run's numbers go to its result.json.
+Errors are EPE (hands) or MPJPE (humans), Sec. 4.1: mean joint distance in mm with the roots aligned, on test
+images that no training script opens. Each run's numbers go to its result.json.
 """
 import argparse
-import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ PCK_LIMIT = 50.0  # mm: the PCK curve is taken over thresholds 0 .. PCK_LIMIT
 # Metrics
 # ==========================================================================================================
 def pck_curve(errors: Tensor, limit: float = PCK_LIMIT, points: int = 101) -> tuple[Tensor, float]:
-    """Share of joints closer than each threshold 0..limit mm, and the area under it, 0..1. NaN errors do not count."""
+    """Share of joints closer than each threshold 0..limit mm, and the area under it; NaN does not count."""
     errors = errors[errors.isfinite()]
     thresholds = torch.linspace(0, limit, points)
     curve = (errors[None] <= thresholds[:, None]).float().mean(dim=1)      # (points,)
@@ -35,7 +35,7 @@ def pck_curve(errors: Tensor, limit: float = PCK_LIMIT, points: int = 101) -> tu
 
 
 def pose_metrics(predicted: Tensor, truth: Tensor, root: int) -> dict:
-    """Errors of predicted (n, K, 3) against truth (n, K, 3), mm, camera: everything a row of a table needs."""
+    """Errors of predicted (n, K, 3) against truth (n, K, 3), mm, camera: what a row of a table needs."""
     errors = u.joint_errors(predicted, truth, root)                        # (n, K) mm
     aligned = (u.procrustes_align(predicted, truth) - truth).norm(dim=-1)
     return {"epe": float(errors.nanmean()), "pa_epe": float(aligned.nanmean()),
@@ -44,9 +44,9 @@ def pose_metrics(predicted: Tensor, truth: Tensor, root: int) -> dict:
 
 
 def attention_lift(maps: Tensor, masks: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """Fig. 5 as numbers: attention on the foreground, and the foreground's area, both (n, L) resp. (n,) shares.
+    """Fig. 5 as numbers: the foreground's share of the attention, (n, L), and of the area, (n,).
 
-    maps a_cls (n, L, N); masks (n, 1, H, W) in 0..1. Their ratio is 1 for attention that ignores the foreground.
+    maps a_cls (n, L, N); masks (n, 1, H, W) in 0..1. The shares' ratio is 1 where attention ignores it.
     """
     area = torch.nn.functional.avg_pool2d(masks, patch).flatten(1)     # (n, N) share of foreground in a patch
     share = (maps * area[:, None]).sum(-1) / maps.sum(-1)                  # (n, L)
@@ -71,22 +71,18 @@ def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> f
 # ==========================================================================================================
 # Measuring one run
 # ==========================================================================================================
-def chunks(dataset: data.Dataset, size: int = 100) -> list[np.ndarray]:
-    return np.array_split(np.arange(len(dataset)), -(-len(dataset) // size))
-
-
 @torch.no_grad()
 def measure_pose(estimator, dataset: data.Dataset, side: int, device) -> dict:
-    pairs = [data.predict(estimator, dataset, rows, side, device) for rows in chunks(dataset)]
+    pairs = [data.predict(estimator, dataset, rows, side, device) for rows in data.chunks(len(dataset))]
     predicted, truth = (torch.cat(part).cpu() for part in zip(*pairs))
     return pose_metrics(predicted, truth, dataset.meta["root"])
 
 
 @torch.no_grad()
 def measure_attention(encoder, dataset: data.Dataset, side: int, device) -> dict:
-    """Lift of every block on a test set with true masks: attention's share on the foreground over its area's."""
+    """Lift of every block on a test set: the true foreground's share of attention over its area's."""
     shares, areas = [], []
-    for rows in chunks(dataset):
+    for rows in data.chunks(len(dataset)):
         x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
         share, area = attention_lift(encoder.attention_maps(data.normalise(x)), m, encoder.patch)
         shares.append(share); areas.append(area)
@@ -97,7 +93,7 @@ def measure_attention(encoder, dataset: data.Dataset, side: int, device) -> dict
 @torch.no_grad()
 def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
     pairs = []
-    for rows in chunks(dataset):
+    for rows in data.chunks(len(dataset)):
         x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
         pairs.append((net(data.normalise(x)).sigmoid(), m))
     return mask_iou(*(torch.cat(part) for part in zip(*pairs)))
@@ -125,7 +121,8 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
     estimator, state = load_estimator(path, device)
     s = state["settings"]
     labelled = data.Dataset(s["source"], "keypoints")
-    result = {"kind": "finetuning", "settings": s, "seconds": round(state["seconds"], 1), "steps": state["step"]}
+    result = {"kind": "finetuning", "settings": s, "steps": state["step"],
+              "seconds": round(state["seconds"], 1)}
     for name, dataset in tests.items():
         if len(dataset.meta["joints"]) != len(state["skeleton"]["joints"]):
             raise u.InputError(f"{dataset.folder}: {len(dataset.meta['joints'])} joints, the model has "
@@ -157,8 +154,8 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
 # ==========================================================================================================
 # Tables over runs
 # ==========================================================================================================
-ROW_ORDER = ["scratch", "mae", "no-fcr", "source-masks", "no-ar", "no-xc", "full", "source-only-mae",
-             "source-only-no-xc", "source-only", "oracle"]
+ROWS = ["scratch", "source-only-mae", "source-only-no-xc", "source-only", "mae", "no-fcr", "source-masks",
+        "no-ar", "no-xc", "full", "oracle"]  # in the order of Tables 1, 3 and 4
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -172,18 +169,27 @@ def per_block(results: list[dict], domain: str) -> str:
     return " ".join(f"{v:.2f}" for v in lifts.mean(axis=0))
 
 
+def row_name(result: dict) -> str:
+    """A run's row: preset and folder without the seed, `tiny full`; the runs of a row differ in the seed."""
+    folder = re.sub(r"-seed\d+$", "", Path(result["settings"]["out"]).name).removeprefix("pretrain-")
+    return f"{result['settings']['preset']} {folder}"
+
+
 def group_results(results: list[dict], kind: str) -> list[tuple[str, list[dict]]]:
-    """Results of one kind by preset and variant, in the order of the paper's tables."""
+    """Results of one kind by row, the rows in the order of the paper's tables."""
     rows: dict = {}
     for r in results:
-        if r["kind"] == kind: rows.setdefault((r["settings"]["preset"], r["settings"]["variant"]), []).append(r)
-    place = lambda key: (key[0], ROW_ORDER.index(key[1]) if key[1] in ROW_ORDER else len(ROW_ORDER), key[1])  # noqa: E731
-    return [(f"{k[0]} {k[1]}", rows[k]) for k in sorted(rows, key=place)]
+        if r["kind"] == kind: rows.setdefault(row_name(r), []).append(r)
+
+    def place(name: str):
+        preset, row = name.split(" ", 1)
+        return preset != "tiny", preset, ROWS.index(row) if row in ROWS else len(ROWS), row
+    return [(name, rows[name]) for name in sorted(rows, key=place)]
 
 
 def table(results: list[dict]) -> list[list[str]]:
-    """Rows of text, the header first: errors in mm over seeds, and how much of the attention is on the foreground."""
-    lines = [["run", "seeds", "target EPE", "target PA-EPE", "target AUC", "source EPE", "attention on target, by block"]]
+    """Rows of text, the header first: errors in mm, attention on the target's foreground over its area."""
+    lines = [["run", "seeds", "target EPE", "target PA-EPE", "target AUC", "source EPE", "attention lift"]]
     for name, group in group_results(results, "finetuning"):
         column = lambda domain, key, digits=1: spread([r[domain][key] for r in group], digits)  # noqa: E731
         lines.append([name, str(len(group)), column("target", "epe"), column("target", "pa_epe"),
@@ -191,15 +197,16 @@ def table(results: list[dict]) -> list[list[str]]:
     if len(lines) > 1:
         r = next(r for r in results if r["kind"] == "finetuning")
         lines.append(["chance: constant mean pose", "", f"{r['target']['chance']:.1f}", "", "",
-                      f"{r['source']['chance']:.1f}", "1.00 = its share of the area"])
+                      f"{r['source']['chance']:.1f}", "1.00 everywhere"])
     return lines
 
 
 def pretraining_table(results: list[dict]) -> list[list[str]]:
-    lines = [["pre-training", "seeds", "IoU of f^S, target", "IoU of f^S, source", "attention on target, by block"]]
+    lines = [["pre-training", "seeds", "IoU of f^S, target", "IoU of f^S, source", "attention lift"]]
     for name, group in group_results(results, "pretraining"):
         with_masks = [r for r in group if "mask_iou" in r["target"]]
-        iou = [spread([r[d]["mask_iou"] for r in with_masks], 2) if with_masks else "-" for d in ("target", "source")]
+        iou = [spread([r[domain]["mask_iou"] for r in with_masks], 2) if with_masks else "-"
+               for domain in ("target", "source")]
         lines.append([name, str(len(group)), *iou, per_block(group, "target")])
     return lines
 
@@ -216,10 +223,10 @@ def read_results(folders: list[str]) -> list[dict]:
     """Every result.json below the folders, each run once: the first place named wins."""
     found: dict = {}
     for folder in folders:
-        for path in sorted(Path(folder).rglob("result.json")):
+        for path in sorted(Path(folder).rglob("*result.json")):
             result = json.loads(path.read_text())
-            s = result["settings"]
-            if "target" in result: found.setdefault((s["preset"], s["variant"], s["seed"], result["kind"]), result)
+            found.setdefault((row_name(result), result["settings"]["seed"], result["kind"]), result)
+    if not found: raise u.InputError(f"{', '.join(folders)}: no result.json; run evaluate.py without --table")
     return list(found.values())
 
 
@@ -230,7 +237,7 @@ def read_results(folders: list[str]) -> list[dict]:
 # Command line
 # ==========================================================================================================
 def finished_runs(folders: list[str]) -> list[Path]:
-    """The checkpoints below the folders whose runs are finished; a run still going on is named and left out."""
+    """The checkpoints of finished runs below the folders; an unfinished one is named and left out."""
     paths = []
     for folder in folders:
         here = sorted(Path(folder).rglob("checkpoint.pt"))
@@ -252,14 +259,15 @@ def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     add = parser.add_argument
     add("runs", nargs="*", default=["runs"], help="run folders, or folders of runs [runs]")
-    add("--source-test", default="datasets/hands/source_test", help="labelled test folder of the source domain")
-    add("--target-test", default="datasets/hands/target_test", help="labelled test folder of the target domain")
+    add("--source-test", default="datasets/hands/source_test", help="labelled test folder of the source")
+    add("--target-test", default="datasets/hands/target_test", help="labelled test folder of the target")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--pictures", default="", help="folder for the pictures [pictures/ beside the runs]; 'none': no pictures")
+    add("--pictures", default="", help="folder for pictures [pictures/ in the first folder]; none: no pictures")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice [0]")
     add("--image", help="predict the pose on this picture instead, with the first run named")

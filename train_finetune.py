@@ -72,6 +72,7 @@ VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-trai
     "no-fcr": {}, "no-xc": {}, "source-masks": {},
     "no-ar": dict(lam=0.0),                     # "w/o AR": shares the pre-training of "full"
     "source-only": dict(lam=0.0), "source-only-mae": dict(lam=0.0), "source-only-no-xc": dict(lam=0.0),
+    "oracle": dict(init="", lam=0.0, source="datasets/hands/target_train", validation=""),
 }
 PRETRAINED_BY = {"no-ar": "full"}
 

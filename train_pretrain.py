@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 train_pretrain.py --preset paper-hand
 
 The same command again resumes a run that was stopped. Variants of the paper's tables: --variant, or
---masks, --xc, --mask-ratio, --alpha. Writes checkpoint.pt (f^E, f^D), segmentation.pt (f^S), target_masks.npy.
+--masks, --xc, --mask-ratio, --alpha. Writes checkpoint.pt (f^E, f^D), segmentation.pt, target_masks.npy.
 """
 import copy
 import dataclasses
@@ -205,7 +205,7 @@ def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconst
 
 def reconstruction_loss(s: Settings, model, x, w, noise, device, dtype):
     """L_WMAE of Eq. (3) and, to compare with MAE's logs, the mean squared error of a masked pixel."""
-    with u.autocast(device, dtype): predicted, m = model(x, noise, s.mask_ratio)                # (b, N, P*P*3), (b, N)
+    with u.autocast(device, dtype): predicted, m = model(x, noise, s.mask_ratio)       # (b, N, P*P*3), (b, N)
     patches = u.patchify(x, s.patch)                                                     # (b, N, P*P*3)
     if s.norm_pix:
         patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()

@@ -852,7 +852,8 @@ class Run:
         except OSError as error: problem = InputError(f"{folder}: cannot hold a run ({error.strerror})")
         except InputError as error: problem = error
         from_rank_0(problem)
-        self.config = from_rank_0(json.loads((self.folder / "config.json").read_text()) if rank == 0 else None)
+        path = self.folder / "config.json"
+        self.config = from_rank_0(json.loads(path.read_text()) if rank == 0 else None)
 
     def claim(self, settings, facts: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

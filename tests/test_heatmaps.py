@@ -242,4 +242,10 @@ def test_procrustes_ignores_joints_without_a_label():
     aligned = u.procrustes_align(predicted, labelled)
     keep = torch.arange(10) != 3
     close(aligned[0, keep], truth[0, keep], rtol=0, atol=1e-3), close(aligned[1], truth[1], rtol=0, atol=1e-3)
-    assert u.procrustes_align(predicted, truth * NAN).shape == truth.shape       # nothing labelled: no crash
+
+
+def test_procrustes_without_anything_to_align():
+    """A sample without labels, or with all joints predicted in one place, must not throw the batch's mean away."""
+    truth = torch.randn(2, 10, 3) * 50
+    assert u.procrustes_align(truth + 5, truth * NAN).isfinite().all()
+    close(u.procrustes_align(torch.ones(2, 10, 3), truth), truth.mean(1, keepdim=True).expand(2, 10, 3))
