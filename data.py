@@ -2,7 +2,9 @@
 
     python data.py hands datasets/hands            render the embedded benchmark (the training scripts do it themselves)
     python data.py freihand ROOT OUT --split train convert a publisher's files into a data-set folder, once
+    python data.py photos ROOT OUT                 any folder of photographs (ImageNet's): unconstrained images X_C
     python data.py show FOLDER PICTURE.png         draw a few samples of any data-set folder, labels and masks included
+    python data.py check FOLDER                    sizes, checksums, and whether the labels are possible
 
 Bring your own data. A data set is a folder of arrays; write it with numpy in ten lines and every script reads it:
 
@@ -19,26 +21,30 @@ so many times as wide as the crop that a network sees, so that rotation and tran
 import argparse
 import collections
 import concurrent.futures
+import contextlib
+import inspect
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import queue
 import signal
-import sys
 import threading
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
 from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, back_project, decode_heatmaps, from_rank_0, from_voxels, project, random_generator, run_script,
-                     write_json)
+                     write_atomically, write_json)
 
 FORMAT = 1
 ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8), "keypoints": (3, np.float32), "intrinsics": (3, np.float32)}
@@ -96,7 +102,8 @@ def read_meta(folder: Path) -> dict:
     try: meta = json.loads((folder / "meta.json").read_text())
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no data set here (no meta.json); see `python data.py -h`") from error
-    except json.JSONDecodeError as error: raise InputError(f"{folder}/meta.json: not JSON ({error})") from error
+    except ValueError as error: raise InputError(f"{folder}/meta.json: not JSON ({error})") from error
+    if not isinstance(meta, dict): raise InputError(f"{folder}/meta.json: not a JSON object")
     missing = {"format", "name", "joints", "bones", "root", "depth_range"} - set(meta)
     if missing: raise InputError(f"{folder}/meta.json: lacks {', '.join(sorted(missing))}")
     if meta["format"] != FORMAT: raise InputError(f"{folder}/meta.json: format {meta['format']}, this code reads {FORMAT}")
@@ -107,78 +114,98 @@ class Writer:
     """Appends rows to a data-set folder. Until `finish` it is OUT.part; opened again after a kill, it goes on there."""
 
     def __init__(self, folder: str | Path, meta: dict):
-        self.folder, self.part, self.meta = Path(folder), Path(f"{folder}.part"), {"format": FORMAT} | meta
+        self.folder, self.part, self.files = Path(folder), Path(f"{folder}.part"), {}
+        self.meta = json.loads(json.dumps({"format": FORMAT} | meta))  # as it is read back: tuples become lists
         if self.folder.exists(): raise InputError(f"{folder}: exists; remove it to make it again")
         try: self.part.mkdir(parents=True, exist_ok=True)
         except OSError as error: raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
         path = self.part / "state.json"
         self.state = json.loads(path.read_text()) if path.exists() else \
-            {"jobs": 0, "rows": 0, "skipped": [], "crc": {}, "row_bytes": {}}
-        self.files = {}
+            {"meta": self.meta, "jobs": 0, "rows": 0, "skipped": [], "crc": {}, "shape": {}}
+        if self.state["meta"] != self.meta:
+            raise InputError(f"{self.part}: was begun with other settings; give those again, or remove it")
 
-    def open(self, name: str, rows: np.ndarray):
-        """The file of one array, cut back to the rows that the saved state vouches for."""
-        file = open(self.part / f"{name}.npy", "r+b" if name in self.state["row_bytes"] else "w+b")
-        self.header(file, rows, 0)  # numpy leaves room in the header for the number of rows to grow
-        file.truncate(file.tell() + self.state["rows"] * rows[0].nbytes)
-        file.seek(0, os.SEEK_END)
-        self.state["row_bytes"][name] = rows[0].nbytes
-        self.state["crc"].setdefault(name, 0)
+    def open(self, name: str, shape: list[int]):
+        """The file of one array with rows of `shape`, cut back to the rows that the saved state vouches for."""
+        path, dtype = self.part / f"{name}.npy", np.dtype(ARRAYS[name][1])
+        file = open(path, "r+b" if path.exists() else "w+b")
+        np.lib.format.write_array_header_1_0(  # numpy leaves room in it for the number of rows to grow
+            file, {"descr": dtype.str, "fortran_order": False, "shape": (self.state["rows"], *shape)})
+        size = file.tell() + self.state["rows"] * math.prod(shape) * dtype.itemsize
+        if file.seek(0, os.SEEK_END) < size: raise InputError(f"{path}: has lost rows; remove {self.part}")
+        file.truncate(size)
+        file.seek(size)
         return file
-
-    @staticmethod
-    def header(file, rows: np.ndarray, count: int) -> None:
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False,
-                   "shape": (count,) + rows.shape[1:]})
 
     def append(self, arrays: dict[str, np.ndarray], skipped: list[str] = ()) -> None:
         """Rows of one job, arrays of the same length; `skipped` names the samples left out and why."""
+        state, crc = self.state, dict(self.state["crc"])
+        shape = {name: list(rows.shape[1:]) for name, rows in arrays.items()} or state["shape"]
+        counts = {len(rows) for rows in arrays.values()} or {0}
+        if len(counts) > 1 or (state["rows"] and shape != state["shape"]):
+            raise InputError(f"{self.part}: arrays {shape}, {counts} rows, after {state['shape']}: a reader's mistake")
         for name, rows in arrays.items():
-            if not len(rows): continue
-            if name not in self.files: self.files[name] = (self.open(name, rows), rows[:0])
-            data = np.ascontiguousarray(rows).tobytes()
-            self.files[name][0].write(data)
-            self.state["crc"][name] = zlib.crc32(data, self.state["crc"][name])
-        self.state["rows"] += len(next(iter(arrays.values()))) if arrays else 0
-        self.state["skipped"] += list(skipped)
-        self.state["jobs"] += 1
+            if name not in self.files: self.files[name] = self.open(name, shape[name])
+            data = np.ascontiguousarray(rows, ARRAYS[name][1]).tobytes()
+            self.files[name].write(data)
+            crc[name] = zlib.crc32(data, crc.get(name, 0))
+        self.state = state | {"jobs": state["jobs"] + 1, "rows": state["rows"] + counts.pop(), "crc": crc,
+                              "shape": shape, "skipped": state["skipped"] + list(skipped)}  # all of it, or nothing
+
+    def check_skipped(self, limit: float, final: bool = False) -> None:
+        """InputError once more than `limit` of the samples (of 200, or of all) are left out, and why most are."""
+        skipped, kind = self.state["skipped"], lambda text: text.partition(": ")[2].partition(":")[0]
+        seen = self.state["rows"] + len(skipped)
+        too_many = len(skipped) > limit * seen and (final or seen >= 200)
+        if not too_many and (self.state["rows"] or not final): return
+        (most, count), = collections.Counter(map(kind, skipped)).most_common(1) or [("", 0)]
+        first = next((text for text in skipped if kind(text) == most), "there is none")
+        raise InputError(f"{self.folder}: {len(skipped)} of {seen} samples left out, {count} of them for {most!r} "
+                         f"({first}). Mend it, remove {self.part}, run again")
 
     def save(self) -> None:
-        for file, _ in self.files.values(): file.flush(); os.fsync(file.fileno())
+        for file in self.files.values(): file.flush(); os.fsync(file.fileno())
         write_json(self.part / "state.json", self.state)
 
+    def close(self) -> None:
+        for file in self.files.values():
+            with contextlib.suppress(OSError): file.close()
+
     def finish(self) -> None:
-        for file, rows in self.files.values():
-            self.header(file, rows, self.state["rows"])
-            file.close()
+        """Writes the final number of rows into the headers and gives the folder its name."""
+        self.save()
+        self.close()
+        for name, shape in self.state["shape"].items(): self.open(name, shape).close()
         write_json(self.part / "meta.json", self.meta | {k: self.state[k] for k in ("rows", "crc", "skipped")})
-        (self.part / "state.json").unlink(missing_ok=True)
         os.replace(self.part, self.folder)
+        (self.folder / "state.json").unlink()
 
 
-def build_dataset(folder: str | Path, meta: dict, jobs: list, work, workers: int = 0, images_a_job: int = 1) -> None:
+def build_dataset(folder: str | Path, meta: dict, jobs: list, work, workers: int = 0, images_a_job: int = 1,
+                  max_skipped: float = 0.05) -> None:
     """Write work(job) for every job, in order, to a data-set folder, on several processes, with a progress line.
 
-    work(job) returns (arrays, skipped). The result does not depend on the number of workers, nor on how often it was
-    interrupted: a killed run goes on from its last save, a few hundred rows back.
+    work(job) returns (arrays, skipped). The result does not depend on the number of workers, nor on how often it
+    was interrupted: a killed run goes on from its last save, a few hundred rows back. InputError, naming the
+    commonest reason, where more than `max_skipped` of the samples are left out: then not they are at fault.
     """
     writer, workers = Writer(folder, meta), workers or os.cpu_count() or 1
     start = writer.state["jobs"]
     progress = Progress(f"{Path(folder).name}", len(jobs), images_a_job, start, every=5)
-    results = ordered_results(work, jobs[start:], workers)
     try:
-        for done, (arrays, skipped) in enumerate(results, start + 1):
+        for done, (arrays, skipped) in enumerate(ordered_results(work, jobs[start:], workers), start + 1):
             writer.append(arrays, skipped)
+            writer.check_skipped(max_skipped)
             if done % max(1, 512 // images_a_job) == 0: writer.save()
             progress.show(done)
-    except BaseException:
-        writer.save()
+        writer.check_skipped(max_skipped, final=True)
+        progress.show(len(jobs), final=True)
+        writer.finish()
+    except BaseException as error:
+        with contextlib.suppress(OSError, ValueError, InputError): writer.save()  # ValueError: closed already
+        writer.close()
+        if isinstance(error, OSError): raise InputError(f"{writer.part}: could not be written ({error})") from error
         raise
-    progress.show(len(jobs), final=True)
-    writer.save()
-    writer.finish()
 
 
 def ordered_results(work, jobs: list, workers: int):
@@ -187,6 +214,9 @@ def ordered_results(work, jobs: list, workers: int):
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
     with concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker) as pool:
         waiting, rest = collections.deque(), iter(jobs)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is the parent's to handle
+        waiting.extend(pool.submit(work, job) for job in itertools.islice(rest, workers))
+        signal.signal(signal.SIGINT, handler)
         try:
             for job in rest:
                 waiting.append(pool.submit(work, job))
@@ -199,8 +229,10 @@ def ordered_results(work, jobs: list, workers: int):
 
 
 def quiet_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # noqa: E731
+    threading.Thread(target=watch, daemon=True).start()  # a killed parent cannot tell its workers to go
 
 
 # ==========================================================================================================
@@ -781,3 +813,333 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
                     make_benchmark(folder.parent)
         except InputError as caught: error = caught
     from_rank_0(error)
+
+
+# ==========================================================================================================
+# Readers of public data sets: a publisher's files -> Samples -> checked -> cropped -> a data-set folder
+# ==========================================================================================================
+# A reader is a function (root, own options with defaults) -> list of Samples. It opens the files of labels,
+# not the pictures; a line in READERS puts it on the command line. All readers share everything else.
+BOX, MARGIN = 1.5, 1.25  # network's crop: so many times the joints' box; stored crop: so many times that crop
+SAMPLES_A_JOB = 16
+HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0}
+
+
+class Sample(NamedTuple):
+    """One picture as its publisher ships it; files are named relative to ROOT."""
+    image: str
+    keypoints: np.ndarray | None = None   # (K, 3) mm, camera; NaN: not labelled. None: no labels at all
+    intrinsics: np.ndarray | None = None  # (3, 3) px of the whole picture, pixel centres at integers
+    mask: str | None = None               # foreground where its grey value (palette index) is ..
+    foreground: int = 128                 # .. so much or more
+    uv: np.ndarray | None = None          # (K, 2) px: the publisher's own 2D labels, where there are any
+    size: tuple | None = None             # (width, height) px of every picture of this publisher
+
+
+def open_picture(path: Path, least: int = 0, foreground: int | None = None) -> np.ndarray:
+    """Any picture file as (H, W, 3) uint8, turned as its EXIF says; grey, palette, CMYK, 16 bit become RGB.
+
+    `least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if both sides keep so many pixels. With
+    `foreground` it is a mask, (H, W) bool: True where the grey value (or palette index) is that or more.
+    """
+    try:
+        with Image.open(path) as image:
+            if foreground is not None:
+                return np.asarray(image if image.mode in "PL" else image.convert("L")) >= foreground
+            if least: image.draft("RGB", (least, least))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:  # what lies under it is arbitrary: white instead
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
+        raise InputError(f"{path}: broken picture: {error}; give a whole PNG or JPEG file") from error
+
+
+def open_sample(root: Path, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
+    """Picture (H, W, 3) uint8 and mask (H, W) bool or None, of the sizes that they must have."""
+    image = open_picture(root / sample.image)
+    mask = open_picture(root / sample.mask, foreground=sample.foreground) if sample.mask else None
+    width, height = sample.size or image.shape[1::-1]
+    for name, array in ((sample.image, image), (sample.mask, mask)):
+        if array is not None and (found := array.shape[1::-1]) != (width, height):
+            raise InputError(f"{root / name}: {found[0]} x {found[1]} px, expected {width} x {height}")
+    return image, mask
+
+
+def need_files(root: Path, names: list[str], layout: str) -> None:
+    """InputError unless all are there: now, not in an hour. Lists a folder once: 100,000 stats are slow."""
+    folders = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        try: present = folders[folder] = folders.get(folder) or set(os.listdir(root / folder))
+        except OSError as error: raise InputError(f"{root / folder}: no such folder. {layout}") from error
+        if file not in present: raise InputError(f"{root / name}: missing. {layout}")
+
+
+def read_json_array(path: Path, *shape: int) -> np.ndarray:
+    """A JSON list of n arrays of `shape` as (n, *shape) float64."""
+    try: array = np.array(json.loads(path.read_text()), np.float64)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a whole JSON array ({error})") from error
+    if array.shape[1:] != shape: raise InputError(f"{path}: shape {array.shape}, expected {('n', *shape)}")
+    return array
+
+
+# ---------------------------------------------------------------- the checks: None, or "kind: what is wrong"
+
+def hand_fault(keypoints: np.ndarray) -> str | None:
+    """Joints (21, 3) mm of a right hand, judged by its four fingers: unit, order along a finger, handedness.
+
+    A finger's middle joint bends towards the palm only, so first bone x second bone points from the little
+    finger to the index in a right hand, and away in its mirror image. It has to point away by 0.2 (12 degrees
+    a finger) to count: straight fingers do not tell, and overstretched ones are no left hand.
+    """
+    bones = np.diff(keypoints[5:].reshape(4, 4, 3), axis=1)                # (4, 3, 3) mm, palm -> tip
+    length = np.linalg.norm(bones, axis=-1)                                # (4, 3) mm
+    if np.isfinite(length[1, 0]) and not 15 <= length[1, 0] <= 80:
+        return f"bone: {length[1, 0]:.3g} mm from middle_1 to middle_2, not a human's 15 to 80: another unit?"
+    if np.nansum(length[:, 2] - length[:, 0]) > 0:
+        return "order: the fingers' last bones are longer than the first: from tip to palm?"
+    across = keypoints[5] - keypoints[17]                                  # (3,) little finger -> index
+    scale = length[:, 0] * length[:, 1] * np.linalg.norm(across) + 1e-9
+    if np.nansum(np.cross(bones[:, 0], bones[:, 1]) @ across / scale) / 4 < -0.2:
+        return "handedness: fingers bend away from the palm: mirrored, a left hand, fingers in reverse order?"
+
+
+def projection_fault(keypoints, uv, size, mask=None, published=None) -> str | None:
+    """Joints (K, 3) mm, their uv (K, 2) px in a picture of `size` (width, height): before the camera, in the
+    picture, at the publisher's own 2D labels (K, 2), on the mask (H, W) bool as they are, not mirrored."""
+    valid = np.isfinite(keypoints).all(axis=1)
+    if valid.sum() < 2: return f"projection: {valid.sum()} joints have labels"
+    if (keypoints[valid, 2] <= 0).any(): return "projection: a joint lies behind the camera"
+    uv, size = uv[valid], np.array(size)
+    inside, extent = ((uv >= -0.5) & (uv <= size - 0.5)).all(axis=1), np.ptp(uv, axis=0).max()
+    if inside.mean() < 0.5: return f"projection: {inside.sum()} of {len(uv)} joints fall on the picture"
+    if not 8 <= extent <= 2 * size.max(): return f"projection: the joints' box is {extent:.1f} px wide"
+    if published is not None and (apart := np.abs(uv - published[valid]).max()) > max(2, 0.03 * extent):
+        return f"projection: {apart:.1f} px from the publisher's 2D labels: camera, order or lens distortion?"
+    if mask is not None:
+        u, v = np.clip(np.round(uv), 0, size - 1).astype(int).T
+        share, mirrored = mask[v, u].mean(), mask[v, size[0] - 1 - u].mean()
+        if mirrored > share + 0.25:
+            return f"projection: {share:.0%} of the joints on the mask, mirrored {mirrored:.0%}: flipped?"
+
+
+def fault_of(keypoints, uv, size, mask=None, published=None) -> str | None:
+    hand = hand_fault(keypoints) if len(keypoints) == len(HAND_JOINTS) else None
+    return hand or projection_fault(keypoints, uv, size, mask, published)
+
+
+def to_uv(keypoints: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
+    """`project` for one sample: (K, 3) mm, camera, and (3, 3) px -> (K, 2) px."""
+    return project(torch.tensor(keypoints)[None], torch.tensor(intrinsics)[None])[0].numpy()
+
+
+# ---------------------------------------------------------------- the crop
+
+def crop_square(pixels: np.ndarray, corner: np.ndarray, width: float, side: int) -> np.ndarray:
+    """A square of `width` px at upper left `corner` (x, y) of pixels (H, W[, 3]) uint8, as (side, side[, 3]).
+
+    Corner and width count from the outer edge of the first pixel: pixel u covers u .. u + 1 there, its centre
+    is u + 0.5. Bilinear, antialiased when shrinking; edge pixels go on beyond the picture.
+    """
+    reach = 2 + math.ceil(width / side)                                    # px that antialiasing sees beyond
+    low, high = np.floor(corner).astype(int) - reach, np.ceil(corner + width).astype(int) + reach
+    rows, columns = (np.arange(low[i], high[i]).clip(0, pixels.shape[1 - i] - 1) for i in (1, 0))
+    x, y = corner - low
+    patch = Image.fromarray(pixels[rows[:, None], columns])
+    return np.asarray(patch.resize((side, side), Image.Resampling.BILINEAR, (x, y, x + width, y + width)))
+
+
+def crop_sample(sample: Sample, image, mask, uv: np.ndarray, side: int) -> dict[str, np.ndarray]:
+    """A row of each array: the square around the valid joints' uv (K, 2) px, and the intrinsics of it."""
+    low, high = np.nanmin(uv, axis=0), np.nanmax(uv, axis=0)               # (2,) px
+    width = BOX * MARGIN * (high - low).max()
+    corner, s = (low + high) / 2 + 0.5 - width / 2, side / width
+    to_crop = np.diag([s, s, 1.0])
+    to_crop[:2, 2] = (0.5 - corner) * s - 0.5                              # u' = (u + 0.5 - corner) s - 0.5
+    row = {"images": crop_square(image, corner, width, side), "keypoints": np.float32(sample.keypoints),
+           "intrinsics": np.float32(to_crop @ sample.intrinsics)}
+    return row if mask is None else row | {"masks": crop_square(mask * np.uint8(255), corner, width, side)}
+
+
+def convert(root: Path, side: int, job: list[Sample]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A job of `build_dataset`: rows of samples that pass the checks; "FILE: kind: what is wrong" of others.
+
+    A broken picture that has labels stops the conversion (the download is broken); any other is left out.
+    """
+    rows, skipped = [], []
+    for sample in job:
+        if sample.keypoints is None:
+            try: image = open_picture(root / sample.image, side)
+            except InputError as error: skipped.append(str(error)); continue
+            size = np.array(image.shape[1::-1])
+            rows.append({"images": crop_square(image, (size - size.min()) / 2, size.min(), side)})
+            continue
+        image, mask = open_sample(root, sample)
+        uv = to_uv(sample.keypoints, sample.intrinsics)                    # (K, 2) px
+        fault = fault_of(sample.keypoints, uv, image.shape[1::-1], mask, sample.uv)
+        if fault: skipped.append(f"{sample.image}: {fault}")
+        else: rows.append(crop_sample(sample, image, mask, uv, side))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}, skipped
+
+
+# ---------------------------------------------------------------- the readers
+
+FREIHAND = {  # split: its folder, pictures of a sample, folder of masks, least grey value of a hand, archive
+    "train": ("training", 4, "mask", 128, "FreiHAND_pub_v2"),
+    "evaluation": ("evaluation", 1, "segmap", 1, "FreiHAND_pub_v2_eval")}
+
+
+def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> list[Sample]:
+    """FreiHAND v2 (Zimmermann et al., ICCV 2019): right hands, 224 x 224 px, our joint order, metres, camera.
+
+    train: n = 32,560 labels and masks (hand and forearm, JPEG noise) of 4 n pictures: picture i + n v shows
+    sample i on background v: 0 green screen, 1 harmonised, 2 and 3 recoloured. evaluation: n = 3,960; labels
+    and masks came later, in FreiHAND_pub_v2_eval. Rows go by sample, its versions side by side.
+    """
+    if split not in FREIHAND: raise InputError(f"split {split!r}: {' or '.join(FREIHAND)}")
+    if not versions or set(versions) - set("0123"): raise InputError(f"versions {versions!r}: some of 0123")
+    part, copies, masks, foreground, archive = FREIHAND[split]
+    layout = f"ROOT is {archive} with {part}_xyz.json, {part}_K.json, {part}/rgb/*.jpg, {part}/{masks}/*"
+    need_files(root, [f"{part}_xyz.json", f"{part}_K.json", f"{part}/rgb/{0:08d}.jpg"], layout)
+    xyz = 1000 * read_json_array(root / f"{part}_xyz.json", 21, 3)         # (n, 21, 3) m -> mm, camera
+    K = read_json_array(root / f"{part}_K.json", 3, 3)                     # (n, 3, 3) px
+    n, pictures = len(xyz), sum(name.endswith(".jpg") for name in os.listdir(root / part / "rgb"))
+    if len(K) != n or pictures != copies * n:  # with a wrong n, i + n v is the picture of another sample
+        raise InputError(f"{root}: {n} samples in {part}_xyz.json, {len(K)} in {part}_K.json, {pictures} "
+                         f"pictures in {part}/rgb, where {copies} x {n} belong: an incomplete download?")
+    masked = split == "train" or (root / part / masks).is_dir()
+    suffix = "png" if (root / part / masks / f"{0:08d}.png").exists() else "jpg"
+    samples = [Sample(f"{part}/rgb/{i + n * int(v):08d}.jpg", xyz[i], K[i], size=(224, 224),
+                      mask=f"{part}/{masks}/{i:08d}.{suffix}" if masked else None, foreground=foreground)
+               for i in range(n) for v in (versions if copies > 1 else "0")]
+    need_files(root, [file for s in samples for file in (s.image, s.mask) if file], layout)
+    return samples
+
+
+def read_photos(root: Path) -> list[Sample]:
+    """Any folder of photographs and its subfolders, as ImageNet's validation images, without labels: X_C."""
+    kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in kinds)
+    samples = [Sample(file) for file in sorted(files)]
+    if not samples: raise InputError(f"{root}: no photographs here ({', '.join(kinds)})")
+    return samples
+
+
+READERS = {  # name on the command line: (reader, skeleton, share of the samples that may be left out)
+    "freihand": (read_freihand, HAND, 0.05),
+    "photos": (read_photos, HAND | {"joints": [], "bones": []}, 1.0),
+}
+
+
+def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **options) -> None:
+    """ROOT as its publisher ships it -> data-set folder OUT, stored crops of `side` px."""
+    reader, skeleton, max_skipped = READERS[name]
+    samples = reader(Path(root), **options)
+    origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
+    meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
+    jobs = [samples[i:i + SAMPLES_A_JOB] for i in range(0, len(samples), SAMPLES_A_JOB)]
+    build_dataset(out, meta, jobs, partial(convert, Path(root), side), workers, SAMPLES_A_JOB, max_skipped)
+    skipped = read_meta(Path(out))["skipped"]
+    print(f"{out}: {len(samples) - len(skipped)} samples, {len(skipped)} left out", *skipped[:5], sep="\n  ")
+
+
+# ==========================================================================================================
+# python data.py: show, check, and the command line
+# ==========================================================================================================
+COLOURS = ((230, 60, 60), (240, 170, 30), (60, 200, 80), (60, 140, 250), (200, 90, 230), (60, 210, 210))
+
+
+def open_all(folder: str) -> Dataset:
+    return Dataset(folder, *(name for name in ARRAYS if (Path(folder) / f"{name}.npy").exists()))
+
+
+def draw_skeleton(draw: ImageDraw.ImageDraw, uv: np.ndarray, bones: list, width: int,
+                  colour: tuple = ()) -> None:
+    """Bones between joints uv (K, 2) px, one colour, or one for each limb; a joint may lack its label."""
+    limb = -1
+    for i, (a, b) in enumerate(bones):
+        limb += i == 0 or a != bones[i - 1][1]  # a bone that starts where the last one ended goes on with it
+        if not np.isfinite(uv[[a, b]]).all(): continue
+        ink, (u, v) = colour or COLOURS[limb % len(COLOURS)], uv[b]
+        draw.line([tuple(uv[a]), tuple(uv[b])], fill=ink, width=width)
+        draw.ellipse((u - width, v - width, u + width, v + width), fill=ink)
+
+
+def draw_sample(dataset: Dataset, row: int, cell: int) -> Image.Image:
+    """A stored crop, `cell` px wide: mask outline (white), network's crop (grey), skeleton; name below."""
+    H, edge = dataset.images.shape[1], cell * (1 - 1 / dataset.meta["margin"]) / 2
+    picture = Image.new("RGB", (cell, cell + 32))
+    picture.paste(Image.fromarray(dataset.images[row]).resize((cell, cell), Image.Resampling.BICUBIC))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((edge, edge, cell - 1 - edge, cell - 1 - edge), outline=(128, 128, 128), width=2)
+    if dataset.masks is not None:
+        hard = Image.fromarray(dataset.masks[row]).resize((cell, cell)).point(lambda grey: 255 * (grey > 127))
+        outline = hard.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3))
+        picture.paste((255, 255, 255), (0, 0, cell, cell), outline)
+    if dataset.keypoints is not None and dataset.intrinsics is not None:
+        uv = to_uv(dataset.keypoints[row], dataset.intrinsics[row])        # (K, 2) stored px
+        draw_skeleton(draw, (uv + 0.5) * cell / H - 0.5, dataset.meta["bones"], cell // 128)
+    draw.text((4, cell + 2), f"{dataset.meta['name']} {dataset.meta['split']} {row}", font_size=22)
+    return picture
+
+
+def show(folder: str, picture: str, cell: int = 512) -> None:
+    """A contact sheet of 16 samples from all over the data set, drawn at twice its size and then halved."""
+    dataset = open_all(folder)
+    rows = np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int))
+    sheet = Image.new("RGB", (4 * cell, -(-len(rows) // 4) * (cell + 32)))
+    for i, row in enumerate(rows):
+        sheet.paste(draw_sample(dataset, row, cell), (i % 4 * cell, i // 4 * (cell + 32)))
+    write_atomically(Path(picture), lambda path: sheet.reduce(2).save(path, format="PNG"))
+
+
+def check(folder: str) -> None:
+    """Sizes and checksums of all arrays (InputError names what is damaged), and the checks on all labels."""
+    dataset = open_all(folder)
+    crc, size = dataset.meta.get("crc", {}), dataset.images.shape[1:3]
+    for name in ARRAYS:
+        array, value, path = getattr(dataset, name), 0, Path(folder) / f"{name}.npy"
+        if array is None and name not in crc: continue
+        if array is None: raise InputError(f"{path}: missing; meta.json counts on it")
+        for i in range(0, len(array), 256): value = zlib.crc32(np.ascontiguousarray(array[i:i + 256]), value)
+        if path.stat().st_size != array.offset + array.nbytes or value != crc.get(name, value):
+            raise InputError(f"{path}: size or checksum is not what was written; convert it again")
+        print(f"{name}.npy: {array.shape} {array.dtype}, {'sound' if name in crc else 'without a checksum'}")
+    if dataset.keypoints is None or dataset.intrinsics is None: return
+    faults = []
+    for i, (keypoints, K) in enumerate(zip(dataset.keypoints, dataset.intrinsics)):
+        mask = dataset.masks[i] >= 128 if dataset.masks is not None else None
+        if fault := fault_of(keypoints, to_uv(keypoints, K), size, mask): faults.append(f"row {i}: {fault}")
+    print(f"labels: {len(faults)} of {len(dataset)} rows are impossible", *faults[:5], sep="\n  ")
+
+
+def main(arguments=None) -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, *places: str, **flags) -> None:
+        sub = commands.add_parser(name, description=about, formatter_class=plain)
+        for place in places: sub.add_argument(place, metavar=place.upper())
+        for flag, value in flags.items():
+            sub.add_argument(f"--{flag}", type=type(value), default=value, metavar="", help="[%(default)s]")
+
+    command("hands", "Render the embedded benchmark.", "out", side=60, workers=0)
+    for name, (reader, _, _) in READERS.items():  # what a reader takes beside root are its flags
+        own = {p.name: p.default for p in inspect.signature(reader).parameters.values() if p.name != "root"}
+        command(name, reader.__doc__, "root", "out", **own, side=320, workers=0)
+    command("show", "Draw 16 samples of a data-set folder.", "folder", "picture")
+    command("check", check.__doc__, "folder")
+    given = vars(parser.parse_args(arguments))
+    name, side, workers = given.pop("command"), given.get("side", 16), given.get("workers", 0)
+    if side < 16 or workers < 0: raise InputError("--side is 16 or more, --workers 0 (all cores) or more")
+    if name == "hands": make_benchmark(given["out"], side, workers)
+    elif name in ("show", "check"): (show if name == "show" else check)(**given)
+    else: convert_dataset(name, **given)
+
+
+if __name__ == "__main__": run_script(main)

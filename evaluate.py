@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import data
@@ -38,8 +39,9 @@ def pose_metrics(predicted: Tensor, truth: Tensor, root: int) -> dict:
     """Errors of predicted (n, K, 3) against truth (n, K, 3), mm, camera: what a row of a table needs."""
     errors = u.joint_errors(predicted, truth, root)                        # (n, K) mm
     aligned = (u.procrustes_align(predicted, truth) - truth).norm(dim=-1)
-    return {"epe": float(errors.nanmean()), "pa_epe": float(aligned.nanmean()),
-            "auc": pck_curve(errors)[1], "images": len(errors),
+    curve, auc = pck_curve(errors)
+    return {"epe": float(errors.nanmean()), "pa_epe": float(aligned.nanmean()), "auc": auc,
+            "images": len(errors), "pck": [round(float(share), 4) for share in curve],
             "per_joint": [round(float(e), 3) for e in errors.nanmean(dim=0)]}
 
 
@@ -116,6 +118,16 @@ def load_estimator(path: Path, device) -> tuple[u.PoseEstimator, dict]:
     return u.PoseEstimator(encoder, head).eval().to(device), state
 
 
+def load_segmentation(path: Path, device) -> tuple[u.UNet, float] | None:
+    """f^S of the pre-training run whose checkpoint is `path`, and the seconds of its training, or None."""
+    seg = path.parent / "segmentation.pt"
+    if not seg.exists(): return None
+    state = u.read_checkpoint(seg)
+    net = u.UNet(state["settings"]["seg_channels"])
+    u.load_parts(seg, state, segmentation=net)
+    return net.eval().to(device), state["seconds"]
+
+
 def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dict:
     """Errors on the test sets, chance, and the class attention on the target before and after fine-tuning."""
     estimator, state = load_estimator(path, device)
@@ -139,15 +151,12 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
     s, result = state["settings"], {"kind": "pretraining", "settings": state["settings"],
                                     "seconds": round(state["seconds"], 1), "steps": state["step"]}
     encoder = load_encoder(state, path).eval().to(device)
-    net, seg = None, path.parent / "segmentation.pt"
-    if seg.exists():
-        net = u.UNet(s["seg_channels"]).eval().to(device)
-        segmentation = u.read_checkpoint(seg)
-        u.load_parts(seg, segmentation, segmentation=net)
-        result["seg_seconds"] = round(segmentation["seconds"], 1)
+    segmentation = load_segmentation(path, device)
+    if segmentation: result["seg_seconds"] = round(segmentation[1], 1)
     for name, dataset in tests.items():
         result[name] = {"attention": measure_attention(encoder, dataset, s["image"], device)}
-        if net is not None: result[name]["mask_iou"] = measure_masks(net, dataset, s["image"], device)
+        if segmentation:
+            result[name]["mask_iou"] = measure_masks(segmentation[0], dataset, s["image"], device)
     return result
 
 
@@ -230,7 +239,292 @@ def read_results(folders: list[str]) -> list[dict]:
     return list(found.values())
 
 
-# PICTURES-SECTION
+# ==========================================================================================================
+# Pictures, drawn at twice their size and halved when saved, which smooths them: sizes here are doubled ones
+# ==========================================================================================================
+CELL, CHART, GAP, LINE = 384, (1000, 640), 14, 42  # a panel, a chart, space between, height of a line of text
+LEFT, TOP, RIGHT, FOOT = 66, 50, 30, 46            # margins of axes; equal sums, so that a square stays one
+FONT, SMALL = ImageFont.load_default(27), ImageFont.load_default(23)
+PAPER, INK, GREY, PALE = (255, 255, 255), (40, 40, 40), (130, 130, 130), (225, 225, 225)
+COLOURS = (*data.COLOURS, (140, 90, 50), (250, 120, 170), (100, 100, 100), (150, 160, 0))  # of runs
+HOT = 4.0  # heat overlays are red where a patch has so many times the mean, or more
+POSE_TITLES = ["predicted", "front: x, y in mm", "from the right: z, y", "attention, all blocks"]
+CURVES = {"L_WMAE": "L_WMAE, Eq. (3)", "L_kpt": "L_kpt, Eq. (5)", "L_attn": "lambda L_attn, Eq. (6)",
+          "source_val_epe": "error on source validation, mm"}
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise u.InputError(f"{path.parent}: cannot be made ({error.strerror}); name another") from error
+    u.write_atomically(path, lambda part: picture.reduce(2).save(part, "PNG"))
+    print(f"wrote {path}", flush=True)
+
+
+def sheet(rows: list[list], titles: list[str], heading: str) -> Image.Image:
+    """Rows of equal panels (picture, caption) under a heading and a title for each column: one picture."""
+    w, h = rows[0][0][0].size[0] + GAP, rows[0][0][0].size[1] + LINE + GAP
+    page = Image.new("RGB", (GAP + max(map(len, rows)) * w, 2 * LINE + len(rows) * h), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, 6), heading, INK, FONT)
+    for i, title in enumerate(titles): draw.text((GAP + i * w, LINE), title, INK, FONT)
+    for r, row in enumerate(rows):
+        for i, (panel, caption) in enumerate(row):
+            page.paste(panel, (GAP + i * w, 2 * LINE + r * h))
+            draw.text((GAP + i * w, LINE - GAP + 4 + (r + 1) * h), caption, INK, FONT)
+    return page
+
+
+def to_panel(x: Tensor) -> Image.Image:
+    """A square image (3, H, H) or mask (1, H, H) in 0..1 as a panel."""
+    pixels = (255 * x.expand(3, -1, -1).clamp(0, 1)).round().byte().permute(1, 2, 0)     # (H, H, 3)
+    return Image.fromarray(pixels.cpu().numpy()).resize((CELL, CELL), Image.Resampling.BICUBIC)
+
+
+def heat(panel: Image.Image, values: Tensor) -> Image.Image:
+    """Values (N,) of a square grid of patches over a panel: blue is 0, red HOT times their mean and more."""
+    side = round(len(values) ** 0.5)
+    hue = (170 * (1 - values / values.mean() / HOT)).clamp(min=0).byte().reshape(side, side)  # 170: blue
+    layer = Image.merge("HSV", [Image.fromarray(hue.cpu().numpy()), *2 * [Image.new("L", (side, side), 255)]])
+    layer = layer.convert("RGB").resize(panel.size, Image.Resampling.NEAREST)  # one colour for a patch
+    return Image.blend(panel.convert("L").convert("RGB"), layer, 0.45)
+
+
+def ticks(a: float, b: float) -> list[float]:
+    """Round numbers from a to b: at most six steps of 1, 2 or 5 times a power of ten."""
+    low, high = sorted((float(a), float(b)))
+    power = 10.0 ** np.floor(np.log10((high - low) / 6))
+    step = float(next(m * power for m in (1, 2, 5, 10) if 6 * m * power >= high - low))
+    return [step * i for i in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
+
+
+def axes(size: tuple, x: tuple, y: tuple):
+    """A panel with a grid, x[0] left, x[1] right, y[0] below, y[1] above; and the map (n, 2) values -> px."""
+    panel = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(panel)
+    scale = (size[0] - LEFT - RIGHT) / (x[1] - x[0]), (TOP + FOOT - size[1]) / (y[1] - y[0])
+    place = lambda p: (np.asarray(p) - (x[0], y[0])) * scale + (LEFT, size[1] - FOOT)    # noqa: E731
+    for v in ticks(*x):
+        draw.line([*place((v, y[0])), *place((v, y[1]))], PALE, 2)
+        draw.text(tuple(place((v, y[0])) + (0, 6)), f"{v:g}", GREY, SMALL, anchor="ma")
+    for v in ticks(*y):
+        draw.line([*place((x[0], v)), *place((x[1], v))], PALE, 2)
+        draw.text(tuple(place((x[0], v)) - (7, 0)), f"{v:g}", GREY, SMALL, anchor="rm")
+    return panel, place
+
+
+def view(pose: np.ndarray, truth: np.ndarray | None, across: int, bones: list) -> Image.Image:
+    """Poses (K, 3) mm from the root, in parallel projection, y down; the truth thin and grey.
+
+    across 0: x to the right, as the camera sees it. across 2: z to the right, as seen from the right of that.
+    """
+    shown = pose if truth is None else truth                                             # one scale for all
+    low, high = np.nanmin(shown, axis=0), np.nanmax(shown, axis=0)
+    half, middle = 0.6 * max((high - low).max(), 1.0), (low + high) / 2
+    x, y = (middle[axis] + (-half, half) for axis in (across, 1))
+    panel, place = axes((CELL, CELL), x, y[::-1])
+    draw = ImageDraw.Draw(panel)
+    if truth is not None: data.draw_skeleton(draw, place(truth[:, [across, 1]]), bones, 3, GREY)
+    data.draw_skeleton(draw, place(pose[:, [across, 1]]), bones, 6)
+    return panel
+
+
+def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = ()) -> Image.Image:
+    """Curves {name: (x, y)}; the legend is where falling curves leave room, or rising ones if y is given."""
+    xs, ys = (np.concatenate([curve[i] for curve in curves.values()]) for i in (0, 1))
+    panel, place = axes(CHART, (0, xs.max()), y or (0.9 * ys.min(), ys.max()))
+    draw, at, anchor = ImageDraw.Draw(panel), LEFT + 20 if y else CHART[0] - RIGHT - 10, "la" if y else "ra"
+    for i, (name, curve) in enumerate(curves.items()):
+        draw.line(place(np.transpose(curve)).ravel().tolist(), colours[name], 5, joint="curve")
+        draw.text((at, TOP + 38 * i + 6), name, colours[name], FONT, anchor)
+    return panel
+
+
+# ---------------------------------------------------------------- Figures 2 to 5, and curves
+@torch.no_grad()
+def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, device) -> Image.Image:
+    """Fig. 2: masked input, reconstruction, original and, if there is f^S, its mask and the weights w."""
+    state = u.read_checkpoint(path)
+    s, encoder, f_S = state["settings"], load_encoder(state, path), load_segmentation(path, device)
+    sizes = (s[f"decoder_{key}"] for key in ("width", "depth", "heads"))
+    decoder = u.Decoder(encoder.grid, s["patch"], s["width"], *sizes)
+    u.load_parts(path, state, decoder=decoder)
+    as_it_is = data.no_augmentation(len(rows))
+    crops = [data.crops(d, rows, as_it_is, s["image"], device)[0] for d in tests.values()]
+    x = data.normalise(torch.cat(crops))                                                 # (n, 3, H, W)
+    patches = u.patchify(x, s["patch"])                                                  # (n, N, P*P*3)
+    noise = torch.from_numpy(u.random_generator(0, "pictures").random(patches.shape[:2], np.float32))
+    mae = u.MaskedAutoencoder(encoder, decoder).eval().to(device)
+    predicted, m = mae(x, noise.to(device), s["mask_ratio"])                           # (n, N, P*P*3), (n, N)
+    if s["norm_pix"]:  # the output has no brightness or contrast of its own: lend it the true patch's
+        predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+    hidden = m[..., None] > 0                                                            # (n, N, 1)
+    tiles = torch.where(hidden, 0.0, patches), torch.where(hidden, predicted, patches), patches
+    images = [data.denormalise(u.unpatchify(t, s["patch"], encoder.grid)) for t in tiles]
+    panels = [[(to_panel(image), "") for image in row] for row in zip(*images)]
+    for row, mask in zip(panels, f_S[0](x).sigmoid() if f_S else []):                    # (1, H, W)
+        w = u.foreground_weights(mask[None], s["patch"], s["alpha"])[0]                  # (N,), Eq. (2)
+        row += [(to_panel(mask), ""), (heat(row[2][0], w), f"{w.min():.1f} to {w.max():.1f}")]
+    titles = ["masked input", "reconstruction", "original", "mask by f^S", "weights w, Eq. (2)"]
+    lent = "; norm_pix: contrast of the true patches" if s["norm_pix"] else ""
+    heading = f"{name}: {', '.join(tests)} test, r = {s['mask_ratio']:g}; visible patches pasted{lent}"
+    return sheet(panels, titles[:len(panels[0])], heading)
+
+
+def in_panel(uv: Tensor, side: int) -> np.ndarray:
+    """Pixels of the network's crop to pixels of a panel that shows it; pixel centres are integers."""
+    return ((uv + 0.5) * CELL / side - 0.5).cpu().numpy()
+
+
+@torch.no_grad()
+def look_at(path: Path, dataset: data.Dataset, rows: np.ndarray, device) -> dict:
+    """What a run makes of images: panels, attention (n, L, N), its lift (n, L) and, with a head, poses."""
+    state = u.read_checkpoint(path)
+    side, root, head = state["settings"]["image"], dataset.meta["root"], "head" in state
+    estimator = load_estimator(path, device)[0] if head else None
+    encoder = estimator.encoder if head else load_encoder(state, path).eval().to(device)
+    x, m, A = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
+    maps = encoder.attention_maps(data.normalise(x))                                     # (n, L, N)
+    share, area = attention_lift(maps, m, encoder.patch)
+    seen = {"panels": [to_panel(image) for image in x], "maps": maps, "lift": share / area[:, None]}
+    if not head: return seen
+    both = data.predict(estimator, dataset, rows, side, device)     # predicted, true: 2 x (n, K, 3) mm
+    K = data.transform_intrinsics(A, torch.from_numpy(dataset.intrinsics[rows]).to(device))
+    return seen | {"error": u.joint_errors(*both, root).nanmean(dim=1),
+                   "uv": [in_panel(u.project(p, K), side) for p in both],
+                   "pose": [(p - p[:, root:root + 1]).cpu().numpy() for p in both]}
+
+
+def pose_panels(panel, uv, pose, attention: Tensor, bones: list, true_uv=None, truth=None) -> list:
+    """A row of Figs. 3 and 4: 2D skeleton (the true one thin), 3D from two sides, attention."""
+    flat = panel.copy()
+    if true_uv is not None: data.draw_skeleton(ImageDraw.Draw(flat), true_uv, bones, 2, PAPER)
+    data.draw_skeleton(ImageDraw.Draw(flat), uv, bones, 5)
+    return [flat, view(pose, truth, 0, bones), view(pose, truth, 2, bones), heat(panel, attention)]
+
+
+def draw_poses(looks: dict[str, dict], count: int, bones: list) -> Image.Image:
+    """Figs. 3 and 4: every image under every run, one below the other."""
+    rows = []
+    for i, (name, seen) in ((i, item) for i in range(count) for item in looks.items()):
+        (uv, true_uv), (pose, truth) = ([both[i] for both in seen[key]] for key in ("uv", "pose"))
+        true, attention = seen["panels"][i].copy(), seen["maps"][i].mean(dim=0)
+        data.draw_skeleton(ImageDraw.Draw(true), true_uv, bones, 5)
+        panels = [true, *pose_panels(seen["panels"][i], uv, pose, attention, bones, true_uv, truth)]
+        lift = f"on foreground {seen['lift'][i].mean():.2f} x"
+        rows.append(list(zip(panels, (name, f"error {seen['error'][i]:.1f} mm", "", "", lift))))
+    return sheet(rows, ["true", *POSE_TITLES],
+                 "Target test; thin: true pose. Attention: share on the foreground / its area")
+
+
+def draw_attention(looks: dict[str, dict], count: int) -> Image.Image:
+    """Fig. 5: a_cls of every block, every image under every run."""
+    rows = [[(seen["panels"][i], name)] + [(heat(seen["panels"][i], a), f"on foreground {lift:.2f} x")
+                                           for a, lift in zip(seen["maps"][i], seen["lift"][i])]
+            for i in range(count) for name, seen in looks.items()]
+    return sheet(rows, ["target test"] + [f"block {i}" for i in range(1, max(map(len, rows)))],
+                 f"Class attention, red: {HOT:g} times the mean. Below: share on the foreground / its area")
+
+
+def draw_curves(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image | None:
+    """Losses and validation error over the steps, from log.jsonl of the first seed of each run."""
+    panels = []
+    for key, title in CURVES.items():
+        curves = {}
+        for name, ((path, result), *_) in runs.items():
+            log = path.parent / "log.jsonl"
+            factor = result["settings"].get("lam", 0) if key == "L_attn" else 1
+            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            points = [(line["step"], factor * line[key]) for line in lines if factor and key in line]
+            if points: curves[name] = tuple(zip(*points))
+        if curves: panels.append((chart(curves, colours), f"{title}, over steps"))
+    rows = [panels[i:i + 2] for i in range(0, len(panels), 2)]
+    return sheet(rows, [], "Training, first seed of each run") if rows else None
+
+
+def draw_pck(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image:
+    """PCK over its threshold on the target test set, mean over the seeds of a run; areas in the legend."""
+    curves, named = {}, {}
+    for name, seeds in runs.items():
+        label = f"{name}: {np.mean([result['target']['auc'] for _, result in seeds]):.3f}"
+        pck = np.mean([result["target"]["pck"] for _, result in seeds], axis=0)          # (points,)
+        curves[label], named[label] = (np.linspace(0, PCK_LIMIT, len(pck)), pck), colours[name]
+    return sheet([[(chart(curves, named, (0, 1)), "threshold, mm")]], [],
+                 "Target test: share of joints closer than the threshold; area under it")
+
+
+def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, device) -> None:
+    """All pictures of the runs of these checkpoints; those with images show the first seed of a run."""
+    where = {id(result): path for path, result in zip(paths, results)}
+    runs = {before + name: [(where[id(result)], result) for result in seeds]             # {row: its seeds}
+            for kind, before in (("pretraining", "pretrain "), ("finetuning", ""))
+            for name, seeds in group_results(results, kind)}
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
+    rows = np.linspace(0, min(map(len, tests.values())) - 1, 3).astype(int)              # not picked by hand
+    rows = rows[:max(1, 12 // len(runs))]
+    looks = {name: look_at(seeds[0][0], tests["target"], rows, device) for name, seeds in runs.items()}
+    posed = {name: seen for name, seen in looks.items() if "pose" in seen}
+    pictures = {"attention": draw_attention(looks, len(rows)), "curves": draw_curves(runs, colours)}
+    if posed: pictures["poses"] = draw_poses(posed, len(rows), tests["target"].meta["bones"])
+    if posed: pictures["pck"] = draw_pck({name: runs[name] for name in posed}, colours)
+    for name in sorted(runs.keys() - posed.keys()):
+        picture = draw_reconstruction(runs[name][0][0], name, tests, rows, device)
+        pictures[name.replace("pretrain", "reconstruction").replace(" ", "-")] = picture
+    for name, picture in pictures.items():
+        if picture: save_picture(picture, folder / f"{name}.png")
+
+
+# ---------------------------------------------------------------- your own picture
+def square_around(box: list[float] | None, size: tuple[int, int], name: str) -> tuple[np.ndarray, float]:
+    """Corner (2,) and width, px, of the square to crop: around box x y w h as in training; None: the middle.
+
+    Raises InputError for a box that is not inside the picture.
+    """
+    W, H = size
+    x, y, w, h = box or ((W - min(size)) / 2, (H - min(size)) / 2, min(size), min(size))
+    if not (x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= W and y + h <= H):  # NaN fails as well
+        raise u.InputError(f"{name}: --box {x:g} {y:g} {w:g} {h:g} is not inside the picture, {W} x {H} px; "
+                           "give left, top, width, height in its pixels")
+    width = max(w, h) * (data.BOX if box else 1)
+    return np.array([x + w / 2, y + h / 2]) - width / 2, width
+
+
+def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tuple[float, str]:
+    """Scale of x, y in a photo without intrinsics, and the assumption. uv (K, 2) px, depth (K,) mm.
+
+    Parallel projection, bones as long as in training: k with sum over bones of k² |duv|² + dz² = sum of L².
+    """
+    s, known = state["settings"], state["skeleton"]
+    a, b = np.array(known["bones"]).T
+    try: poses = data.Dataset(s["source"], "keypoints").keypoints[:1000]                 # (n, K, 3) mm
+    except u.InputError: return known["depth_range"] / s["image"], f"{s['source']} is missing, a guess"
+    L2 = np.nanmean(np.square(poses[:, a] - poses[:, b]).sum(-1), axis=0).sum()
+    flat, deep = np.square(uv[a] - uv[b]).sum(), np.square(depth[a] - depth[b]).sum()
+    return float(np.sqrt(max(L2 - deep, 0.1 * L2) / max(flat, 1e-6))), "bones as long as in training"
+
+
+@torch.no_grad()
+def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, device) -> None:
+    """Predict the pose on one's own picture: folder/PHOTO_pose.png with 2D, 3D from two sides, attention."""
+    estimator, state = load_estimator(path, device)
+    side, known = state["settings"]["image"], state["skeleton"]
+    picture = data.open_picture(Path(photo))                                             # (H, W, 3) uint8
+    H, W, _ = picture.shape
+    if min(H, W) < 16: raise u.InputError(f"{photo}: {W} x {H} px; give a picture of at least 16 x 16 px")
+    square = square_around(box, (W, H), photo)
+    crop, panel = (data.crop_square(picture, *square, pixels) for pixels in (side, CELL))
+    x = data.normalise(torch.tensor(crop, device=device).permute(2, 0, 1)[None].float() / 255)
+    attention, heatmaps = estimator.encoder.attention_maps(x)[0].mean(dim=0), estimator.heatmaps(x)
+    coded = u.from_voxels(u.decode_heatmaps(heatmaps), side, known["depth_range"], heatmaps.shape[-1])
+    uv, depth = (part[0].cpu().numpy() for part in coded)                                # (K, 2) px, (K,) mm
+    scale, why = millimetres_per_pixel(uv, depth, state)
+    pose = np.column_stack([scale * uv, depth])                                          # (K, 3) mm
+    panels = pose_panels(Image.fromarray(panel), in_panel(torch.from_numpy(uv), side),
+                         pose - pose[known["root"]], attention, known["bones"])
+    assumed = f"assumed for x, y: no perspective; {why}: {scale * side:.0f} mm across the crop"
+    page = sheet([[(panel, "") for panel in panels]], POSE_TITLES, assumed)
+    save_picture(page, folder / f"{Path(photo).stem}_pose.png")
+    print(f"{photo}: {assumed}")
 
 
 # ==========================================================================================================
@@ -275,17 +569,24 @@ def main(arguments=None) -> int:
     a = parser.parse_args(arguments)
     _, _, device = u.setup_distributed(a.device)
     if a.threads: torch.set_num_threads(a.threads)
+    if a.image:
+        path = next((p for p in finished_runs(a.runs) if "head" in u.read_checkpoint(p)), None)
+        if path is None: raise u.InputError(f"{' '.join(a.runs)}: no finished fine-tuning run for --image")
+        draw_photo(path, a.image, a.box, Path("" if a.pictures == "none" else a.pictures), device)
+        return 0
     if a.table: results = read_results(a.runs)
     else:
         data.ensure_benchmark([a.source_test, a.target_test], 0)
         tests = {"source": data.Dataset(a.source_test, "keypoints", "intrinsics", "masks"),
                  "target": data.Dataset(a.target_test, "keypoints", "intrinsics", "masks")}
-        results = []
-        for path in finished_runs(a.runs):
+        results, paths = [], finished_runs(a.runs)
+        for path in paths:
             print(f"measuring {path.parent}", flush=True)
             results.append(measure(path, tests, device))
     print()
     for lines in (pretraining_table(results), table(results)): print(show_table(lines, a.markdown))
+    if not a.table and paths and a.pictures != "none":
+        draw_all(paths, results, tests, Path(a.pictures or Path(a.runs[0]) / "pictures"), device)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Every test finds the project's files, computes on one thread and draws the same random numbers in any order."""
+"""Every test finds the project's files, computes on one thread and draws the same numbers in any order."""
 import sys
 from pathlib import Path
 

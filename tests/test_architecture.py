@@ -1,4 +1,4 @@
-"""Tables 5 to 8 row by row at the paper's size, and the parts under Eq. (1) to Eq. (7): patches, positions, masking.
+"""Tables 5 to 8 row by row at the paper's size, and under Eq. (1) to Eq. (7): patches, positions, masks.
 
 The paper's size is built on torch's meta device: shapes and counts without the memory or the minutes.
 """
@@ -30,7 +30,7 @@ def paper():
 
 @torch.no_grad()
 def shapes(module, *inputs) -> dict:
-    """Name of each part called -> (shape in, shape out) of one image; "output" -> what the whole module returns."""
+    """Name of each part called -> (shape in, shape out) of one image; "output" -> what the module returns."""
     seen, first = {}, lambda x: tuple((x[0] if isinstance(x, tuple) else x).shape[1:])
     hooks = [part.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (first(x), first(y))}))
              for name, part in module.named_modules()]
@@ -39,9 +39,9 @@ def shapes(module, *inputs) -> dict:
     return seen
 
 
-@pytest.mark.parametrize("name, count", [("f^E", 85_647_360), ("f^D", 3_941_632), ("f^S", 895_681), ("f^H", 4_541_248)])
-def test_parameter_counts(paper, name, count):
-    assert sum(p.numel() for p in paper[name].parameters()) == count
+def test_parameter_counts(paper):
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in paper.items()}
+    assert counts == {"f^E": 85_647_360, "f^D": 3_941_632, "f^S": 895_681, "f^H": 4_541_248}
 
 
 def test_table_5_encoder_and_decoder(paper):
@@ -51,7 +51,7 @@ def test_table_5_encoder_and_decoder(paper):
     assert shapes(encoder, images)["patch_embed"][1] == (256, 768)                        # L1
     assert encoder.cls_token.shape == (1, 1, 768)                                         # L3
     seen = shapes(encoder, images, visible)
-    assert seen["patch_embed"][1] == (64, 768)                                            # L2: masked, then embedded
+    assert seen["patch_embed"][1] == (64, 768)                                            # L2: masked first
     assert seen["blocks.0"][0] == (65, 768)                                               # L4
     assert [seen[f"blocks.{i}"][1] for i in range(12)] == [(65, 768)] * 12                # L5-L16
     seen = shapes(decoder, torch.empty(1, 65, 768, device="meta"), restore)
@@ -64,7 +64,7 @@ def test_table_5_encoder_and_decoder(paper):
 
 TABLE_6 = [  # rows, part, 0 = into it or 1 = out of it, channels, height = width
     ("L1", "stem.0", 1, 64, 128), ("L2", "stem.2", 1, 64, 128), ("L3", "down.0.1", 1, 64, 128),
-    ("L4", "down.0.3", 1, 64, 128), ("L5, misprinted as 128", "down.1.0", 0, 64, 64), ("L6", "down.1.1", 1, 64, 64),
+    ("L4", "down.0.3", 1, 64, 128), ("L5, misprinted", "down.1.0", 0, 64, 64), ("L6", "down.1.1", 1, 64, 64),
     ("L7", "down.1.3", 1, 64, 64), ("L8", "down.2.0", 0, 64, 32), ("L9", "down.2.1", 1, 64, 32),
     ("L10", "down.2.3", 1, 64, 32), ("L11", "down.3.0", 0, 64, 16), ("L12", "down.3.1", 1, 64, 16),
     ("L13", "down.3.3", 1, 64, 16), ("L14", "down.4.0", 0, 64, 8), ("L15", "down.4.1", 1, 64, 8),
@@ -108,7 +108,8 @@ def lively(net):
     for m in net.modules():
         if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
             torch.nn.init.kaiming_normal_(m.weight), torch.nn.init.normal_(m.bias, std=0.1)
-        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(std=0.2), m.running_var.uniform_(0.5, 2)
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(std=0.2), m.running_var.uniform_(0.5, 2)
     return net.eval()
 
 
@@ -131,7 +132,8 @@ def test_table_7_keypoint_head(paper):
     assert [seen[f"blocks.{i}"][1] for i in range(12)] == [(257, 768)] * 12               # L4-L15
     head = paper["f^H"].eval()
     seen = shapes(head, torch.empty(1, 257, 768, device="meta"))
-    assert seen["deconv1"] == ((768, 16, 16), (256, 32, 32)) and seen["norm1"][1] == (256, 32, 32)      # L16-L18
+    assert seen["deconv1"] == ((768, 16, 16), (256, 32, 32))                              # L16-L17
+    assert seen["norm1"][1] == (256, 32, 32)                                              # L18
     assert seen["deconv2"][1] == seen["norm2"][1] == (256, 64, 64)                        # L19
     assert seen["conv"][1] == (64 * 21, 64, 64)                                           # L20
     assert seen["output"] == (21, 64, 64, 64)                                             # L21
@@ -151,7 +153,7 @@ def test_table_8_attention_maps():
 
 @torch.no_grad()
 def test_pose_estimator_sends_each_domain_its_own_way():
-    """Sec. 3.2: source images to the head's features, target images to the attention maps; no target, no maps."""
+    """Sec. 3.2: source images to the head's features, target images to attention maps; no target, no maps."""
     encoder = u.Encoder((16, 16), 4, 16, 2, 2)
     model = u.PoseEstimator(encoder, lively(u.KeypointHead((4, 4), 16, 8, 3))).eval()
     source, target = torch.randn(2, 3, 16, 16), torch.randn(3, 3, 16, 16)
@@ -212,7 +214,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     check_alone_as_in_a_batch(head, tokens)
     check_alone_as_in_a_batch(net, large)
     check_alone_as_in_a_batch(u.PoseEstimator(encoder, head).heatmaps, images)
-    for module, batch in ((head, tokens), (net, large)):                  # BatchNorm in training mode must be seen
+    for module, batch in ((head, tokens), (net, large)):                   # BatchNorm in training mode is seen
         with pytest.raises(AssertionError): check_alone_as_in_a_batch(module.train(), batch)
 
 
@@ -229,8 +231,8 @@ def check_patches(cut):
 
 WRONG_PATCHES = {
     "channel first": lambda x, P: F.unfold(x, P, stride=P).mT,
-    "column before row inside": lambda x, P: u.patchify(x, P).unflatten(2, (P, P, 3)).transpose(2, 3).flatten(2),
-    "patches column by column": lambda x, P: u.patchify(x, P).unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2),
+    "columns first inside": lambda x, P: u.patchify(x, P).unflatten(2, (P, P, 3)).transpose(2, 3).flatten(2),
+    "columns first": lambda x, P: u.patchify(x, P).unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2),
     "no patches at all": lambda x, P: x.permute(0, 2, 3, 1).reshape(2, 6, 12),
 }
 
@@ -256,7 +258,7 @@ def test_patch_embedding_is_the_convolution():
 
 
 def positions_by_loops(rows, columns, D):
-    """MAE's order: the first half of the channels knows the column, the second the row; sines, then cosines."""
+    """MAE's order: the first half of the channels knows the column, the second the row; sin before cos."""
     table = [[0.0] * D]                                                   # the class token has no place
     for r in range(rows):
         for c in range(columns):
@@ -273,16 +275,17 @@ def check_positions(function): close(function((2, 3), 8), positions_by_loops(2, 
 
 def test_positions():
     check_positions(u.sincos_positions)
-    halves = u.sincos_positions((2, 3), 8).chunk(4, dim=-1)
-    rejected(check_positions, lambda *_: torch.cat([halves[i] for i in (2, 3, 0, 1)], -1))     # row before column
-    rejected(check_positions, lambda *_: torch.cat([halves[i] for i in (1, 0, 3, 2)], -1))     # cosine before sine
+    quarters = u.sincos_positions((2, 3), 8).chunk(4, dim=-1)
+    for wrong in ((2, 3, 0, 1), (1, 0, 3, 2)):                             # row first; cosine first
+        rejected(check_positions, lambda *_: torch.cat([quarters[i] for i in wrong], -1))
     rejected(check_positions, lambda grid, D: u.sincos_positions(grid[::-1], D))
     rejected(check_positions, lambda grid, D: torch.cat([positions_by_loops(2, 3, 8)[:, 1:2]] * 7, 1))
 
 
 def test_positions_by_hand():
     """D = 4: one frequency, 1. Row 1, column 2 of 2 x 3 is token 6: sin 2, cos 2, sin 1, cos 1."""
-    close(u.sincos_positions((2, 3), 4)[0, 6], torch.tensor([math.sin(2), math.cos(2), math.sin(1), math.cos(1)]))
+    expected = torch.tensor([math.sin(2), math.cos(2), math.sin(1), math.cos(1)])
+    close(u.sincos_positions((2, 3), 4)[0, 6], expected)
 
 
 @torch.no_grad()
@@ -297,9 +300,11 @@ def test_positions_are_added_once_to_every_token():
 def test_initial_weights_are_maes():
     """Xavier-uniform, for the patch kernel too as if it were a matrix; biases 0; tokens normal with 0.02."""
     encoder = u.Encoder((32, 32), 16, 128, 1, 2)
-    for weight, fan in ((encoder.blocks[0].mlp.fc1.weight, 128 + 512), (encoder.patch_embed.proj.weight, 768 + 128)):
+    fc1, kernel = encoder.blocks[0].mlp.fc1.weight, encoder.patch_embed.proj.weight
+    for weight, fan in ((fc1, 128 + 512), (kernel, 768 + 128)):
         bound = math.sqrt(6 / fan)
-        assert 0.99 * bound < weight.abs().max() <= bound and abs(weight.std() * math.sqrt(3) / bound - 1) < 0.02
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert abs(weight.std() * math.sqrt(3) / bound - 1) < 0.02
     assert all((m.bias == 0).all() for m in encoder.modules() if isinstance(m, torch.nn.Linear))
     decoder = u.Decoder((2, 2), 16, 128, 512, 1, 2)
     for token in (encoder.cls_token, decoder.mask_token): assert 0.015 < token.std() < 0.025
@@ -322,9 +327,9 @@ def test_masking(N, r):
 
 
 def test_masking_by_hand():
-    """The largest noise is hidden: patches 2 and 0. Sequence [visible 1, 3 | masked 0, 2]; patch 0 stands third."""
+    """The largest noise is hidden: patches 2 and 0. Sequence [visible 1, 3 | masked 0, 2]: patch 0 is third."""
     visible, restore, m = u.random_masking(torch.tensor([[0.3, 0.1, 0.4, 0.2]]), 0.5)
-    assert visible.tolist() == [[1, 3]] and m.tolist() == [[1, 0, 1, 0]] and restore.tolist() == [[2, 0, 3, 1]]
+    assert (visible.tolist(), restore.tolist(), m.tolist()) == ([[1, 3]], [[2, 0, 3, 1]], [[1, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("r", [0.0, 0.01, 0.99, 1.0])
@@ -334,7 +339,7 @@ def test_masking_nothing_or_everything_is_refused(r):
 
 @torch.no_grad()
 def check_decoder_input(arrange):
-    """Visible tokens stand in their own places, mask tokens in all others, the class token first, positions added."""
+    """Visible tokens in their own places, mask tokens in all others, the class token first, positions added."""
     decoder = u.Decoder((2, 3), 2, 8, 4, 1, 2)
     visible, restore, m = u.random_masking(torch.rand(2, 6), 0.5)
     latent = torch.randn(2, 4, 8)
@@ -360,15 +365,16 @@ def test_decoder_puts_tokens_in_their_places():
     check_decoder_input(decoder_input)
     rejected(check_decoder_input, lambda d, latent, restore: decoder_input(d, latent, restore.argsort(1)))
     rejected(check_decoder_input, lambda d, latent, restore: decoder_input(d, latent, restore.flip(1)))
-    rejected(check_decoder_input, lambda d, latent, restore: decoder_input(d, latent, torch.arange(6).expand(2, 6)))
-    rejected(check_decoder_input, lambda d, latent, restore: decoder_input(d, latent, restore) - d.decoder_pos_embed)
+    rejected(check_decoder_input, lambda d, latent, _: decoder_input(d, latent, torch.arange(6).expand(2, 6)))
+    rejected(check_decoder_input, lambda d, *given: decoder_input(d, *given) - d.decoder_pos_embed)
 
 
 @torch.no_grad()
 def test_decoder_predicts_from_its_own_tokens_without_the_class_token():
-    """Blocks switched off, prediction and norm plain: the output is the normalised input, less its first token."""
+    """With its block switched off, the output is the prediction of the normalised input, less the first token."""
     decoder = u.Decoder((2, 3), 2, 8, 4, 1, 2)
-    for layer in (decoder.decoder_blocks[0].attn.proj, decoder.decoder_blocks[0].mlp.fc2): layer.weight.zero_()
+    block = decoder.decoder_blocks[0]
+    block.attn.proj.weight.zero_(), block.mlp.fc2.weight.zero_()
     _, restore, _ = u.random_masking(torch.rand(2, 6), 0.5)
     latent = torch.randn(2, 4, 8)
     x = decoder_input(decoder, latent, restore)
@@ -392,7 +398,7 @@ def test_masked_pixels_are_never_seen():
 # Backgrounds from X_C
 # ==========================================================================================================
 def background_by_rules(x, mask, x_c):
-    """One image: foreground stays, background comes from x_c; a mask under 1 % or over 90 % is a failure of f^S."""
+    """One image: foreground stays, background comes from x_c; a mask under 1 % or over 90 % is not used."""
     pixels = [(i, j) for i in range(mask.shape[1]) for j in range(mask.shape[2])]
     foreground = {p for p in pixels if mask[0][p] >= 0.5}
     mixed = x.clone()
@@ -403,7 +409,7 @@ def background_by_rules(x, mask, x_c):
 
 
 def check_background(function):
-    """10 x 10 px, so that a pixel is 1 %: 30, 0, 1, 90, 91 and 100 % foreground, hard, soft and at 0.5 exactly."""
+    """10 x 10 px, so that a pixel is 1 %: 30, 0, 1, 90, 91, 100 % foreground, hard, soft and at exactly 0.5."""
     x, x_c, masks = torch.randn(6, 3, 10, 10), torch.randn(6, 3, 10, 10), torch.zeros(6, 1, 100)
     for i, pixels in enumerate((30, 0, 1, 90, 91, 100)): masks[i, :, :pixels] = 1
     masks = masks.view(6, 1, 10, 10)

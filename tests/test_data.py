@@ -244,6 +244,8 @@ def test_a_straight_hand_has_no_side():
     for finger in range(5):
         for i in range(4): flat[1 + 4 * finger + i] = (25 * finger - 40, -85 - (0, 45, 72, 94)[i], 500)
     assert data.hand_fault(flat) is None and data.hand_fault(flat * MIRROR) is None
+    for joint in (7, 11, 15, 19): flat[joint:joint + 2, 2] += (3, 5)    # overstretched by 6 degrees
+    assert data.hand_fault(flat) is None and data.hand_fault(flat * MIRROR) is None
     flat[[0, 5, 9]] = np.nan
     assert data.hand_fault(flat) is None
 
@@ -811,6 +813,11 @@ def test_colour_jitter():
         q = p.clone()
         q[:, column] = value
         assert torch.allclose(data.colour_jitter(x, q), expected, atol=1e-6), data.PARAMETERS[column]
+    p[:, 4], p[:, 5], p[:, 6], p[:, 8] = 1.2, 0.5, 0.5, 1.1                    # in this order
+    mean = (1.2 * green).mean(dim=(1, 2, 3), keepdim=True)
+    contrasted = (1.2 * green + mean) / 2
+    expected = (contrasted + contrasted.mean(dim=1, keepdim=True)) / 2
+    assert torch.allclose(data.colour_jitter(x, p), expected, atol=1e-6)
 
 
 def test_normalise_and_back():

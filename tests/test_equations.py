@@ -53,7 +53,8 @@ def block_by_loops(block, tokens):
     for i in range(T):
         heads = []
         for h in range(M):
-            q, k, v = ([qkv[j][part * D + h * d: part * D + (h + 1) * d] for j in range(T)] for part in range(3))
+            first = [part * D + h * d for part in range(3)]
+            q, k, v = ([qkv[j][at:at + d] for j in range(T)] for at in first)
             e = [math.exp(q[i] @ k[j] / math.sqrt(d)) for j in range(T)]
             heads.append(sum(e[j] / sum(e) * v[j] for j in range(T)))
         F_prime = tokens[i] + block.attn.proj.weight @ torch.cat(heads) + block.attn.proj.bias
@@ -110,14 +111,15 @@ def test_eq1_rejects(wrong): rejected(check_eq1, wrong)
 
 @torch.no_grad()
 def test_eq1_by_hand():
-    """Eq. (1) with q = k = 0, so that attention is the plain mean; v and projection identity; FFN constant (10, 20)."""
+    """Eq. (1) with q = k = 0, so that attention is the plain mean; v and projection identity; FFN (10, 20)."""
     block = u.Block(2, 1)
     for p in block.parameters(): p.zero_()
     block.norm1.weight.fill_(1), block.norm2.weight.fill_(1)
     block.attn.qkv.weight[4:] = torch.eye(2)
     block.attn.proj.weight.copy_(torch.eye(2))
     block.mlp.fc2.bias.copy_(torch.tensor([10.0, 20.0]))
-    x = torch.tensor([[[3.0, 1.0], [5.0, 1.0], [1.0, 3.0]]])  # LN gives (1, -1), (1, -1), (-1, 1); mean (1/3, -1/3)
+    # LN gives (1, -1), (1, -1), (-1, 1), of which the mean is (1/3, -1/3)
+    x = torch.tensor([[[3.0, 1.0], [5.0, 1.0], [1.0, 3.0]]])
     expected = torch.tensor([[[13 + 1 / 3, 21 - 1 / 3], [15 + 1 / 3, 21 - 1 / 3], [11 + 1 / 3, 23 - 1 / 3]]])
     close(block(x)[0], expected, atol=1e-5, rtol=0)
 
@@ -184,7 +186,7 @@ def test_eq2_without_its_half_is_the_same():
 
 
 def test_eq2_by_hand():
-    """Eq. (2): one patch half foreground, one empty, alpha = 2 ln 3: ŵ stands 3 to 1, so w = 2 * (3/4, 1/4)."""
+    """Eq. (2): a patch half foreground, an empty one, alpha = 2 ln 3: ŵ stands 3 to 1, so w = 2 * (3/4, 1/4)."""
     masks = torch.tensor([[[[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]])
     close(u.foreground_weights(masks, 2, 2 * math.log(3)), torch.tensor([[1.5, 0.5]]))
 
@@ -194,7 +196,8 @@ def test_eq2_mean_is_1_and_more_foreground_weighs_more():
     close(w.mean(1), torch.ones(4))
     ramp = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
     assert (u.foreground_weights(ramp, 1, 4.0).diff() > 0).all()
-    for constant in (0.0, 1.0): close(u.foreground_weights(torch.full((1, 1, 4, 4), constant), 2, 4.0), torch.ones(1, 4))
+    for mask in (torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)):
+        close(u.foreground_weights(mask, 2, 4.0), torch.ones(1, 4))
 
 
 # ==========================================================================================================
@@ -205,7 +208,8 @@ def wmae_by_loops(predicted, patches, w, m):
     total = 0.0
     for b in range(B):
         for i in range(N):
-            total += w[b, i] * m[b, i] * sum((predicted[b, i, p] - patches[b, i, p]) ** 2 for p in range(pixels)) / N
+            norm = sum((predicted[b, i, p] - patches[b, i, p]) ** 2 for p in range(pixels))
+            total += w[b, i] * m[b, i] * norm / N
     return total / B
 
 
@@ -224,7 +228,7 @@ WRONG_3 = {
     "mean over pixels": lambda p, x, w, m: (w * m * (p - x).square().mean(-1)).mean(),
     "1/N missing": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).sum(1).mean(),
     "mean over masked patches": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).sum() / m.sum(),
-    "divided by the weights' sum": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).sum() / (w * m).sum(),
+    "mean by weight": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).sum() / (w * m).sum(),
     "sum over the batch": lambda p, x, w, m: (w * m * (p - x).square().sum(-1)).mean(1).sum(),
     "norm not squared": lambda p, x, w, m: (w * m * (p - x).norm(dim=-1)).mean(),
     "absolute values": lambda p, x, w, m: (w * m * (p - x).abs().sum(-1)).mean(),
@@ -244,11 +248,11 @@ def test_eq3_rejects(wrong): rejected(check_eq3, wrong)
 
 
 def test_eq3_by_hand():
-    """Eq. (3): N = 2; squared norms 1 + 4 = 5 and 9; weights 0.5 and 1.5; only patch 1 masked: 0.5 * 5 / 2."""
+    """Eq. (3): N = 2; squared norms 1 + 4 = 5 and 9; weights 0.5, 1.5; first patch masked: 0.5 * 5 / 2."""
     predicted, patches = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]), torch.zeros(1, 2, 2)
     w = torch.tensor([[0.5, 1.5]])
     assert u.weighted_mae_loss(predicted, patches, w, torch.tensor([[1.0, 0.0]])).item() == 1.25
-    assert u.weighted_mae_loss(predicted, patches, w, torch.tensor([[1.0, 1.0]])).item() == 8.0  # + 1.5 * 9 / 2
+    assert u.weighted_mae_loss(predicted, patches, w, torch.ones(1, 2)).item() == 8.0        # + 1.5 * 9 / 2
 
 
 def test_eq3_gradient_reaches_masked_patches_only():
@@ -264,7 +268,7 @@ def test_eq3_gradient_reaches_masked_patches_only():
 # Eq. (4)  H^ = Conv(Deconv(Deconv(F_img))), with ReLU and BatchNorm after each deconvolution (Table 7)
 # ==========================================================================================================
 def deconv_by_loops(layer, image):
-    """Deconvolution of (C, h, w), 4 x 4, stride 2, padding 1: every pixel lays its kernel on the larger image."""
+    """Deconvolution of (C, h, w), 4 x 4, stride 2, padding 1: each pixel lays its kernel on the larger image."""
     (_, h, w), out = image.shape, len(layer.bias)
     larger = layer.bias.view(out, 1, 1).expand(out, 2 * h, 2 * w).clone()
     for i in range(h):
@@ -273,14 +277,16 @@ def deconv_by_loops(layer, image):
                 for b in range(4):
                     y, x = 2 * i + a - 1, 2 * j + b - 1
                     if 0 <= y < 2 * h and 0 <= x < 2 * w:
-                        larger[:, y, x] += sum(image[c, i, j] * layer.weight[c, :, a, b] for c in range(len(image)))
+                        for c in range(len(image)): larger[:, y, x] += image[c, i, j] * layer.weight[c, :, a, b]
     return larger
 
 
 def head_by_loops(head, tokens):
     """Eq. (4) and Table 7 in evaluation mode for one image's tokens (1 + N, D), to (K, Z, Y, X)."""
     rows, columns = head.grid
-    x = torch.stack([torch.stack([tokens[1 + r * columns + c] for c in range(columns)], -1) for r in range(rows)], -2)
+    x = torch.zeros(tokens.shape[1], rows, columns, dtype=tokens.dtype)
+    for r in range(rows):
+        for c in range(columns): x[:, r, c] = tokens[1 + r * columns + c]    # the class token is left out
     for deconv, norm in ((head.deconv1, head.norm1), (head.deconv2, head.norm2)):
         x = deconv_by_loops(deconv, x).clamp(min=0)
         for c in range(len(x)):
@@ -338,19 +344,21 @@ def test_eq4_rejects(wrong): rejected(check_eq4, wrong)
 
 @torch.no_grad()
 def test_eq4_by_hand():
-    """Eq. (4): the token of row 1, column 0 is 1. Deconv 1 (all ones) lights rows 1-3, columns 0-2 of 4 x 4; deconv 2
-    (one tap) moves (i, j) to (2i, 2j); the convolution gives depth z of keypoint k the value 10 k + z + 1."""
+    """Eq. (4): the token of row 1, column 0 is 1. Deconv 1 (all ones) lights rows 1-3, columns 0-2 of 4 x 4;
+    deconv 2 (one tap) moves (i, j) to (2i, 2j); conv gives depth z of keypoint k the value 10 k + z + 1."""
     head = u.KeypointHead((2, 2), 1, 1, 2).eval()
     head.deconv1.weight.fill_(1)
     head.deconv2.weight.zero_()[0, 0, 1, 1] = 1
     for norm in (head.norm1, head.norm2): norm.running_var.fill_(1 - norm.eps)
-    head.conv.weight.copy_(torch.tensor([10.0 * k + z + 1 for k in range(2) for z in range(8)]).view(16, 1, 1, 1))
+    for k in range(2):
+        for z in range(8): head.conv.weight[8 * k + z] = 10 * k + z + 1
     expected = torch.zeros(1, 2, 8, 8, 8)
     for k in range(2):
         for z in range(8):
             for y in (2, 4, 6):
                 for x in (0, 2, 4): expected[0, k, z, y, x] = 10 * k + z + 1
-    close(head(torch.tensor([[[100.0], [0.0], [0.0], [1.0], [0.0]]])), expected)  # class token 100: no trace of it
+    tokens = torch.tensor([[[100.0], [0.0], [0.0], [1.0], [0.0]]])         # class token 100: no trace of it
+    close(head(tokens), expected)
 
 
 def test_eq4_gradient_does_not_reach_the_class_token():
@@ -396,7 +404,7 @@ def check_eq5(function):
 
 
 def expanded(predicted, centres, valid, sigma):
-    """The fast form on features that are the heatmaps themselves, behind a convolution that changes nothing."""
+    """The fast form on features that are the heatmaps themselves; the convolution changes nothing."""
     channels = predicted.shape[1] * predicted.shape[2]
     identity = torch.nn.Conv2d(channels, channels, 1)
     with torch.no_grad(): torch.nn.init.dirac_(identity.weight), identity.bias.zero_()
@@ -419,10 +427,10 @@ WRONG_5 = {
     "valid inverted": eq5_with(lambda e, v: ((1 - v) * e.square().sum((2, 3, 4))).sum(1).mean()),
     "blob at z y x": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c.flip(-1), S, sigma)),
     "x and y exchanged": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma).mT),
-    "factor 2 of sigma² missing": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma / 2 ** 0.5)),
+    "2 of 2 sigma² missing": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma / 2 ** 0.5)),
     "centres rounded": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c.round(), S, sigma)),
-    "blob of sum 1": eq5_with(blob=lambda c, S, sigma: F.normalize(u.target_heatmaps(c, S, sigma).flatten(2), 1, 2)
-                              .unflatten(2, (S, S, S))),
+    "blob of sum 1": eq5_with(blob=lambda c, S, sigma: (H := u.target_heatmaps(c, S, sigma)) / H.sum(
+        (2, 3, 4), keepdim=True)),
     "blob shifted by half a voxel": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c + 0.5, S, sigma)),
 }
 
@@ -439,7 +447,7 @@ def test_eq5_rejects(wrong): rejected(check_eq5, wrong)
 
 @pytest.mark.parametrize("loss", [u.keypoint_loss, expanded])
 def test_eq5_by_hand(loss):
-    """Eq. (5): S = 2, centre at voxel (0, 0, 0), sigma such that one step halves the blob: H = (1/2)^(x + y + z).
+    """Eq. (5): S = 2, centre at voxel (0, 0, 0), sigma such that a step halves the blob: H = (1/2)^(x + y + z).
     Against 0: (1 + 1/4)^3. Against 1: 0 + 3 * (1/2)² + 3 * (3/4)² + (7/8)²."""
     sigma = math.sqrt(1 / (2 * math.log(2)))
     zero, one = torch.zeros(1, 1, 3), torch.ones(1, 1)
@@ -461,12 +469,13 @@ def test_eq5_gradient_reaches_valid_keypoints_only():
 # Eq. (6)  L_attn = ||a_cls^E - a_cls^A||_1, and the attention maps a_cls in it (Sec. 3.2, Table 8)
 # ==========================================================================================================
 def class_rows_by_loops(q, k):
-    """The attention vector of the class token "excluding the j-th element", its own; mean over heads: (B, N)."""
+    """Attention of the class token, "excluding the j-th element", its own; mean over heads: (B, N)."""
     B, M, T, d = q.shape
     rows = torch.zeros(B, T - 1)
     for b in range(B):
         for h in range(M):
-            e = [math.exp(sum(q[b, h, 0, c] * k[b, h, j, c] for c in range(d)) / math.sqrt(d)) for j in range(T)]
+            scores = [sum(q[b, h, 0, c] * k[b, h, j, c] for c in range(d)) / math.sqrt(d) for j in range(T)]
+            e = [math.exp(score) for score in scores]
             for j in range(1, T): rows[b, j - 1] += e[j] / sum(e) / M
     return rows
 
@@ -535,7 +544,7 @@ def test_eq6_rejects(wrong): rejected(check_eq6, wrong)
 
 
 def test_eq6_by_hand():
-    """Eq. (6): d = 4, so scores are halved: q k / 2 = 0, ln 2, ln 5, softmax 1/8, 2/8, 5/8, and the first goes.
+    """Eq. (6): d = 4, so scores are halved: q k / 2 = 0, ln 2, ln 5; softmax 1/8, 2/8, 5/8; the first goes.
     The losses of two blocks: |0.5 - 0.25| + |0 - 0.25| and |1 - 0| + 0."""
     q = torch.tensor([2.0, 0, 0, 0]).expand(1, 1, 3, 4)
     k = torch.tensor([[0.0, 0, 0, 0], [math.log(2), 0, 0, 0], [math.log(5), 0, 0, 0]])[None, None]
@@ -545,7 +554,7 @@ def test_eq6_by_hand():
 
 
 def test_eq6_gradient_reaches_queries_and_keys_only():
-    """Eq. (6) regularises f^E up to q and k of its last block: v, projection, FFN, final norm and head get nothing."""
+    """Eq. (6) regularises f^E up to q and k of its last block: v, projection, FFN, norm and f^H get nothing."""
     encoder = u.Encoder((8, 8), 4, 8, 2, 2)
     model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
     _, a_E = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8))
@@ -589,10 +598,10 @@ def test_eq7_by_hand(): assert u.hpe_loss(torch.tensor(3.0), torch.tensor(0.5), 
 
 
 def test_eq7_gradient_is_that_of_both_terms():
-    """Eq. (7): the gradient of f^E is the keypoints' plus lambda times the attention's; that of f^H the keypoints'."""
+    """Eq. (7): the gradient is that of the keypoints plus lambda times that of the attention."""
     encoder = u.Encoder((8, 8), 4, 8, 2, 2)
     model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
-    for p in model.head.parameters(): torch.nn.init.normal_(p)        # 0.001 would leave f^E hardly any gradient
+    for p in model.head.parameters(): torch.nn.init.normal_(p)             # 0.001 would hardly reach f^E
     source, target, a_A = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.rand(2, 2, 4)
     centres, valid = torch.rand(2, 2, 3) * 7, torch.ones(2, 2)
 

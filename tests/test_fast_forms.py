@@ -18,7 +18,7 @@ def rejected(check, wrong) -> None:
 # Attention: fused for every token, and the class row apart, Eq. (1) and Eq. (6)
 # ==========================================================================================================
 def plain_maps(encoder, images):
-    """a_cls of every block from the whole attention matrix: class row, mean over heads, class column dropped."""
+    """Tokens, and a_cls of every block from the whole matrix: class row, head mean, class column dropped."""
     x, maps = encoder.embed(images), []
     for block in encoder.blocks:
         q, k, v = block.attn.split(block.norm1(x))
@@ -31,7 +31,7 @@ def plain_maps(encoder, images):
 
 @torch.no_grad()
 def encoder_with_sharp_attention():
-    """Larger weights than the initial ones, under which attention is nearly uniform and no map differs from another."""
+    """Larger weights than the initial ones, under which attention is nearly uniform and all maps alike."""
     encoder = u.Encoder((16, 24), 4, 16, 3, 4)
     for p in encoder.parameters():
         if p.ndim == 2: p.mul_(3)
@@ -49,7 +49,7 @@ def test_class_attention_is_the_class_row_of_plain_attention():
     q, k, v = torch.randn(3, 2, 3, 7, 4).unbind(0)
     _, A = u.plain_attention(q, k, v)
     close(u.class_attention(q, k), A.mean(dim=1)[:, 0, 1:])
-    assert (u.class_attention(q, k).sum(-1) < 1).all()                     # the class token's own share is gone
+    assert (u.class_attention(q, k).sum(-1) < 1).all()                     # less the class token's own share
 
 
 @torch.no_grad()
@@ -82,8 +82,8 @@ def test_only_visible_patches_are_embedded():
     encoder, images = encoder_with_sharp_attention()
     visible = torch.stack([torch.randperm(24)[:6] for _ in range(2)])
     everything = encoder.embed(images)
-    close(encoder.embed(images, visible)[:, 1:], torch.stack([everything[b, 1 + visible[b]] for b in range(2)]))
-    close(encoder.embed(images, visible)[:, 0], everything[:, 0])
+    some = encoder.embed(images, visible)
+    for b in range(2): close(some[b, 1:], everything[b, 1 + visible[b]]), close(some[b, 0], everything[b, 0])
 
 
 # ==========================================================================================================
@@ -113,8 +113,7 @@ def check_expanded(loss, weight=0.3, noise=None):
     if noise is not None: problem = nearly_perfect(noise)
     ours, our_gradients = value_and_gradients(loss, *problem)
     value, gradients = value_and_gradients(readable, *problem)
-    size = u.keypoint_loss(torch.zeros(len(centres), *u.target_heatmaps(centres, 12, sigma).shape[1:]), centres,
-                           valid, sigma)                                   # ||H||²
+    size = u.keypoint_loss(torch.zeros(3, 4, 12, 12, 12), centres, valid, sigma)           # ||H||²
     assert abs(ours - value) < 1e-5 * (size + value), (ours, value, size)
     for one, other in zip(our_gradients, gradients):
         assert (one - other).abs().max() < 1e-5 * (1 + other.abs().max()) * math.sqrt(size)
@@ -140,7 +139,8 @@ def as_leaf(conv, loss):  # keeps conv.bias in the graph, so that only the value
 
 
 WRONG_EXPANDED = {
-    "bias forgotten": lambda f, conv, c, v, s: as_leaf(conv, u.keypoint_loss_expanded(f, without_bias(conv), c, v, s)),
+    "bias forgotten": lambda f, conv, c, v, s: as_leaf(
+        conv, u.keypoint_loss_expanded(f, without_bias(conv), c, v, s)),
     "x and y exchanged": lambda f, conv, c, v, s: u.keypoint_loss_expanded(f, conv, c[..., [1, 0, 2]], v, s),
     "x and z exchanged": lambda f, conv, c, v, s: u.keypoint_loss_expanded(f, conv, c.flip(-1), v, s),
     "valid forgotten": lambda f, conv, c, v, s: u.keypoint_loss_expanded(f, conv, c, v * 0 + 1, s),
@@ -150,7 +150,7 @@ WRONG_EXPANDED = {
 
 @pytest.mark.parametrize("weight", [0.001, 0.3])
 def test_expanded_loss_equals_the_readable_one(weight):
-    """Eq. (5) in value and in every gradient: at the head's initial weights, and at large ones; some joints invalid."""
+    """Eq. (5) in value and every gradient, at the head's initial weights and at large ones; some joints invalid."""
     check_expanded(u.keypoint_loss_expanded, weight)
 
 
@@ -166,7 +166,8 @@ def test_expanded_check_rejects(wrong): rejected(check_expanded, wrong)
 
 def test_expanded_loss_of_no_valid_joint_is_zero():
     features, conv, centres, valid, sigma = fitting_problem()
-    value, gradients = value_and_gradients(u.keypoint_loss_expanded, features, conv, centres, valid * 0, sigma)
+    problem = features, conv, centres, valid * 0, sigma
+    value, gradients = value_and_gradients(u.keypoint_loss_expanded, *problem)
     assert value == 0 and all((g == 0).all() for g in gradients)
 
 
@@ -192,8 +193,8 @@ def float32_functions():
     }
 
 
-@pytest.mark.parametrize("name", ["weighted_mae_loss", "keypoint_loss", "keypoint_loss_expanded", "attention_loss",
-                                  "class_attention", "project", "back_project"])
+@pytest.mark.parametrize("name", ["weighted_mae_loss", "keypoint_loss", "keypoint_loss_expanded",
+                                  "attention_loss", "class_attention", "project", "back_project"])
 def test_float32_inside_autocast(name):
     """bfloat16 has three digits: pixels, millimetres and losses would be off by up to a half percent."""
     function = float32_functions()[name]

@@ -18,7 +18,7 @@ def rejected(check, wrong) -> None:
 # Ground-truth heatmaps H, index order (K, Z, Y, X)
 # ==========================================================================================================
 def check_blob(function):
-    """The peak of a joint at x = 2, y = 5, z = 7 is 1 and lies at [z, y, x]; one voxel away it is exp(-1 / 2 sigma²)."""
+    """The peak of x = 2, y = 5, z = 7 is 1 and lies at [z, y, x]; one voxel away it is exp(-1 / 2 sigma²)."""
     H = function(torch.tensor([[[2.0, 5.0, 7.0], [3.0, 3.0, 3.0]]]), 9, 1.5)
     assert H.shape == (1, 2, 9, 9, 9)
     assert [i.item() for i in torch.unravel_index(H[0, 0].argmax(), (9, 9, 9))] == [7, 5, 2]
@@ -50,7 +50,7 @@ def test_blob_check_rejects(wrong): rejected(check_blob, wrong)
 # Decoding
 # ==========================================================================================================
 def check_decoding(decode, S=24, sigma=1.8):
-    """decode(encode(x)) is x within 0.05 voxel, up to the very border of the volume, at any height of the peak."""
+    """decode(encode(x)) is x within 0.05 voxel, up to the very border of the volume, at any height of peak."""
     inside = torch.rand(1, 30, 3) * (S - 1)
     border = torch.rand(1, 30, 3) * (S - 1)
     border[0, torch.arange(30), torch.arange(30) % 3] = torch.linspace(-0.5, 0.4, 30)
@@ -64,11 +64,12 @@ def check_decoding(decode, S=24, sigma=1.8):
 
 def centroid(heatmaps):
     """The usual 5³ centroid around the largest voxel: it recovers only half of the offset."""
-    S, best = heatmaps.shape[-1], u.decode_heatmaps(heatmaps, refine=False).long().clamp(2, heatmaps.shape[-1] - 3)
+    best = u.decode_heatmaps(heatmaps, refine=False).long().clamp(2, heatmaps.shape[-1] - 3)
     result = torch.zeros(*best.shape)
     for b in range(best.shape[0]):
         for k in range(best.shape[1]):
-            z, y, x = torch.meshgrid(*(torch.arange(c - 2, c + 3) for c in best[b, k].tolist()[::-1]), indexing="ij")
+            window = [torch.arange(c - 2, c + 3) for c in best[b, k].tolist()]           # x y z
+            z, y, x = torch.meshgrid(*window[::-1], indexing="ij")
             w = heatmaps[b, k, z, y, x]
             result[b, k] = torch.stack([(w * x).sum(), (w * y).sum(), (w * z).sum()]) / w.sum()
     return result
@@ -98,7 +99,7 @@ def test_plain_argmax_by_hand():
 
 
 def test_decoding_stays_beside_the_largest_voxel():
-    """Noise, negative values and constants, as an untrained network predicts them, must not throw a joint far away."""
+    """Noise, negative values and constants, as an untrained network gives, must not throw a joint far away."""
     for heatmaps in (torch.randn(2, 3, 8, 8, 8), torch.zeros(2, 3, 8, 8, 8), -torch.rand(2, 3, 8, 8, 8)):
         centres = u.decode_heatmaps(heatmaps)
         assert centres.isfinite().all()
@@ -109,8 +110,9 @@ def test_decoding_stays_beside_the_largest_voxel():
 # Pixels and millimetres
 # ==========================================================================================================
 def test_voxels_by_hand():
-    """256 px on 64 voxels: pixel 0 has its centre at voxel 1/8 - 1/2; the root's depth is the middle of the volume."""
-    uv, depth = torch.tensor([[[0.0, 255.0], [-0.5, 255.5], [127.5, 31.5]]]), torch.tensor([[0.0, 75.0, -150.0]])
+    """256 px on 64 voxels: pixel 0 has its centre at voxel 1/8 - 1/2; the root's depth is the volume's middle."""
+    uv = torch.tensor([[[0.0, 255.0], [-0.5, 255.5], [127.5, 31.5]]])
+    depth = torch.tensor([[0.0, 75.0, -150.0]])
     centres, valid = u.to_voxels(uv, depth, 256, 300.0, 64)
     close(centres, torch.tensor([[[-0.375, 63.375, 31.5], [-0.5, 63.5, 47.5], [31.5, 7.5, -0.5]]]))
     assert valid.tolist() == [[1, 1, 1]]
@@ -125,14 +127,16 @@ def test_voxels_round_trip():
 
 
 def test_unlabelled_and_outside_joints_have_weight_0():
-    uv = torch.tensor([[[NAN, NAN], [5.0, NAN], [5.0, 5.0], [5.0, 5.0], [-0.6, 5.0], [5.0, 63.6], [5.0, 5.0]]])
+    u_, v_ = [NAN, 5, 5, 5, -0.6, 5, 5], [NAN, NAN, 5, 5, 5, 63.6, 5]
+    uv = torch.tensor([u_, v_]).T[None]                                    # (1, 7, 2) px
     depth = torch.tensor([[NAN, 0.0, NAN, 151.0, 0.0, 0.0, 149.0]])
     centres, valid = u.to_voxels(uv, depth, 64, 300.0, 24)
     assert valid.tolist() == [[0, 0, 0, 0, 0, 0, 1]]
     assert centres.isfinite().all() and (centres[valid == 0] == 0).all()
     predicted = torch.rand(1, 7, 24, 24, 24, requires_grad=True)
     u.keypoint_loss(predicted, centres, valid, 1.8).backward()              # Eq. (5): no NaN, and no gradient
-    assert predicted.grad.isfinite().all() and (predicted.grad[0, :6] == 0).all() and predicted.grad[0, 6].any()
+    assert predicted.grad.isfinite().all()
+    assert (predicted.grad[0, :6] == 0).all() and predicted.grad[0, 6].any()
 
 
 def cameras(B):
@@ -143,7 +147,7 @@ def cameras(B):
 
 
 def test_projection_by_hand():
-    """fx = 100, fy = 200, cx = 10, cy = 20: (5, -4, 50) mm falls on u = 100 * 5 / 50 + 10, v = 200 * -4 / 50 + 20."""
+    """fx = 100, fy = 200, cx = 10, cy = 20; (5, -4, 50) mm: u = 100 * 5 / 50 + 10, v = 200 * -4 / 50 + 20."""
     camera = torch.tensor([[[100.0, 0, 10], [0, 200, 20], [0, 0, 1]]])
     close(u.project(torch.tensor([[[5.0, -4.0, 50.0]]]), camera), torch.tensor([[[20.0, 4.0]]]))
     close(u.back_project(torch.tensor([[[20.0, 4.0]]]), torch.tensor([[50.0]]), camera),
@@ -152,7 +156,8 @@ def test_projection_by_hand():
 
 def test_projection_round_trip():
     points = torch.randn(3, 6, 3) * 80 + torch.tensor([0.0, 0, 700])
-    close(u.back_project(u.project(points, cameras(3)), points[..., 2], cameras(3)), points, rtol=1e-4, atol=1e-2)
+    uv = u.project(points, cameras(3))
+    close(u.back_project(uv, points[..., 2], cameras(3)), points, rtol=1e-4, atol=1e-2)
 
 
 def test_millimetres_to_heatmaps_and_back():
@@ -170,7 +175,7 @@ def test_millimetres_to_heatmaps_and_back():
 # Errors of Sec. 4.1
 # ==========================================================================================================
 def test_joint_errors_by_hand():
-    """Root 1: predicted (3, 4, 0) from its root, true (0, 0, 0) from its root: 5 mm. The root itself has no error."""
+    """Root 1: predicted (3, 4, 0) from its root, true (0, 0, 0) from its root: 5 mm. The root has no error."""
     predicted = torch.tensor([[[13.0, 14.0, 10.0], [10.0, 10.0, 10.0], [10.0, 10.0, 22.0]]])
     truth = torch.tensor([[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [NAN, NAN, NAN]]])
     errors = u.joint_errors(predicted, truth, 1)
@@ -181,20 +186,20 @@ def test_joint_errors_by_hand():
 
 def rotation(seed=0):
     Q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)))[0]
-    return Q * torch.linalg.det(Q)                                               # 3 axes: the sign turns every one
+    return Q * torch.linalg.det(Q)                                         # three axes: -1 turns a mirror
 
 
 def check_procrustes(align):
-    """A rotated, scaled, moved pose aligns exactly; of a mirrored one remains an error, and the best rotation's."""
+    """A rotated, scaled, moved pose aligns exactly; of a mirrored one an error remains, the smallest possible."""
     truth = torch.randn(2, 10, 3) * 50
-    truth[..., 2] *= 0.3                                                         # flat, as a hand: a mirror is tempting
+    truth[..., 2] *= 0.3                                                   # flat, as a hand: a mirror tempts
     moved = 1.7 * truth @ rotation().T + torch.tensor([10.0, -20.0, 300.0])
     close(align(moved, truth), truth, rtol=0, atol=1e-3)
     mirrored = moved * torch.tensor([-1.0, 1.0, 1.0])
     left = (align(mirrored, truth) - truth).norm(dim=-1).mean()
     assert left > 2, f"a mirrored pose was aligned to {left:.4f} mm"
     error = (align(mirrored, truth) - truth).square().sum()
-    for seed in range(20):                                                       # no small turn or scaling is better
+    for _ in range(20):                                                    # no small turn or scaling is better
         turn = torch.matrix_exp(0.02 * (G := torch.randn(3, 3)) - 0.02 * G.T) * (1 + 0.02 * torch.randn(()))
         centre = truth.mean(1, keepdim=True)
         assert ((align(mirrored, truth) - centre) @ turn + centre - truth).square().sum() >= error - 1e-2
@@ -214,8 +219,8 @@ def procrustes(predicted, truth, guard=True, transposed=False, guard_scale=True,
 def test_procrustes(): check_procrustes(u.procrustes_align), check_procrustes(procrustes)
 
 
-@pytest.mark.parametrize("wrong", [{"guard": False}, {"transposed": True}, {"guard_scale": False}, {"centred": False}],
-                         ids=lambda wrong: next(iter(wrong)))
+@pytest.mark.parametrize("wrong", [{"guard": False}, {"transposed": True}, {"guard_scale": False},
+                                   {"centred": False}], ids=lambda wrong: next(iter(wrong)))
 def test_procrustes_check_rejects(wrong):
     rejected(check_procrustes, lambda predicted, truth: procrustes(predicted, truth, **wrong))
 
@@ -236,7 +241,7 @@ def test_rigid_procrustes_keeps_the_scale():
 def test_procrustes_ignores_joints_without_a_label():
     truth = torch.randn(2, 10, 3) * 50
     predicted = truth @ rotation().T * 0.5 + 30
-    predicted[0, 3] += 1000                                                      # nobody knows that it is wrong
+    predicted[0, 3] += 1000                                                # nobody knows that it is wrong
     labelled = truth.clone()
     labelled[0, 3] = NAN
     aligned = u.procrustes_align(predicted, labelled)
@@ -245,7 +250,7 @@ def test_procrustes_ignores_joints_without_a_label():
 
 
 def test_procrustes_without_anything_to_align():
-    """A sample without labels, or with all joints predicted in one place, must not throw the batch's mean away."""
+    """A sample without labels, or with all joints predicted in one place, must not spoil the batch's mean."""
     truth = torch.randn(2, 10, 3) * 50
     assert u.procrustes_align(truth + 5, truth * NAN).isfinite().all()
     close(u.procrustes_align(torch.ones(2, 10, 3), truth), truth.mean(1, keepdim=True).expand(2, 10, 3))

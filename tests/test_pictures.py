@@ -27,7 +27,7 @@ RED, ORANGE = data.COLOURS[:2]
 def save_checkpoint(folder, kind, seed=0, skeleton=True, **settings) -> None:
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    s = dataclasses.asdict(kind.Settings()) | SIZES | {"seed": seed} | settings
+    s = dataclasses.asdict(kind.Settings()) | SIZES | {"seed": seed, "out": str(folder)} | settings
     state = {"settings": s, "step": 2, "steps": 2, "seconds": 1.0}
     encoder = u.Encoder((SIDE, SIDE), 16, 16, 2, 2)
     state["encoder"] = encoder.state_dict()
@@ -158,11 +158,11 @@ def test_all_pictures(runs, capsys):
     paths = sorted((runs / "runs").rglob("checkpoint.pt"))
     results = [e.measure(path, datasets, "cpu") for path in paths]
     e.draw_all(paths, results, datasets, runs / "pictures", "cpu")
-    names = {"attention", "curves", "poses", "pck", "reconstruction-runs-pretrain-full"}
+    names = {"attention", "curves", "poses", "pck", "reconstruction-tiny-full"}
     assert {path.name for path in (runs / "pictures").iterdir()} == {f"{name}.png" for name in names}
     cell, line = (e.CELL + e.GAP) // 2, e.LINE // 2
     for name, columns, rows in (("poses", 5, 3 * 2), ("attention", 3, 3 * 3),     # 3 images; seed 1 not shown
-                                ("reconstruction-runs-pretrain-full", 5, 3 * 2)):
+                                ("reconstruction-tiny-full", 5, 3 * 2)):
         picture = Image.open(runs / f"pictures/{name}.png")
         assert picture.size == (e.GAP // 2 + columns * cell, 2 * line + rows * (cell + line))
         assert len(picture.getcolors(maxcolors=10 ** 6)) > 1000
