@@ -1,22 +1,23 @@
-"""Data: what a data set is on disk, batches, augmentation, the embedded benchmark, readers of public data sets.
+"""Data: a data set on disk, batches, augmentation, the embedded benchmark, readers of public data sets.
 
-    python data.py hands datasets/hands            render the embedded benchmark (the training scripts do it themselves)
-    python data.py freihand ROOT OUT --split train convert a publisher's files into a data-set folder, once
-    python data.py photos ROOT OUT                 any folder of photographs (ImageNet's): unconstrained images X_C
-    python data.py show FOLDER PICTURE.png         draw a few samples of any data-set folder, labels and masks included
-    python data.py check FOLDER                    sizes, checksums, and whether the labels are possible
+    python data.py hands datasets/hands             render the embedded benchmark (the scripts do so too)
+    python data.py freihand ROOT OUT --split train  convert a publisher's files into a data-set folder, once
+    python data.py photos ROOT OUT                  any folder of photographs (ImageNet's), as X_C
+    python data.py show FOLDER PICTURE.png          draw a few samples, with their labels and masks
+    python data.py check FOLDER                     sizes, checksums, and whether the labels are possible
 
-Bring your own data. A data set is a folder of arrays; write it with numpy in ten lines and every script reads it:
+Bring your own data. A data set is a folder of arrays; write it with numpy, and every script reads it:
 
-    images.npy      (n, H, H, 3) uint8             square RGB crops; what is drawn around the subject: see `margin`
-    masks.npy       (n, H, H)    uint8             0 background .. 255 foreground        (only a source needs them)
-    keypoints.npy   (n, K, 3)    float32           mm, camera frame: x right, y down, z forward; NaN: not labelled
-    intrinsics.npy  (n, 3, 3)    float32           of the stored crop, pixel centres at integers: u = fx x / z + cx
-    meta.json       {"format": 1, "name": "mine", "split": "train", "joints": ["wrist", ...], "bones": [[0, 1], ...],
-                     "root": 0, "depth_range": 300.0, "margin": 1.25, "origin": "where it came from"}
+    images.npy      (n, H, H, 3) uint8     square RGB crops
+    masks.npy       (n, H, H)    uint8     0 background .. 255 foreground; only a source needs them
+    keypoints.npy   (n, K, 3)    float32   mm, camera frame: x right, y down, z forward; NaN: not labelled
+    intrinsics.npy  (n, 3, 3)    float32   of the stored crop, pixel centres at integers: u = fx x / z + cx
+    meta.json       {"format": 1, "name": "mine", "split": "train", "joints": ["wrist", ...], "root": 0,
+                     "bones": [[0, 1], ...], "depth_range": 300.0, "margin": 1.25, "origin": "whence it came"}
 
-A target needs images.npy and meta.json only; its other files are never opened in training. `margin`: the stored crop is
-so many times as wide as the crop that a network sees, so that rotation and translation find real pixels at its edges.
+A target needs images.npy and meta.json only; its other files are never opened in training. `margin`: the
+stored crop is so many times as wide as the one that a network sees, so that rotation and translation find
+real pixels.
 """
 import argparse
 import collections
@@ -43,11 +44,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
-from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, back_project, decode_heatmaps, from_rank_0, from_voxels, project, random_generator, run_script,
-                     write_atomically, write_json)
+from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, back_project, decode_heatmaps, from_rank_0,
+                     from_voxels, project, random_generator, run_script, write_atomically, write_json)
 
 FORMAT = 1
-ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8), "keypoints": (3, np.float32), "intrinsics": (3, np.float32)}
+ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of each array of a data set
+          "keypoints": (3, np.float32), "intrinsics": (3, np.float32)}
 
 
 # ==========================================================================================================
@@ -56,7 +58,7 @@ ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8), "keypoints": (3, np.f
 class Dataset:
     """A data-set folder; `fields` names the arrays to open, memory-mapped. What is not named is not opened.
 
-    Raises InputError, naming file, value and remedy, for a missing, truncated or ill-shaped array and bad labels.
+    Raises InputError, naming file, value and remedy, for a missing, truncated or ill-shaped array.
     """
 
     def __init__(self, folder: str | Path, *fields: str):
@@ -66,13 +68,13 @@ class Dataset:
         for field in ("images", *fields): setattr(self, field, self.open_array(field))
         n, H, W, channels = self.images.shape
         if (H, channels) != (W, 3) or n == 0:
-            raise InputError(f"{self.folder}/images.npy: shape {self.images.shape}; expected (n > 0, H, H, 3)")
+            raise InputError(f"{self.folder}/images.npy: shape {self.images.shape}; not (n > 0, H, H, 3)")
         self.check("masks", (n, H, H))
         self.check("keypoints", (n, len(self.meta["joints"]), 3))
         self.check("intrinsics", (n, 3, 3))
         if self.keypoints is not None and np.isinf(self.keypoints).any():
             row = int(np.isinf(self.keypoints).any(axis=(1, 2)).argmax())
-            raise InputError(f"{self.folder}/keypoints.npy: row {row} is infinite; write NaN for a joint without label")
+            raise InputError(f"{self.folder}/keypoints.npy: row {row} is infinite; write NaN for no label")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,21 +82,22 @@ class Dataset:
     def open_array(self, field: str) -> np.ndarray:
         path, (ndim, dtype) = self.folder / f"{field}.npy", ARRAYS[field]
         try: array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error: raise InputError(f"{path}: missing; this use of the folder needs it") from error
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: missing; this use of the folder needs it") from error
         except (ValueError, OSError, EOFError) as error:
-            raise InputError(f"{path}: not a whole .npy array ({error}); write or convert it again") from error
+            raise InputError(f"{path}: not a whole .npy array ({error}); write it again") from error
         if array.ndim != ndim or array.dtype != dtype:
-            raise InputError(f"{path}: {array.dtype} with {array.ndim} axes; expected {np.dtype(dtype)} with {ndim}")
+            raise InputError(f"{path}: {array.dtype}, {array.ndim} axes; not {np.dtype(dtype)}, {ndim} axes")
         return array
 
     def check(self, field: str, shape: tuple) -> None:
         array = getattr(self, field)
         if array is not None and array.shape != shape:
-            raise InputError(f"{self.folder}/{field}.npy: shape {array.shape}; images and meta.json ask for {shape}")
+            raise InputError(f"{self.folder}/{field}.npy: shape {array.shape}; the others ask for {shape}")
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the data: meta.json (it holds the arrays' checksums when we wrote them) and the shape."""
+        """Changes with the data: meta.json (which holds checksums, where we wrote it) and the shape."""
         return f"{zlib.crc32((json.dumps(self.meta, sort_keys=True) + str(self.images.shape)).encode()):08x}"
 
 
@@ -106,16 +109,17 @@ def read_meta(folder: Path) -> dict:
     if not isinstance(meta, dict): raise InputError(f"{folder}/meta.json: not a JSON object")
     missing = {"format", "name", "joints", "bones", "root", "depth_range"} - set(meta)
     if missing: raise InputError(f"{folder}/meta.json: lacks {', '.join(sorted(missing))}")
-    if meta["format"] != FORMAT: raise InputError(f"{folder}/meta.json: format {meta['format']}, this code reads {FORMAT}")
+    if meta["format"] != FORMAT:
+        raise InputError(f"{folder}/meta.json: format {meta['format']}; this code reads {FORMAT}")
     return {"margin": 1.25, "split": "", "origin": ""} | meta
 
 
 class Writer:
-    """Appends rows to a data-set folder. Until `finish` it is OUT.part; opened again after a kill, it goes on there."""
+    """Appends rows to a data-set folder: OUT.part until `finish`; opened after a kill, it goes on there."""
 
     def __init__(self, folder: str | Path, meta: dict):
         self.folder, self.part, self.files = Path(folder), Path(f"{folder}.part"), {}
-        self.meta = json.loads(json.dumps({"format": FORMAT} | meta))  # as it is read back: tuples become lists
+        self.meta = json.loads(json.dumps({"format": FORMAT} | meta))  # as it is read back
         if self.folder.exists(): raise InputError(f"{folder}: exists; remove it to make it again")
         try: self.part.mkdir(parents=True, exist_ok=True)
         except OSError as error: raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
@@ -126,7 +130,7 @@ class Writer:
             raise InputError(f"{self.part}: was begun with other settings; give those again, or remove it")
 
     def open(self, name: str, shape: list[int]):
-        """The file of one array with rows of `shape`, cut back to the rows that the saved state vouches for."""
+        """The file of one array with rows of `shape`, cut back to the rows that were saved."""
         path, dtype = self.part / f"{name}.npy", np.dtype(ARRAYS[name][1])
         file = open(path, "r+b" if path.exists() else "w+b")
         np.lib.format.write_array_header_1_0(  # numpy leaves room in it for the number of rows to grow
@@ -143,24 +147,25 @@ class Writer:
         shape = {name: list(rows.shape[1:]) for name, rows in arrays.items()} or state["shape"]
         counts = {len(rows) for rows in arrays.values()} or {0}
         if len(counts) > 1 or (state["rows"] and shape != state["shape"]):
-            raise InputError(f"{self.part}: arrays {shape}, {counts} rows, after {state['shape']}: a reader's mistake")
+            raise InputError(f"{self.part}: rows {shape} ({counts}) after rows {state['shape']}: one data set "
+                             "holds one kind of rows")
         for name, rows in arrays.items():
             if name not in self.files: self.files[name] = self.open(name, shape[name])
             data = np.ascontiguousarray(rows, ARRAYS[name][1]).tobytes()
             self.files[name].write(data)
             crc[name] = zlib.crc32(data, crc.get(name, 0))
         self.state = state | {"jobs": state["jobs"] + 1, "rows": state["rows"] + counts.pop(), "crc": crc,
-                              "shape": shape, "skipped": state["skipped"] + list(skipped)}  # all of it, or nothing
+                              "shape": shape, "skipped": state["skipped"] + list(skipped)}  # all or nothing
 
     def check_skipped(self, limit: float, final: bool = False) -> None:
-        """InputError once more than `limit` of the samples (of 200, or of all) are left out, and why most are."""
+        """InputError, with the commonest reason, once more than `limit` of the samples are left out."""
         skipped, kind = self.state["skipped"], lambda text: text.partition(": ")[2].partition(":")[0]
         seen = self.state["rows"] + len(skipped)
         too_many = len(skipped) > limit * seen and (final or seen >= 200)
         if not too_many and (self.state["rows"] or not final): return
         (most, count), = collections.Counter(map(kind, skipped)).most_common(1) or [("", 0)]
         first = next((text for text in skipped if kind(text) == most), "there is none")
-        raise InputError(f"{self.folder}: {len(skipped)} of {seen} samples left out, {count} of them for {most!r} "
+        raise InputError(f"{self.folder}: {len(skipped)} of {seen} samples left out, {count} for {most!r} "
                          f"({first}). Mend it, remove {self.part}, run again")
 
     def save(self) -> None:
@@ -176,18 +181,20 @@ class Writer:
         self.save()
         self.close()
         for name, shape in self.state["shape"].items(): self.open(name, shape).close()
-        write_json(self.part / "meta.json", self.meta | {k: self.state[k] for k in ("rows", "crc", "skipped")})
+        counts = {k: self.state[k] for k in ("rows", "crc", "skipped")}
+        write_json(self.part / "meta.json", self.meta | counts)
         os.replace(self.part, self.folder)
         (self.folder / "state.json").unlink()
 
 
 def build_dataset(folder: str | Path, meta: dict, jobs: list, work, workers: int = 0, images_a_job: int = 1,
                   max_skipped: float = 0.05) -> None:
-    """Write work(job) for every job, in order, to a data-set folder, on several processes, with a progress line.
+    """Write work(job) for every job, in order, to a data-set folder, on several processes.
 
-    work(job) returns (arrays, skipped). The result does not depend on the number of workers, nor on how often it
-    was interrupted: a killed run goes on from its last save, a few hundred rows back. InputError, naming the
-    commonest reason, where more than `max_skipped` of the samples are left out: then not they are at fault.
+    work(job) returns (arrays, skipped). The result does not depend on the number of workers, nor on how often
+    it was interrupted: a killed run goes on from its last save, a few hundred rows back. InputError, naming
+    the commonest reason, where more than `max_skipped` of the samples are left out: then not they are at
+    fault.
     """
     writer, workers = Writer(folder, meta), workers or os.cpu_count() or 1
     start = writer.state["jobs"]
@@ -204,7 +211,8 @@ def build_dataset(folder: str | Path, meta: dict, jobs: list, work, workers: int
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError, InputError): writer.save()  # ValueError: closed already
         writer.close()
-        if isinstance(error, OSError): raise InputError(f"{writer.part}: could not be written ({error})") from error
+        if isinstance(error, OSError):
+            raise InputError(f"{writer.part}: could not be written ({error})") from error
         raise
 
 
@@ -214,7 +222,7 @@ def ordered_results(work, jobs: list, workers: int):
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
     with concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker) as pool:
         waiting, rest = collections.deque(), iter(jobs)
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is the parent's to handle
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is the parent's
         waiting.extend(pool.submit(work, job) for job in itertools.islice(rest, workers))
         signal.signal(signal.SIGINT, handler)
         try:
@@ -223,7 +231,7 @@ def ordered_results(work, jobs: list, workers: int):
                 if len(waiting) >= 4 * workers: yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise InputError("a worker process died; run the same command again, it goes on where it stopped") from error
+            raise InputError("a worker process died; the same command goes on where it stopped") from error
         finally:
             for future in waiting: future.cancel()
 
@@ -244,13 +252,13 @@ def epoch_permutation(count: int, seed: int, purpose: str, epoch: int) -> np.nda
 
 
 def batch_rows(count: int, seed: int, purpose: str, step: int, batch: int) -> np.ndarray:
-    """Rows of global batch `step` (batch,): each of `count` rows comes once an epoch, in an order of (seed, epoch)."""
+    """Rows (batch,) of global batch `step`: each of `count` once an epoch, in an order of (seed, epoch)."""
     places = np.arange(step * batch, (step + 1) * batch)
     return np.array([epoch_permutation(count, seed, purpose, int(p // count))[p % count] for p in places])
 
 
 def prefetch(batches):
-    """The same batches, the next one being prepared by a thread while one is trained on. Errors come through."""
+    """The same batches; a thread prepares the next while one is trained on. Its errors come through."""
     box: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
 
@@ -278,14 +286,16 @@ def prefetch(batches):
 # ==========================================================================================================
 # Augmentation (Sec. 7: rotation, translation, resize, colour jitter), on the batch, on the training device
 # ==========================================================================================================
-PARAMETERS = ("angle", "shift_x", "shift_y", "scale", "brightness", "contrast", "saturation", "red", "green", "blue")
+PARAMETERS = ("angle", "shift_x", "shift_y", "scale", "brightness", "contrast", "saturation",
+              "red", "green", "blue")
 
 
 def augmentation(rng: np.random.Generator, count: int, jitter: float, gain: float = 0.0) -> np.ndarray:
-    """Random parameters (count, 10) in the order of PARAMETERS. not in the paper: every range (Sec. 7 gives none).
+    """Random parameters (count, 10) in the order of PARAMETERS. not in the paper: the ranges (Sec. 7 gives
+    none).
 
-    Rotation +-30 degrees, translation +-10 % of the crop, scale 0.8-1.25, brightness, contrast, saturation 1 +- jitter,
-    channel gains 1 +- gain.
+    Rotation +-30 degrees, translation +-10 % of the crop, scale 0.8-1.25; brightness, contrast and saturation
+    1 +- jitter; channel gains 1 +- gain.
     """
     u = rng.uniform(-1, 1, (count, len(PARAMETERS)))
     columns = [np.deg2rad(30) * u[:, 0], 0.1 * u[:, 1], 0.1 * u[:, 2], 1.25 ** u[:, 3]]
@@ -321,10 +331,10 @@ def transform_intrinsics(A: Tensor, intrinsics: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, A: Tensor, side: int) -> Tensor:
-    """Stored crops (B, C, H, H) through A (B, 2, 3) to (B, C, side, side), bilinear; edge pixels go on outside."""
+    """Stored crops (B, C, H, H) through A (B, 2, 3) to (B, C, side, side), bilinear; edge pixels repeat."""
     H, back = images.shape[-1], torch.linalg.inv(A[:, :, :2])              # (B, 2, 2) crop px -> stored px
     middle = back @ ((side - 1) / 2 - A[:, :, 2:])                  # (B, 2, 1) stored px of the crop's centre
-    # grid_sample's own units, in both images: -1 .. 1 from the outer edge of the first pixel to that of the last
+    # grid_sample's own units, in both images: -1 .. 1 from the first pixel's outer edge to the last one's
     theta = torch.cat([back * (side / H), (2 * middle + 1) / H - 1], dim=2)              # (B, 2, 3)
     grid = F.affine_grid(theta, [len(A), 1, side, side], align_corners=False)            # (B, side, side, 2)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -333,8 +343,8 @@ def warp(images: Tensor, A: Tensor, side: int) -> Tensor:
 def colour_jitter(images: Tensor, parameters: Tensor) -> Tensor:
     """Images (B, 3, H, W) in 0..1: channel gains and brightness g, contrast c, saturation s; clipped to 0..1.
 
-    x1 = g x;  x2 = c (x1 - mean) + mean;  x3 = s (x2 - grey) + grey: a 3 x 3 matrix and an offset for each image, and so
-    one matrix product instead of eight passes over the pixels.
+    x1 = g x;  x2 = c (x1 - mean) + mean;  x3 = s (x2 - grey) + grey: a 3 x 3 matrix and an offset for each
+    image, and so one matrix product instead of eight passes over the pixels.
     """
     B, _, H, W = images.shape
     gains = parameters[:, 4, None] * parameters[:, 7:10]                                 # (B, 3)
@@ -356,7 +366,8 @@ def denormalise(images: Tensor) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-def load_images(dataset: Dataset, rows: np.ndarray, device: torch.device, masks: np.ndarray | None = None) -> Tensor:
+def load_images(dataset: Dataset, rows: np.ndarray, device: torch.device,
+                masks: np.ndarray | None = None) -> Tensor:
     """Rows of the stored images as (B, 3, H, H) in 0..1, or with `masks` (n, H, H) as a fourth channel."""
     x = torch.from_numpy(dataset.images[rows]).to(device, non_blocking=True).permute(0, 3, 1, 2)
     if masks is not None:
@@ -366,7 +377,7 @@ def load_images(dataset: Dataset, rows: np.ndarray, device: torch.device, masks:
 
 def crops(dataset: Dataset, rows: np.ndarray, parameters: np.ndarray, side: int, device: torch.device,
           masks: np.ndarray | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Augmented crops: images (B, 3, side, side) in 0..1, masks (B, 1, side, side) or None, and A (B, 2, 3)."""
+    """Augmented crops: images (B, 3, side, side) in 0..1, masks (B, 1, side, side) or None, A (B, 2, 3)."""
     p = torch.from_numpy(parameters).to(device)
     A = crop_transform(p, dataset.images.shape[1], dataset.meta["margin"], side)
     x = warp(load_images(dataset, rows, device, masks), A, side)
@@ -374,7 +385,7 @@ def crops(dataset: Dataset, rows: np.ndarray, parameters: np.ndarray, side: int,
 
 
 def labels_of(dataset: Dataset, rows: np.ndarray, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels in the network's crop: uv (B, K, 2) px and depth (B, K) mm relative to the root; NaN: not labelled."""
+    """Labels in the network's crop: uv (B, K, 2) px, depth (B, K) mm from the root; NaN: not labelled."""
     keypoints = torch.from_numpy(dataset.keypoints[rows]).to(A.device)                  # (B, K, 3) mm, camera
     intrinsics = torch.from_numpy(dataset.intrinsics[rows]).to(A.device)                 # (B, 3, 3)
     uv = transform_points(A, project(keypoints, intrinsics))                             # (B, K, 2) px
@@ -385,8 +396,9 @@ def labels_of(dataset: Dataset, rows: np.ndarray, A: Tensor) -> tuple[Tensor, Te
 def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device) -> tuple[Tensor, Tensor]:
     """Predicted and true keypoints (B, K, 3) mm, camera frame of the crop, with the root's true depth.
 
-    not in the paper: heatmaps give pixels and depth relative to the root; the crop's intrinsics and the true depth of
-    the root turn them into millimetres, as the 3D-heatmap methods do. Errors are root-aligned, so depth only scales x, y.
+    not in the paper: heatmaps give pixels and depth from the root; the crop's intrinsics and the root's true
+    depth turn them into millimetres, as 3D-heatmap methods do. Errors are root-aligned, so that depth only
+    scales x, y.
     """
     images, _, A = crops(dataset, rows, no_augmentation(len(rows)), side, device)
     heatmaps = estimator.heatmaps(normalise(images))                                     # (B, K, S, S, S)
@@ -403,9 +415,10 @@ def chunks(count: int, size: int = 100) -> list[np.ndarray]:
 
 
 def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
-    """Masks (n, H, H) uint8 of a data set from a file of their own: f^S's, kept in the run, never in the data set."""
+    """Masks (n, H, H) uint8 of a data set in a file of their own: f^S's lie in the run."""
     try: masks = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error: raise InputError(f"{path}: no readable masks ({error})") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: no readable masks ({error})") from error
     if masks.shape != dataset.images.shape[:3] or masks.dtype != np.uint8:
         raise InputError(f"{path}: {masks.dtype} {masks.shape}; expected uint8 {dataset.images.shape[:3]}")
     return masks
@@ -778,7 +791,7 @@ def render_unconstrained(rng, count, side):
 # The embedded benchmark on disk
 # ==========================================================================================================
 CHUNK = 50  # images of one rendering job; its random numbers depend on (split, chunk) alone
-BENCHMARK = {  # folder: (domain, images). No two folders share a random number, so train, val and test are disjoint
+BENCHMARK = {  # folder: (domain, images); no two share a random number, so train, val and test are disjoint
     "source_train": ("source", 10000), "source_val": ("source", 1000), "source_test": ("source", 1000),
     "target_train": ("target", 10000), "target_test": ("target", 1000), "unconstrained": (None, 4000),
 }
@@ -789,11 +802,12 @@ def render_chunk(job: tuple[str, int, int]) -> tuple[dict[str, np.ndarray], list
     domain, count = BENCHMARK[name]
     rng = random_generator(0, f"hands {name}", chunk)
     count = min(CHUNK, count - chunk * CHUNK)
-    return (render_hands(rng, domain, count, side) if domain else {"images": render_unconstrained(rng, count, side)}), []
+    if domain: return render_hands(rng, domain, count, side), []
+    return {"images": render_unconstrained(rng, count, side)}, []
 
 
 def make_benchmark(root: str | Path, side: int = 60, workers: int = 0) -> None:
-    """Render the data-set folders of BENCHMARK that are not there yet under root, stored crops of `side` px."""
+    """Render the folders of BENCHMARK that are not there yet under root, stored crops of `side` px."""
     for name, (domain, count) in BENCHMARK.items():
         if (Path(root) / name).exists(): continue
         meta = {"name": f"hands {domain or 'unconstrained'}", "split": name.split("_")[-1], "margin": 1.25,

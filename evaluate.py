@@ -561,7 +561,7 @@ def main(arguments=None) -> int:
     add("--target-test", default="datasets/hands/target_test", help="labelled test folder of the target")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--pictures", default="", help="folder for pictures [pictures/ in the first folder]; none: no pictures")
+    add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice [0]")
     add("--image", help="predict the pose on this picture instead, with the first run named")

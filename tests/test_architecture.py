@@ -214,7 +214,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     check_alone_as_in_a_batch(head, tokens)
     check_alone_as_in_a_batch(net, large)
     check_alone_as_in_a_batch(u.PoseEstimator(encoder, head).heatmaps, images)
-    for module, batch in ((head, tokens), (net, large)):                   # BatchNorm in training mode is seen
+    for module, batch in ((head, tokens), (net, large)):                   # BatchNorm in training is seen
         with pytest.raises(AssertionError): check_alone_as_in_a_batch(module.train(), batch)
 
 
@@ -327,7 +327,7 @@ def test_masking(N, r):
 
 
 def test_masking_by_hand():
-    """The largest noise is hidden: patches 2 and 0. Sequence [visible 1, 3 | masked 0, 2]: patch 0 is third."""
+    """The largest noise is hidden: patches 2 and 0. Sequence [visible 1, 3 | masked 0, 2]: 0 is third."""
     visible, restore, m = u.random_masking(torch.tensor([[0.3, 0.1, 0.4, 0.2]]), 0.5)
     assert (visible.tolist(), restore.tolist(), m.tolist()) == ([[1, 3]], [[2, 0, 3, 1]], [[1, 0, 1, 0]])
 
@@ -339,7 +339,7 @@ def test_masking_nothing_or_everything_is_refused(r):
 
 @torch.no_grad()
 def check_decoder_input(arrange):
-    """Visible tokens in their own places, mask tokens in all others, the class token first, positions added."""
+    """Visible tokens in their own places, mask tokens in the others, class token first, positions added."""
     decoder = u.Decoder((2, 3), 2, 8, 4, 1, 2)
     visible, restore, m = u.random_masking(torch.rand(2, 6), 0.5)
     latent = torch.randn(2, 4, 8)
@@ -371,7 +371,7 @@ def test_decoder_puts_tokens_in_their_places():
 
 @torch.no_grad()
 def test_decoder_predicts_from_its_own_tokens_without_the_class_token():
-    """With its block switched off, the output is the prediction of the normalised input, less the first token."""
+    """With its block switched off, the output is predicted from the normalised input less its first token."""
     decoder = u.Decoder((2, 3), 2, 8, 4, 1, 2)
     block = decoder.decoder_blocks[0]
     block.attn.proj.weight.zero_(), block.mlp.fc2.weight.zero_()
@@ -409,7 +409,7 @@ def background_by_rules(x, mask, x_c):
 
 
 def check_background(function):
-    """10 x 10 px, so that a pixel is 1 %: 30, 0, 1, 90, 91, 100 % foreground, hard, soft and at exactly 0.5."""
+    """10 x 10 px, so that a pixel is 1 %: 30, 0, 1, 90, 91, 100 % foreground, hard, soft and at 0.5."""
     x, x_c, masks = torch.randn(6, 3, 10, 10), torch.randn(6, 3, 10, 10), torch.zeros(6, 1, 100)
     for i, pixels in enumerate((30, 0, 1, 90, 91, 100)): masks[i, :, :pixels] = 1
     masks = masks.view(6, 1, 10, 10)

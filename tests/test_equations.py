@@ -111,7 +111,7 @@ def test_eq1_rejects(wrong): rejected(check_eq1, wrong)
 
 @torch.no_grad()
 def test_eq1_by_hand():
-    """Eq. (1) with q = k = 0, so that attention is the plain mean; v and projection identity; FFN (10, 20)."""
+    """Eq. (1) with q = k = 0, so that attention is the mean; v and projection identity; FFN (10, 20)."""
     block = u.Block(2, 1)
     for p in block.parameters(): p.zero_()
     block.norm1.weight.fill_(1), block.norm2.weight.fill_(1)
@@ -186,7 +186,7 @@ def test_eq2_without_its_half_is_the_same():
 
 
 def test_eq2_by_hand():
-    """Eq. (2): a patch half foreground, an empty one, alpha = 2 ln 3: ŵ stands 3 to 1, so w = 2 * (3/4, 1/4)."""
+    """Eq. (2): a patch half foreground, an empty one, alpha = 2 ln 3: ŵ is 3 to 1, w = 2 * (3/4, 1/4)."""
     masks = torch.tensor([[[[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]])
     close(u.foreground_weights(masks, 2, 2 * math.log(3)), torch.tensor([[1.5, 0.5]]))
 
@@ -268,7 +268,7 @@ def test_eq3_gradient_reaches_masked_patches_only():
 # Eq. (4)  H^ = Conv(Deconv(Deconv(F_img))), with ReLU and BatchNorm after each deconvolution (Table 7)
 # ==========================================================================================================
 def deconv_by_loops(layer, image):
-    """Deconvolution of (C, h, w), 4 x 4, stride 2, padding 1: each pixel lays its kernel on the larger image."""
+    """Deconvolution of (C, h, w), 4 x 4, stride 2, padding 1: a pixel lays its kernel on the larger image."""
     (_, h, w), out = image.shape, len(layer.bias)
     larger = layer.bias.view(out, 1, 1).expand(out, 2 * h, 2 * w).clone()
     for i in range(h):
@@ -277,7 +277,7 @@ def deconv_by_loops(layer, image):
                 for b in range(4):
                     y, x = 2 * i + a - 1, 2 * j + b - 1
                     if 0 <= y < 2 * h and 0 <= x < 2 * w:
-                        for c in range(len(image)): larger[:, y, x] += image[c, i, j] * layer.weight[c, :, a, b]
+                        larger[:, y, x] += image[:, i, j] @ layer.weight[:, :, a, b]
     return larger
 
 
@@ -447,7 +447,7 @@ def test_eq5_rejects(wrong): rejected(check_eq5, wrong)
 
 @pytest.mark.parametrize("loss", [u.keypoint_loss, expanded])
 def test_eq5_by_hand(loss):
-    """Eq. (5): S = 2, centre at voxel (0, 0, 0), sigma such that a step halves the blob: H = (1/2)^(x + y + z).
+    """Eq. (5): S = 2, centre at voxel (0, 0, 0), a sigma with which a step halves it: H = (1/2)^(x + y + z).
     Against 0: (1 + 1/4)^3. Against 1: 0 + 3 * (1/2)² + 3 * (3/4)² + (7/8)²."""
     sigma = math.sqrt(1 / (2 * math.log(2)))
     zero, one = torch.zeros(1, 1, 3), torch.ones(1, 1)
@@ -554,7 +554,7 @@ def test_eq6_by_hand():
 
 
 def test_eq6_gradient_reaches_queries_and_keys_only():
-    """Eq. (6) regularises f^E up to q and k of its last block: v, projection, FFN, norm and f^H get nothing."""
+    """Eq. (6) regularises f^E up to q and k of its last block: v, projection, FFN, norm, f^H get none."""
     encoder = u.Encoder((8, 8), 4, 8, 2, 2)
     model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
     _, a_E = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8))

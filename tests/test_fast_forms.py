@@ -150,7 +150,7 @@ WRONG_EXPANDED = {
 
 @pytest.mark.parametrize("weight", [0.001, 0.3])
 def test_expanded_loss_equals_the_readable_one(weight):
-    """Eq. (5) in value and every gradient, at the head's initial weights and at large ones; some joints invalid."""
+    """Eq. (5) in value and gradients, at the head's initial weights and large ones; some joints invalid."""
     check_expanded(u.keypoint_loss_expanded, weight)
 
 

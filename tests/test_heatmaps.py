@@ -50,7 +50,7 @@ def test_blob_check_rejects(wrong): rejected(check_blob, wrong)
 # Decoding
 # ==========================================================================================================
 def check_decoding(decode, S=24, sigma=1.8):
-    """decode(encode(x)) is x within 0.05 voxel, up to the very border of the volume, at any height of peak."""
+    """decode(encode(x)) is x within 0.05 voxel, up to the very border of the volume, at any height."""
     inside = torch.rand(1, 30, 3) * (S - 1)
     border = torch.rand(1, 30, 3) * (S - 1)
     border[0, torch.arange(30), torch.arange(30) % 3] = torch.linspace(-0.5, 0.4, 30)
@@ -99,7 +99,7 @@ def test_plain_argmax_by_hand():
 
 
 def test_decoding_stays_beside_the_largest_voxel():
-    """Noise, negative values and constants, as an untrained network gives, must not throw a joint far away."""
+    """Noise, negative values and constants, as an untrained network gives: none may throw a joint far off."""
     for heatmaps in (torch.randn(2, 3, 8, 8, 8), torch.zeros(2, 3, 8, 8, 8), -torch.rand(2, 3, 8, 8, 8)):
         centres = u.decode_heatmaps(heatmaps)
         assert centres.isfinite().all()
@@ -110,7 +110,7 @@ def test_decoding_stays_beside_the_largest_voxel():
 # Pixels and millimetres
 # ==========================================================================================================
 def test_voxels_by_hand():
-    """256 px on 64 voxels: pixel 0 has its centre at voxel 1/8 - 1/2; the root's depth is the volume's middle."""
+    """256 px on 64 voxels: pixel 0 has its centre at voxel 1/8 - 1/2; the root is in the middle."""
     uv = torch.tensor([[[0.0, 255.0], [-0.5, 255.5], [127.5, 31.5]]])
     depth = torch.tensor([[0.0, 75.0, -150.0]])
     centres, valid = u.to_voxels(uv, depth, 256, 300.0, 64)
@@ -175,7 +175,7 @@ def test_millimetres_to_heatmaps_and_back():
 # Errors of Sec. 4.1
 # ==========================================================================================================
 def test_joint_errors_by_hand():
-    """Root 1: predicted (3, 4, 0) from its root, true (0, 0, 0) from its root: 5 mm. The root has no error."""
+    """Root 1: predicted (3, 4, 0) from its root, true (0, 0, 0) from its root: 5 mm. The root has none."""
     predicted = torch.tensor([[[13.0, 14.0, 10.0], [10.0, 10.0, 10.0], [10.0, 10.0, 22.0]]])
     truth = torch.tensor([[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [NAN, NAN, NAN]]])
     errors = u.joint_errors(predicted, truth, 1)
@@ -190,7 +190,7 @@ def rotation(seed=0):
 
 
 def check_procrustes(align):
-    """A rotated, scaled, moved pose aligns exactly; of a mirrored one an error remains, the smallest possible."""
+    """A rotated, scaled, moved pose aligns exactly; of a mirrored one an error remains, the smallest."""
     truth = torch.randn(2, 10, 3) * 50
     truth[..., 2] *= 0.3                                                   # flat, as a hand: a mirror tempts
     moved = 1.7 * truth @ rotation().T + torch.tensor([10.0, -20.0, 300.0])
@@ -199,7 +199,7 @@ def check_procrustes(align):
     left = (align(mirrored, truth) - truth).norm(dim=-1).mean()
     assert left > 2, f"a mirrored pose was aligned to {left:.4f} mm"
     error = (align(mirrored, truth) - truth).square().sum()
-    for _ in range(20):                                                    # no small turn or scaling is better
+    for _ in range(20):                                                    # no small turn or scale is better
         turn = torch.matrix_exp(0.02 * (G := torch.randn(3, 3)) - 0.02 * G.T) * (1 + 0.02 * torch.randn(()))
         centre = truth.mean(1, keepdim=True)
         assert ((align(mirrored, truth) - centre) @ turn + centre - truth).square().sum() >= error - 1e-2

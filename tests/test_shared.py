@@ -1,4 +1,5 @@
 """What the three scripts share: randomness, batches, learning rate, checkpoints, run folders, settings."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -111,6 +112,28 @@ def test_precision_is_what_is_clearly_faster(monkeypatch, fast, chosen):
         u.choose_precision("float16", torch.device("cpu"), one_pass)
 
 
+def test_a_loss_that_is_no_number_stops_the_run():
+    u.check_finite(3, L_kpt=1.0, L_attn=0.0)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(u.InputError, match=f"L_attn is {value} at step 3.*--lr"):
+            u.check_finite(3, L_kpt=1.0, L_attn=value)
+
+
+def test_gradients_travel_with_the_last_micro_batch_only():
+    """DistributedDataParallel keeps gradients at home inside its no_sync()."""
+    inside = []
+
+    class Model(torch.nn.Module):
+        @contextlib.contextmanager
+        def no_sync(self):
+            inside.append(True)
+            yield
+            inside.pop()
+    assert [(batch, bool(inside)) for batch in u.micro_steps(Model(), ["a", "b", "c"])] == [
+        ("a", True), ("b", True), ("c", False)]
+    assert list(u.micro_steps(part(3), ["a", "b"])) == ["a", "b"]           # one process
+
+
 def test_autocast_only_below_float32():
     for dtype in (torch.float32, torch.bfloat16):
         with u.autocast(torch.device("cpu"), dtype): product = torch.ones(2, 2) @ torch.ones(2, 2)
@@ -209,7 +232,7 @@ def test_other_checkpoints_are_refused(tmp_path):
     with pytest.raises(u.InputError, match="not a readable checkpoint"): u.read_checkpoint(tmp_path)
     for state in ({"model": {}}, [1], torch.ones(2)):
         torch.save(state, tmp_path / "c.pt")
-        with pytest.raises(u.InputError, match="c.pt: not one of our checkpoints"):
+        with pytest.raises(u.InputError, match="c.pt: not a checkpoint of this project"):
             u.read_checkpoint(tmp_path / "c.pt")
     torch.save({"settings": {}, "path": types.SimpleNamespace()}, tmp_path / "c.pt")  # not plain
     with pytest.raises(u.InputError, match="not a readable checkpoint"): u.read_checkpoint(tmp_path / "c.pt")
@@ -228,7 +251,7 @@ def test_load_parts():
     ({"decoder": {}}, r"c.pt: holds no encoder"),
     ({"encoder": part(4).state_dict()}, r"c.pt: encoder.0.weight is \(2, 4\) in the file and \(2, 3\) here"),
     ({"encoder": part(3)[:1].state_dict()}, r"encoder.1.(weight|bias) is nothing in the file and \(2,"),
-    ({"encoder": part(3).state_dict() | {"2.gamma": torch.ones(5)}}, r"encoder.2.gamma is \(5,\) .* and nothing")])
+    ({"encoder": part(3).state_dict() | {"2.gamma": torch.ones(5)}}, r"encoder.2.gamma is \(5,\).*nothing")])
 def test_load_parts_names_the_key_and_both_shapes(state, says):
     with pytest.raises(u.InputError, match=says): u.load_parts("c.pt", state, encoder=part(3))
 
@@ -240,7 +263,7 @@ def test_load_parts_names_the_key_and_both_shapes(state, says):
 class Settings:
     preset: str = "tiny"          # sizes: tiny, large
     variant: str = "full"         # row of the table
-    run: str = ""                 # run folder
+    out: str = ""                 # run folder
     width: int = 8                # width of f^E, 100 % of it (Table 5)
     lr: float = 1e-3              # learning rate (paper Sec. 7)
     norm_pix: bool = False        # pixels normalised per patch
@@ -305,7 +328,7 @@ def test_run_writes_its_settings_and_can_be_taken_up_again(tmp_path):
     config = json.loads((tmp_path / "deep" / "a" / "config.json").read_text())
     assert config["settings"] == dataclasses.asdict(Settings()) and config["facts"] == {"n": 5}
     assert config["versions"]["torch"] == torch.__version__
-    first.lock.close()                                                     # as when a process ends or is killed
+    first.lock.close()                                                     # as when a process ends
     assert run(tmp_path / "deep" / "a").config == config
 
 
@@ -328,20 +351,22 @@ def test_other_settings_are_refused_with_the_difference(tmp_path, changes, says)
 
 def test_settings_that_do_not_change_the_result_are_free(tmp_path):
     run(tmp_path).lock.close()
-    run(tmp_path, save_every=99, run="elsewhere")
+    run(tmp_path, save_every=99, out="elsewhere")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(u.InputError, match="cannot be used as a run folder"): run(folder)
+        with pytest.raises(u.InputError, match="cannot hold a run"): run(folder)
 
 
 def test_other_ranks_write_nothing(tmp_path):
     run(tmp_path).lock.close()
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     other = run(tmp_path, rank=1)
-    other.save("checkpoint.pt", {}), other.log(step=1), other.decide("precision", lambda: "float32")
+    module, other.config = part(3), {}                                     # rank 0 would have sent its config
+    other.save("checkpoint.pt", Settings(), torch.optim.AdamW(module.parameters()), {"encoder": module})
+    other.log(step=1), other.decide("precision", lambda: "float32")
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -353,28 +378,56 @@ def test_a_decision_is_made_once(tmp_path):
     assert again.decide("precision", lambda: 1 / 0) == "bfloat16"
 
 
-def test_resume_restores_weights_and_optimiser_and_cuts_the_log(tmp_path):
-    first, module = run(tmp_path), part(3)
+def trained(module) -> torch.optim.Optimizer:
+    """AdamW after one step, so that it has moments to lose."""
     optimiser = torch.optim.AdamW(module.parameters(), lr=0.1)
-    assert first.resume("checkpoint.pt", encoder=module, optimiser=optimiser) is None
     module(torch.randn(4, 3)).sum().backward()
     optimiser.step()
+    return optimiser
+
+
+def test_resume_restores_weights_and_optimiser_and_cuts_the_log(tmp_path):
+    """Steps after the checkpoint are done again and logged again; those of another stage stay."""
+    first, module, fresh = run(tmp_path), part(3), part(3)
+    optimiser, fresh_optimiser = trained(module), torch.optim.AdamW(fresh.parameters(), lr=0.1)
+    assert first.resume("checkpoint.pt", fresh_optimiser, {"encoder": fresh})["step"] == 0   # fresh
     first.log(stage="segmentation", step=99, L_seg=1.0)
     for step in (1, 2, 3, 4): first.log(stage="pretraining", step=step, loss=float(step))
-    first.save("checkpoint.pt", {"settings": {}, "stage": "pretraining", "step": 2,
-                                 "encoder": module.state_dict(), "optimiser": optimiser.state_dict()})
+    first.save("checkpoint.pt", Settings(), optimiser, {"encoder": module}, stage="pretraining", step=2)
     first.lock.close()
-    again, fresh = run(tmp_path), part(3)
-    fresh_optimiser = torch.optim.AdamW(fresh.parameters(), lr=0.1)
-    state = again.resume("checkpoint.pt", encoder=fresh, optimiser=fresh_optimiser)
-    assert state["step"] == 2
+    state = run(tmp_path).resume("checkpoint.pt", fresh_optimiser, {"encoder": fresh})
+    assert state["step"] == 2 and state["settings"] == dataclasses.asdict(Settings())
     for a, b in zip(module.parameters(), fresh.parameters()): assert torch.equal(a, b)
     moments = [o.state_dict()["state"][0]["exp_avg"] for o in (optimiser, fresh_optimiser)]
     assert torch.equal(*moments) and moments[0].any()
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [f"{line['stage']} {line['step']}" for line in logged] == [
         "segmentation 99", "pretraining 1", "pretraining 2"]
-    with pytest.raises(u.InputError, match="encoder.0.weight"): again.resume("checkpoint.pt", encoder=part(4))
+
+
+def test_resume_refuses_another_architecture(tmp_path):
+    module, other = part(3), part(4)
+    run(tmp_path).save("checkpoint.pt", Settings(), trained(module), {"encoder": module}, stage="a", step=2)
+    with pytest.raises(u.InputError, match="checkpoint.pt: encoder.0.weight"):
+        run(tmp_path).resume("checkpoint.pt", torch.optim.AdamW(other.parameters()), {"encoder": other})
+
+
+def test_resume_after_a_line_that_was_cut(tmp_path):
+    """A full disk or a kill can leave half a line at the end of the log: it belongs to no finished step."""
+    first, module = run(tmp_path), part(3)
+    optimiser = trained(module)
+    for step in (1, 2): first.log(stage="pretraining", step=step)
+    first.save("checkpoint.pt", Settings(), optimiser, {"encoder": module}, stage="pretraining", step=2)
+    whole = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(whole + '{"stage": "pretr')
+    first.resume("checkpoint.pt", optimiser, {"encoder": module})
+    assert (tmp_path / "log.jsonl").read_text() == whole
+
+
+def test_a_log_on_a_full_disk_is_one_line(tmp_path):
+    first = run(tmp_path)
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(u.InputError, match="log.jsonl.*No space left"): first.log(step=1)
 
 
 # ==========================================================================================================
