@@ -371,8 +371,8 @@ def test_other_ranks_write_nothing(tmp_path):
 
 
 def test_a_decision_is_made_once(tmp_path):
-    first = run(tmp_path)
-    assert first.decide("precision", lambda: "bfloat16") == "bfloat16"
+    first, calls = run(tmp_path), []
+    assert first.decide("precision", lambda: calls.append(1) or "bfloat16") == "bfloat16" and calls == [1]
     first.lock.close()
     again = run(tmp_path)
     assert again.decide("precision", lambda: 1 / 0) == "bfloat16"
@@ -438,7 +438,7 @@ def test_the_first_signal_asks_and_the_second_stops(number):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         stop = u.StopSignal()
-        assert not stop.requested(torch.device("cpu"))
+        assert not stop.requested(torch.device("cpu")) and signal.getsignal(number) == stop.note
         signal.raise_signal(number)
         assert stop.requested(torch.device("cpu"))
         with pytest.raises(KeyboardInterrupt): signal.raise_signal(number)
