@@ -147,8 +147,8 @@ class Writer:
         shape = {name: list(rows.shape[1:]) for name, rows in arrays.items()} or state["shape"]
         counts = {len(rows) for rows in arrays.values()} or {0}
         if len(counts) > 1 or (state["rows"] and shape != state["shape"]):
-            raise InputError(f"{self.part}: rows {shape} ({counts}) after rows {state['shape']}: one data set "
-                             "holds one kind of rows")
+            raise InputError(f"{self.part}: rows {shape} ({counts}) after rows {state['shape']}: one data "
+                             "set holds one kind of rows")
         for name, rows in arrays.items():
             if name not in self.files: self.files[name] = self.open(name, shape[name])
             data = np.ascontiguousarray(rows, ARRAYS[name][1]).tobytes()

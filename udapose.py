@@ -102,8 +102,9 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
     only it is computed, in float32. Mean over heads (Table 8 prints one row a block); attention to itself is
     dropped and the rest is not scaled up again ("excluding the j-th element").
     """
-    scores = q[:, :, :1].float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, M, 1, 1 + N)
-    return scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]                                  # (B, N)
+    with torch.autocast(q.device.type, enabled=False):                     # it would round to bfloat16 again
+        scores = q[:, :, :1].float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])   # (B, M, 1, 1+N)
+        return scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]                              # (B, N)
 
 
 class PatchEmbed(nn.Module):
@@ -489,15 +490,17 @@ def hpe_loss(L_kpt: Tensor, L_attn: Tensor, lambda_attn: float) -> Tensor:
 # ==========================================================================================================
 def project(keypoints: Tensor, intrinsics: Tensor) -> Tensor:
     """Points (B, K, 3) mm, camera, and intrinsics (B, 3, 3) to pixels (B, K, 2): u = fx x/z + cx, v alike."""
-    uvw = keypoints @ intrinsics.transpose(1, 2)                           # (B, K, 3)
+    with torch.autocast(keypoints.device.type, enabled=False):       # pixels need more than 3 digits
+        uvw = keypoints @ intrinsics.transpose(1, 2)                       # (B, K, 3)
     return uvw[..., :2] / uvw[..., 2:]                                     # (B, K, 2) px
 
 
 def back_project(uv: Tensor, z: Tensor, intrinsics: Tensor) -> Tensor:
     """Pixels uv (B, K, 2) at depths z (B, K) mm to points (B, K, 3) mm, camera: the inverse of `project`."""
     homogeneous = torch.cat([uv, torch.ones_like(uv[..., :1])], dim=-1)                  # (B, K, 3) u v 1
-    rays = homogeneous @ torch.linalg.inv(intrinsics).transpose(1, 2)                    # (B, K, 3) x/z y/z 1
-    return rays * z[..., None]                                                          # (B, K, 3) mm, camera
+    with torch.autocast(uv.device.type, enabled=False):               # pixels need more than 3 digits
+        rays = homogeneous @ torch.linalg.inv(intrinsics).transpose(1, 2)                # (B, K, 3) x/z y/z 1
+    return rays * z[..., None]                                             # (B, K, 3) mm, camera
 
 
 def to_voxels(uv: Tensor, depth: Tensor, image: int, depth_range: float, side: int) -> tuple[Tensor, Tensor]:
@@ -624,7 +627,8 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
                for k, t in read_weights(path).items()}
     report = []
     if "pos_embed" in tensors:
-        tensors["pos_embed"], why = file_positions(tensors, encoder)
+        try: tensors["pos_embed"], why = file_positions(tensors, encoder)
+        except InputError as error: raise InputError(f"{path}: {error}") from error
         report.append(f"pos_embed: {why}")
     if decoder is not None and "decoder_pos_embed" in tensors:
         tensors["decoder_pos_embed"] = decoder.decoder_pos_embed
@@ -831,7 +835,7 @@ def load_parts(path: str | Path, state: dict, **parts: nn.Module) -> None:
     for name, module in parts.items():
         if name not in state: raise InputError(f"{path}: holds no {name}; it is a checkpoint of another kind")
         own = module.state_dict()
-        for key in own.keys() | state[name].keys():
+        for key in [*own, *(k for k in state[name] if k not in own)]:
             theirs, ours = (tuple(d[key].shape) if key in d else "nothing" for d in (state[name], own))
             if theirs != ours:
                 raise InputError(f"{path}: {name}.{key} is {theirs} in the file and {ours} here: another "
@@ -844,7 +848,7 @@ class Run:
 
     Raises InputError if the folder cannot be made, another process holds it, or it has other settings.
     """
-    FREE = {"save_every", "log_every", "out"}  # settings that do not change the result
+    FREE = {"save_every", "log_every", "out", "world"}  # do not change the result (beyond the order of sums)
 
     def __init__(self, folder: str, settings, facts: dict, rank: int):
         self.folder, self.rank, self.lock = Path(folder), rank, None
@@ -896,14 +900,18 @@ class Run:
         load_parts(path, state, **parts)
         optimiser.load_state_dict(state["optimiser"])
         if self.rank == 0 and log.exists():  # steps after the checkpoint are done again, and logged again
-            lines = [(json.loads(line), line) for line in log.read_text().splitlines()]
+            whole = log.read_text().rpartition("\n")[0]  # a kill can cut the last line
+            lines = [(json.loads(line), line) for line in whole.splitlines()]
             kept = [t for v, t in lines if v["stage"] != state["stage"] or v["step"] <= state["step"]]
             write_atomically(log, lambda part: part.write_text("".join(t + "\n" for t in kept)))
         return state
 
     def log(self, **values) -> None:
-        if self.rank == 0:
+        if self.rank != 0: return
+        try:
             with open(self.folder / "log.jsonl", "a") as file: file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.folder}/log.jsonl: {first_line(error)}") from error
 
 
 def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, dict], arguments=None):
@@ -912,7 +920,8 @@ def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, 
     The help of a flag is the comment behind its field. An unknown flag or preset fails.
     """
     notes = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
         choices = {"preset": list(presets), "variant": list(variants)}.get(field.name)
         kind = {"choices": choices} if choices else {"type": field.type, "metavar": ""}

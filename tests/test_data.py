@@ -500,7 +500,7 @@ def test_a_reader_that_changes_its_arrays_is_refused(tmp_path):
                                      {"images": rows(1, 5, 5, 3), "masks": rows(1, 5, 5)},
                                      {"images": rows(2, 5, 5, 3), "masks": rows(1, 5, 5)})):
         jobs = [{"images": rows(1, 5, 5, 3)}, second]
-        with refused("one data set holds one kind of rows"):
+        with refused("data set holds one kind of rows"):
             data.build_dataset(tmp_path / str(number), META, jobs, lambda job: (job, []), 1)
 
 

@@ -220,13 +220,25 @@ def test_evaluate_measures_and_tabulates(sets, pretrained, finetuned, tmp_path, 
     assert evaluate.main([str(pretrained.parent), "--source-test", f"{sets}/source_test", "--target-test",
                           f"{sets}/target_test", "--pictures", "none", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert "chance" in text and "tiny full" in text
+    assert "chance" in text and "tiny finetuned" in text
     result = json.loads((finetuned / "result.json").read_text())
     assert 5 < result["target"]["epe"] < 300 and len(result["target"]["per_joint"]) == 21
     assert result["target"]["per_joint"][0] == 0  # the root is aligned
     assert len(result["target"]["attention"]["lift"]) == 2
     again = evaluate.read_results([str(pretrained.parent)])
     assert {r["kind"] for r in again} == {"pretraining", "finetuning"}
+
+
+def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
+    """A model of 21 joints is not measured on a test set of 20."""
+    other = tmp_path / "test"
+    other.mkdir()
+    for name in ("images.npy", "masks.npy", "intrinsics.npy"): os.link(sets / "target_test" / name, other / name)
+    np.save(other / "keypoints.npy", np.load(sets / "target_test/keypoints.npy")[:, :20])
+    meta = json.loads((sets / "target_test/meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"joints": meta["joints"][:20], "bones": meta["bones"][:19]}))
+    with pytest.raises(u.InputError, match="20 joints, the model has 21"):
+        evaluate.main([str(finetuned), "--source-test", f"{sets}/source_test", "--target-test", str(other)])
 
 
 # ---- refusals: one line, before work is lost -----------------------------------------------------------------
