@@ -44,7 +44,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
-from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, back_project, decode_heatmaps, from_rank_0,
+from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back_project, decode_heatmaps, from_rank_0,
                      from_voxels, project, random_generator, run_script, write_atomically, write_json)
 
 FORMAT = 1
@@ -393,7 +393,8 @@ def labels_of(dataset: Dataset, rows: np.ndarray, A: Tensor) -> tuple[Tensor, Te
     return uv, keypoints[..., 2] - keypoints[:, root:root + 1, 2]
 
 
-def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device) -> tuple[Tensor, Tensor]:
+def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device,
+            dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Predicted and true keypoints (B, K, 3) mm, camera frame of the crop, with the root's true depth.
 
     not in the paper: heatmaps give pixels and depth from the root; the crop's intrinsics and the root's true
@@ -401,7 +402,7 @@ def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device) ->
     scales x, y.
     """
     images, _, A = crops(dataset, rows, no_augmentation(len(rows)), side, device)
-    heatmaps = estimator.heatmaps(normalise(images))                                     # (B, K, S, S, S)
+    with autocast(device, dtype): heatmaps = estimator.heatmaps(normalise(images))       # (B, K, S, S, S)
     uv, depth = from_voxels(decode_heatmaps(heatmaps), side, dataset.meta["depth_range"], heatmaps.shape[-1])
     truth = torch.from_numpy(dataset.keypoints[rows]).to(device)                        # (B, K, 3) mm, camera
     intrinsics = transform_intrinsics(A, torch.from_numpy(dataset.intrinsics[rows]).to(device))

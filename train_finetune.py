@@ -111,8 +111,7 @@ def validate(s: Settings, estimator, dataset, device, dtype) -> float:
     estimator.eval()
     errors = []
     for rows in data.chunks(len(dataset)):
-        with u.autocast(device, dtype):
-            predicted, truth = data.predict(estimator, dataset, rows, s.image, device)  # (b, K, 3) mm, camera
+        predicted, truth = data.predict(estimator, dataset, rows, s.image, device, dtype)  # (b, K, 3) mm, camera
         errors.append(u.joint_errors(predicted, truth, dataset.meta["root"]).cpu())
     estimator.train()
     return float(torch.cat(errors).nanmean())

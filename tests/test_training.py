@@ -108,6 +108,14 @@ def test_finetuning_resumes_bitwise(sets, pretrained, finetuned, tmp_path, monke
     assert (tmp_path / "run/log.jsonl").read_text() == (finetuned / "log.jsonl").read_text()
 
 
+def test_bfloat16_trains_and_measures(sets, pretrained, tmp_path):
+    """Under autocast too, losses and geometry are in float32: bfloat16 rounds a pixel to a half."""
+    assert pretrain(sets, tmp_path / "a", "--precision", "bfloat16") == 0
+    assert finetune(sets, tmp_path / "b", str(tmp_path / "a"), "--precision", "bfloat16") == 0
+    log = [json.loads(line) for line in (tmp_path / "b/log.jsonl").read_text().splitlines()]
+    assert 5 < [r for r in log if "source_val_epe" in r][-1]["source_val_epe"] < 300
+
+
 def test_seed_changes_everything_random(sets, finetuned, pretrained, tmp_path):
     finetune(sets, tmp_path / "run", str(pretrained), "--seed", "1")
     assert not same(weights(tmp_path / "run", "head"), weights(finetuned, "head"))
