@@ -44,8 +44,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
-from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back_project, decode_heatmaps, from_rank_0,
-                     from_voxels, project, random_generator, run_script, write_atomically, write_json)
+from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back_project, decode_heatmaps,
+                     from_rank_0, from_voxels, project, random_generator, run_script, write_atomically,
+                     write_json)
 
 FORMAT = 1
 ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of each array of a data set
@@ -393,6 +394,16 @@ def labels_of(dataset: Dataset, rows: np.ndarray, A: Tensor) -> tuple[Tensor, Te
     return uv, keypoints[..., 2] - keypoints[:, root:root + 1, 2]
 
 
+def same_skeleton(dataset: Dataset, skeleton: dict) -> None:
+    """InputError unless the data set's joints, root and depth range are those that a model learned."""
+    theirs, ours = dataset.meta["joints"], skeleton["joints"]
+    if len(theirs) != len(ours):
+        raise InputError(f"{dataset.folder}: {len(theirs)} joints, the model has {len(ours)}")
+    for key in ("joints", "root", "depth_range"):
+        if dataset.meta[key] != skeleton[key]:
+            raise InputError(f"{dataset.folder}: {key} is {dataset.meta[key]}, the model has {skeleton[key]}")
+
+
 def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device,
             dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Predicted and true keypoints (B, K, 3) mm, camera frame of the crop, with the root's true depth.
@@ -402,7 +413,7 @@ def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device,
     scales x, y.
     """
     images, _, A = crops(dataset, rows, no_augmentation(len(rows)), side, device)
-    with autocast(device, dtype): heatmaps = estimator.heatmaps(normalise(images))       # (B, K, S, S, S)
+    with autocast(A.device, dtype): heatmaps = estimator.heatmaps(normalise(images))       # (B, K, S, S, S)
     uv, depth = from_voxels(decode_heatmaps(heatmaps), side, dataset.meta["depth_range"], heatmaps.shape[-1])
     truth = torch.from_numpy(dataset.keypoints[rows]).to(device)                        # (B, K, 3) mm, camera
     intrinsics = transform_intrinsics(A, torch.from_numpy(dataset.intrinsics[rows]).to(device))
@@ -810,7 +821,10 @@ def render_chunk(job: tuple[str, int, int]) -> tuple[dict[str, np.ndarray], list
 def make_benchmark(root: str | Path, side: int = 60, workers: int = 0) -> None:
     """Render the folders of BENCHMARK that are not there yet under root, stored crops of `side` px."""
     for name, (domain, count) in BENCHMARK.items():
-        if (Path(root) / name).exists(): continue
+        if (Path(root) / name).exists():
+            there = np.load(Path(root) / name / "images.npy", mmap_mode="r").shape[1]
+            if there != side: raise InputError(f"{root}/{name}: exists with {there} px; remove it")
+            continue
         meta = {"name": f"hands {domain or 'unconstrained'}", "split": name.split("_")[-1], "margin": 1.25,
                 "joints": HAND_JOINTS if domain else [], "bones": HAND_BONES if domain else [], "root": 0,
                 "depth_range": 300.0, "origin": f"rendered by this project, {side} px"}

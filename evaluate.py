@@ -136,12 +136,11 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
     result = {"kind": "finetuning", "settings": s, "steps": state["step"],
               "seconds": round(state["seconds"], 1)}
     for name, dataset in tests.items():
-        if len(dataset.meta["joints"]) != len(state["skeleton"]["joints"]):
-            raise u.InputError(f"{dataset.folder}: {len(dataset.meta['joints'])} joints, the model has "
-                               f"{len(state['skeleton']['joints'])}")
+        data.same_skeleton(dataset, state["skeleton"])
         result[name] = measure_pose(estimator, dataset, s["image"], device)
         result[name]["chance"] = mean_pose_error(labelled, s["labels"] or len(labelled), dataset)
-        result[name]["attention"] = measure_attention(estimator.encoder, dataset, s["image"], device)
+        if dataset.masks is not None:
+            result[name]["attention"] = measure_attention(estimator.encoder, dataset, s["image"], device)
     return result
 
 
@@ -154,7 +153,9 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
     segmentation = load_segmentation(path, device)
     if segmentation: result["seg_seconds"] = round(segmentation[1], 1)
     for name, dataset in tests.items():
-        result[name] = {"attention": measure_attention(encoder, dataset, s["image"], device)}
+        result[name] = {}
+        if dataset.masks is None: continue
+        result[name]["attention"] = measure_attention(encoder, dataset, s["image"], device)
         if segmentation:
             result[name]["mask_iou"] = measure_masks(segmentation[0], dataset, s["image"], device)
     return result
@@ -174,6 +175,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def per_block(results: list[dict], domain: str) -> str:
+    if not all("attention" in r[domain] for r in results): return "-"      # no true masks there
     lifts = np.array([r[domain]["attention"]["lift"] for r in results])    # (seeds, L)
     return " ".join(f"{v:.2f}" for v in lifts.mean(axis=0))
 
@@ -385,7 +387,8 @@ def look_at(path: Path, dataset: data.Dataset, rows: np.ndarray, device) -> dict
     encoder = estimator.encoder if head else load_encoder(state, path).eval().to(device)
     x, m, A = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
     maps = encoder.attention_maps(data.normalise(x))                                     # (n, L, N)
-    share, area = attention_lift(maps, m, encoder.patch)
+    share, area = attention_lift(maps, m, encoder.patch) if m is not None else \
+        (torch.full(maps.shape[:2], torch.nan), torch.ones(len(maps)))
     seen = {"panels": [to_panel(image) for image in x], "maps": maps, "lift": share / area[:, None]}
     if not head: return seen
     both = data.predict(estimator, dataset, rows, side, device)     # predicted, true: 2 x (n, K, 3) mm
@@ -403,6 +406,10 @@ def pose_panels(panel, uv, pose, attention: Tensor, bones: list, true_uv=None, t
     return [flat, view(pose, truth, 0, bones), view(pose, truth, 2, bones), heat(panel, attention)]
 
 
+def lift_caption(lift: Tensor) -> str:
+    return f"on foreground {lift:.2f} x" if lift.isfinite() else ""
+
+
 def draw_poses(looks: dict[str, dict], count: int, bones: list) -> Image.Image:
     """Figs. 3 and 4: every image under every run, one below the other."""
     rows = []
@@ -411,7 +418,7 @@ def draw_poses(looks: dict[str, dict], count: int, bones: list) -> Image.Image:
         true, attention = seen["panels"][i].copy(), seen["maps"][i].mean(dim=0)
         data.draw_skeleton(ImageDraw.Draw(true), true_uv, bones, 5)
         panels = [true, *pose_panels(seen["panels"][i], uv, pose, attention, bones, true_uv, truth)]
-        lift = f"on foreground {seen['lift'][i].mean():.2f} x"
+        lift = lift_caption(seen["lift"][i].mean())
         rows.append(list(zip(panels, (name, f"error {seen['error'][i]:.1f} mm", "", "", lift))))
     return sheet(rows, ["true", *POSE_TITLES],
                  "Target test; thin: true pose. Attention: share on the foreground / its area")
@@ -419,7 +426,7 @@ def draw_poses(looks: dict[str, dict], count: int, bones: list) -> Image.Image:
 
 def draw_attention(looks: dict[str, dict], count: int) -> Image.Image:
     """Fig. 5: a_cls of every block, every image under every run."""
-    rows = [[(seen["panels"][i], name)] + [(heat(seen["panels"][i], a), f"on foreground {lift:.2f} x")
+    rows = [[(seen["panels"][i], name)] + [(heat(seen["panels"][i], a), lift_caption(lift))
                                            for a, lift in zip(seen["maps"][i], seen["lift"][i])]
             for i in range(count) for name, seen in looks.items()]
     return sheet(rows, ["target test"] + [f"block {i}" for i in range(1, max(map(len, rows)))],
@@ -530,6 +537,12 @@ def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, de
 # ==========================================================================================================
 # Command line
 # ==========================================================================================================
+def open_test(folder: str) -> data.Dataset:
+    """A labelled test set; where it has masks too, attention on the foreground and IoU are measured."""
+    masks = ["masks"] if (Path(folder) / "masks.npy").exists() else []
+    return data.Dataset(folder, "keypoints", "intrinsics", *masks)
+
+
 def finished_runs(folders: list[str]) -> list[Path]:
     """The checkpoints of finished runs below the folders; an unfinished one is named and left out."""
     paths = []
@@ -540,7 +553,7 @@ def finished_runs(folders: list[str]) -> list[Path]:
             state = u.read_checkpoint(path)
             if state["step"] == state["steps"]: paths.append(path)
             else: print(f"left out, not finished ({state['step']} of {state['steps']} steps): {path.parent}")
-    return paths
+    return list({path.resolve(): path for path in paths}.values())  # a run named twice counts once
 
 
 def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
@@ -577,8 +590,7 @@ def main(arguments=None) -> int:
     if a.table: results = read_results(a.runs)
     else:
         data.ensure_benchmark([a.source_test, a.target_test], 0)
-        tests = {"source": data.Dataset(a.source_test, "keypoints", "intrinsics", "masks"),
-                 "target": data.Dataset(a.target_test, "keypoints", "intrinsics", "masks")}
+        tests = {"source": open_test(a.source_test), "target": open_test(a.target_test)}
         results, paths = [], finished_runs(a.runs)
         for path in paths:
             print(f"measuring {path.parent}", flush=True)

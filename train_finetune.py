@@ -72,7 +72,7 @@ VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-trai
     "no-fcr": {}, "no-xc": {}, "source-masks": {},
     "no-ar": dict(lam=0.0),                     # "w/o AR": shares the pre-training of "full"
     "source-only": dict(lam=0.0), "source-only-mae": dict(lam=0.0), "source-only-no-xc": dict(lam=0.0),
-    "oracle": dict(init="", lam=0.0, source="datasets/hands/target_train", validation=""),
+    "oracle": dict(init="", lam=0.0, validation=""),   # the labelled target as source: a lower bound
 }
 PRETRAINED_BY = {"no-ar": "full"}
 
@@ -111,7 +111,7 @@ def validate(s: Settings, estimator, dataset, device, dtype) -> float:
     estimator.eval()
     errors = []
     for rows in data.chunks(len(dataset)):
-        predicted, truth = data.predict(estimator, dataset, rows, s.image, device, dtype)  # (b, K, 3) mm, camera
+        predicted, truth = data.predict(estimator, dataset, rows, s.image, device, dtype)   # (b, K, 3) mm
         errors.append(u.joint_errors(predicted, truth, dataset.meta["root"]).cpu())
     estimator.train()
     return float(torch.cat(errors).nanmean())
@@ -131,18 +131,22 @@ def build(s: Settings, keypoints: int, rank: int, device):
         if rank == 0: print("\n".join(report), flush=True)
     elif s.init:
         state = u.read_checkpoint(path)
+        if "decoder" not in state: raise u.InputError(f"{s.init}: not a pre-training run; --init takes one")
         if state["step"] != state["steps"]:
             raise u.InputError(f"{s.init}: stands at step {state['step']} of {state['steps']}: finish it")
+        theirs = {k: state["settings"][k] for k in ("image", "patch", "width", "depth", "heads")}
+        other = [f"{k} {v} there, {getattr(s, k)} here" for k, v in theirs.items() if v != getattr(s, k)]
+        if other: raise u.InputError(f"{s.init}: another architecture: {', '.join(other)}")
         u.load_parts(path, state, encoder=encoder)
     f_A = copy.deepcopy(encoder).eval().requires_grad_(False).to(device) if s.lam else None
     return u.PoseEstimator(encoder, head).to(device), f_A
 
 
 def optimiser_groups(s: Settings, estimator) -> list[dict]:
-    """Weight decay as `parameter_groups`; block i of L learns at layer_decay^(L - i) of lr (ViTPose)."""
-    encoder, lowest = estimator.encoder, s.layer_decay ** s.depth
+    """Weight decay as `parameter_groups`; block i of L learns at layer_decay^(L + 1 - i) of lr (ViTPose)."""
+    encoder, lowest = estimator.encoder, s.layer_decay ** (s.depth + 1)
     parts = [(estimator.head, 1.0), (encoder.norm, 1.0), (encoder.patch_embed, lowest)]
-    parts += [(block, s.layer_decay ** (s.depth - i)) for i, block in enumerate(encoder.blocks, 1)]
+    parts += [(block, s.layer_decay ** (s.depth + 1 - i)) for i, block in enumerate(encoder.blocks, 1)]
     groups = [g | {"scale": scale} for part, scale in parts for g in u.parameter_groups(part, s.weight_decay)]
     groups.append({"params": [encoder.cls_token], "weight_decay": 0.0, "scale": lowest})
     return [g for g in groups if g["params"]]
@@ -150,6 +154,7 @@ def optimiser_groups(s: Settings, estimator) -> list[dict]:
 
 def complete(s: Settings) -> None:
     """Settings that follow from others."""
+    if s.variant == "oracle": s.source = s.target
     s.out = s.out or f"runs/{s.preset}/{s.variant}-seed{s.seed}"
     if s.init == "auto":
         s.init = f"runs/{s.preset}/pretrain-{PRETRAINED_BY.get(s.variant, s.variant)}-seed{s.seed}"
@@ -170,18 +175,20 @@ def main(arguments=None) -> int:
     validation = data.Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
     labels = min(s.labels or len(source), len(source))
     facts = {name: d.fingerprint for name, d in (("source", source), ("target", target)) if d is not None}
+    if validation is not None: data.same_skeleton(validation, source.meta)
 
     # ---- model, optimiser, run folder ----------------------------------------------------------------------
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
+    if s.init: facts["init"] = u.file_checksum(s.init)
     head, parts = estimator.head, {"encoder": estimator.encoder, "head": estimator.head}
     run = u.Run(s.out, s, {"data": facts, "world": world}, rank)
     optimiser = torch.optim.AdamW(optimiser_groups(s, estimator), lr=s.lr, betas=(0.9, 0.999), fused=True)
     steps = max(1, round(s.epochs * labels / s.batch))
-    state = run.resume("checkpoint.pt", optimiser, parts)
+    state = run.resume("checkpoint.pt", optimiser, parts, "finetuning")
     start, begin = state["step"], time.perf_counter()
     if start == steps and rank == 0: print(f"finished already: {run.folder}", flush=True)
     if start == steps: return 0
-    sums = state.get("sums", torch.zeros(2)).to(device)  # of L_kpt and L_attn, since the last line of the log
+    sums = state.get("sums", torch.zeros(3)).to(device)  # of L_kpt, L_attn, steps since the last log
     shares = u.share_of_batch(s.batch, s.micro_batch, rank, world)
 
     def make(step, own): return finetuning_batch(s, step, own, source, target, labels, head.side, device)
@@ -203,11 +210,11 @@ def main(arguments=None) -> int:
             L_kpt, L_attn = pose_losses(s, model, head, f_A, *batch, device, dtype)
             L_HPE = u.hpe_loss(L_kpt, L_attn, s.lam)                                     # Eq. (7)
             (L_HPE / len(shares)).backward()
-            sums += torch.stack([L_kpt.detach(), L_attn.detach()]) / len(shares)
+            sums += torch.stack([L_kpt.detach(), L_attn.detach(), torch.ones_like(L_kpt)]) / len(shares)
         optimiser.step()
         done, stopping = step + 1, stop.requested(device)
         if done % s.log_every == 0 or done == steps:
-            L_kpt, L_attn = (u.mean_over_processes(sums) / (done % s.log_every or s.log_every)).tolist()
+            L_kpt, L_attn, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
             u.check_finite(done, L_kpt=L_kpt, L_attn=L_attn)
             shown = {"L_kpt": L_kpt, "L_attn": L_attn, "lam L_attn / L_kpt": s.lam * L_attn / L_kpt}
             run.log(stage="finetuning", step=done, lr=rate, **shown)
@@ -218,9 +225,11 @@ def main(arguments=None) -> int:
             run.log(stage="finetuning", step=done, source_val_epe=epe)
             print(f"fine-tuning  {done}/{steps} | EPE on source validation {epe:.2f} mm", flush=True)
         if done % s.save_every == 0 or done == steps or stopping:
+            mean = u.mean_over_processes(sums.clone())
+            u.check_finite(done, L_kpt=float(mean[0]), L_attn=float(mean[1]))
             skeleton = {k: source.meta[k] for k in ("joints", "bones", "root", "depth_range")}
             run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done, steps=steps,
-                     sums=sums, skeleton=skeleton, seconds=state["seconds"] + time.perf_counter() - begin)
+                     sums=mean, skeleton=skeleton, seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return 130
     if rank == 0: print(f"finished: {run.folder}; now: python evaluate.py {run.folder}", flush=True)
     return 0

@@ -128,7 +128,7 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     net = u.UNet(s.seg_channels).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(u.parameter_groups(net, 1e-4), lr=s.seg_lr)
     own = u.share_of_batch(s.seg_batch, 0, run.rank, world)[0]
-    state = run.resume("segmentation.pt", optimiser, {"segmentation": net})
+    state = run.resume("segmentation.pt", optimiser, {"segmentation": net}, "segmentation")
     start, begin = state["step"], time.perf_counter()
     if start == s.seg_steps: return net.eval()
 
@@ -148,10 +148,11 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
         optimiser.step()
         done, stopping = step + 1, stop.requested(device)
         if done % s.log_every == 0 or done == s.seg_steps:
-            value = float(u.mean_over_processes(loss.detach()))
+            value = float(u.mean_over_processes(loss.detach().clone()))
             run.log(stage="segmentation", step=done, L_seg=value)
             progress.show(done, {"L_seg": value}, final=done == s.seg_steps)
         if done % s.save_every == 0 or done == s.seg_steps or stopping:
+            u.check_finite(done, L_seg=float(loss))
             run.save("segmentation.pt", s, optimiser, {"segmentation": net}, stage="segmentation", step=done,
                      steps=s.seg_steps, seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return None
@@ -173,6 +174,10 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, rank: int
             soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
             masks[rows] = (255 * soft[:, 0]).round().byte().cpu().numpy()
             progress.show(i + len(rows), final=i + len(rows) == n)
+        share = (masks >= 128).mean(axis=(1, 2))                                         # (n,)
+        failed = ((share < 0.01) | (share > 0.90)).mean()
+        print(f"target masks: {100 * share.mean():.0f} % foreground; {100 * failed:.1f} % are under 1 % or "
+              "over 90 %, and keep their backgrounds", flush=True)
         u.write_atomically(path, lambda part: np.save(open(part, "wb"), masks))
     u.wait_for_rank_0()
 
@@ -222,11 +227,11 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     mae, parts = u.MaskedAutoencoder(encoder, decoder).to(device), {"encoder": encoder, "decoder": decoder}
     groups = u.parameter_groups(mae, s.weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
-    state = run.resume("checkpoint.pt", optimiser, parts)
+    state = run.resume("checkpoint.pt", optimiser, parts, "pretraining")
     start, begin = state["step"], time.perf_counter()
     steps = max(1, round(s.epochs * sum(len(dataset) for dataset, _, _ in domains) / s.batch))
     if start == steps: return steps, state["seconds"]
-    sums = state.get("sums", torch.zeros(2)).to(device)  # of L_WMAE and pixel, since the last line of the log
+    sums = state.get("sums", torch.zeros(3)).to(device)  # of L_WMAE, pixel, steps since the last log
     shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
     batches = ([pretraining_batch(s, i, own, domains, unconstrained, device) for own in shares]
                for i in range(start, steps))
@@ -244,18 +249,20 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
         for batch in u.micro_steps(model, shares_of_batch):
             L_WMAE, pixel = reconstruction_loss(s, model, *batch, device, dtype)
             (L_WMAE / len(shares)).backward()
-            sums += torch.stack([L_WMAE.detach(), pixel]) / len(shares)
+            sums += torch.stack([L_WMAE.detach(), pixel, torch.ones_like(pixel)]) / len(shares)
         optimiser.step()
         done, stopping = step + 1, stop.requested(device)
         if done % s.log_every == 0 or done == steps:
-            L_WMAE, pixel = (u.mean_over_processes(sums) / (done % s.log_every or s.log_every)).tolist()
+            L_WMAE, pixel, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
             u.check_finite(done, L_WMAE=L_WMAE)
             run.log(stage="pretraining", step=done, L_WMAE=L_WMAE, pixel=pixel, lr=rate)
             progress.show(done, {"L_WMAE": L_WMAE, "per masked pixel": pixel}, final=done == steps)
             sums.zero_()
         if done % s.save_every == 0 or done == steps or stopping:
+            mean = u.mean_over_processes(sums.clone())
+            u.check_finite(done, L_WMAE=float(mean[0]))
             run.save("checkpoint.pt", s, optimiser, parts, stage="pretraining", step=done, steps=steps,
-                     sums=sums, seconds=state["seconds"] + time.perf_counter() - begin)
+                     sums=mean, seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return None
     return steps, state["seconds"] + time.perf_counter() - begin
 
@@ -273,14 +280,16 @@ def main(arguments=None) -> int:
     use_masks = s.masks != "none" or s.xc > 0
     source = data.Dataset(s.source, *(["masks"] if use_masks else []))
     target = data.Dataset(s.target) if s.target else None
-    unconstrained = data.Dataset(s.unconstrained) if use_masks else None
-    facts = {name: d.fingerprint for name, d in (("source", source), ("target", target)) if d is not None}
+    use_f_S = target is not None and not s.target_masks and (s.masks == "both" or s.xc > 0)
+    unconstrained = data.Dataset(s.unconstrained) if s.xc > 0 or use_f_S else None
+    sets = {"source": source, "target": target, "unconstrained": unconstrained}
+    facts = {name: d.fingerprint for name, d in sets.items() if d is not None}
+    target_masks = data.open_masks(s.target_masks, target) if target is not None and s.target_masks else None
+    if target_masks is not None: facts["target_masks"] = u.file_checksum(s.target_masks)
     run = u.Run(s.out, s, {"data": facts, "world": world}, rank)
 
     # ---- f^S, and the target's masks by it -----------------------------------------------------------------
-    target_masks = None
-    if target is not None and s.target_masks: target_masks = data.open_masks(s.target_masks, target)
-    elif target is not None and (s.masks == "both" or s.xc > 0):
+    if use_f_S:
         net = train_segmentation(s, run, stop, source, unconstrained, device, world)
         if net is None: return 130
         dtype = getattr(torch, run.config["segmentation_precision"])

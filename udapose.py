@@ -447,7 +447,7 @@ def keypoint_loss(predicted: Tensor, centres: Tensor, valid: Tensor, sigma: floa
 
 def keypoint_loss_expanded(features: Tensor, conv: nn.Conv2d, centres: Tensor, valid: Tensor,
                            sigma: float) -> Tensor:
-    """Eq. (5) without a heatmap: the value of keypoint_loss(conv(features), ..) at a twentieth of the cost.
+    """Eq. (5) without a heatmap: the value of keypoint_loss(conv(features), ..) without its memory.
 
     H^ = W F is linear in the head's features F (B, C, S, S), and the Gaussian H = z y x is a product, so
         ||H^ - H||² = ||W F||² - 2 <W F, H> + ||H||²,   ||W F||² = trace(W (F F^T) W^T),
@@ -661,7 +661,8 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
 # ==========================================================================================================
 def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     """Rank, number of processes, device. Started by `python` it is one process; by `torchrun`, many."""
-    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if device not in ("auto", "cpu", "cuda"): raise InputError(f"--device {device}: choose auto, cpu or cuda")
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; choose --device cpu")
     if "RANK" not in os.environ: return 0, 1, torch.device("cuda" if cuda else "cpu")
@@ -694,11 +695,11 @@ def wait_for_rank_0() -> None:
 
 
 def check_finite(step: int, **losses: float) -> None:
-    """Stop before a loss that is not a number reaches a checkpoint."""
+    """Stop where a loss is not a number; called before every save, so that what is saved is sound."""
     bad = {k: v for k, v in losses.items() if not math.isfinite(v)}
     text = ", ".join(f"{k} is {v}" for k, v in bad.items())
-    if bad: raise InputError(f"{text} at step {step}: lower --lr, or --precision float32; the last save "
-                             "is sound")
+    if bad: raise InputError(f"{text} at step {step}: lower --lr (--seg-lr), or --precision float32; the "
+                             "last checkpoint is sound")
 
 
 def random_generator(seed: int, purpose: str, step: int = 0) -> np.random.Generator:
@@ -815,6 +816,13 @@ def write_atomically(path: Path, write) -> None:
         raise InputError(f"{path}: could not be written ({first_line(error)}); {kept}") from error
 
 
+def file_checksum(path: str | Path) -> str:
+    """CRC of a file, or of the checkpoint of a run folder: recorded with a run that builds on it."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try: return f"{zlib.crc32(path.read_bytes()):08x}"
+    except OSError as error: raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def write_json(path: Path, value) -> None:
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
@@ -822,7 +830,8 @@ def write_json(path: Path, value) -> None:
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of this project: tensors and plain values only, so nothing in it can run."""
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error: raise InputError(f"{path}: no such checkpoint") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such checkpoint; train it first (same --preset, --seed)") from error
     except Exception as error:
         raise InputError(f"{path}: not a readable checkpoint ({first_line(error)})") from error
     if not isinstance(state, dict) or "settings" not in state:
@@ -848,12 +857,14 @@ class Run:
 
     Raises InputError if the folder cannot be made, another process holds it, or it has other settings.
     """
-    FREE = {"save_every", "log_every", "out", "world"}  # do not change the result (beyond the order of sums)
+    FREE = {"save_every", "log_every", "out"}  # settings that do not change the result
 
     def __init__(self, folder: str, settings, facts: dict, rank: int):
         self.folder, self.rank, self.lock = Path(folder), rank, None
         try: problem = self.claim(settings, facts) if rank == 0 else None
         except OSError as error: problem = InputError(f"{folder}: cannot hold a run ({error.strerror})")
+        except (ValueError, KeyError) as error:
+            problem = InputError(f"{folder}/config.json: broken ({first_line(error)}); remove the folder")
         except InputError as error: problem = error
         from_rank_0(problem)
         path = self.folder / "config.json"
@@ -866,18 +877,17 @@ class Run:
         except BlockingIOError as error:
             raise InputError(f"{self.folder}: another run is at work here; give another --out") from error
         path, new = self.folder / "config.json", dataclasses.asdict(settings)
-        if not path.exists():
-            versions = {"torch": torch.__version__, "numpy": np.__version__}
-            return write_json(path, {"settings": new, "facts": facts, "versions": versions})
+        facts = facts | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        if not path.exists(): return write_json(path, {"settings": new, "facts": facts})
         old = json.loads(path.read_text())
-        ours, theirs = new | facts, old["settings"] | old["facts"]
+        ours, theirs = json.loads(json.dumps(new | facts)), old["settings"] | old["facts"]
         other = [f"{k}: {theirs.get(k)} there, {ours.get(k)} now" for k in ours
-                 if k not in self.FREE and theirs.get(k) != json.loads(json.dumps(ours.get(k)))]
+                 if k not in self.FREE and theirs.get(k) != ours[k]]
         if other: raise InputError(f"{self.folder}: was made with other settings ({'; '.join(other[:4])}); "
                                    "give those, or another --out")
 
     def decide(self, name: str, choose):
-        """A choice of the machine (precision, threads), made once and kept: a resume uses the first run's."""
+        """A choice of the machine, made once by rank 0 and kept: a resume uses the first one."""
         if name not in self.config:
             self.config[name] = from_rank_0(choose())
             if self.rank == 0: write_json(self.folder / "config.json", self.config)
@@ -892,13 +902,14 @@ class Run:
                  **{k: module.state_dict() for k, module in parts.items()}}
         if self.rank == 0: write_atomically(self.folder / name, lambda path: torch.save(state, path))
 
-    def resume(self, name: str, optimiser, parts: dict[str, nn.Module]) -> dict:
+    def resume(self, name: str, optimiser, parts: dict[str, nn.Module], stage: str = "") -> dict:
         """The saved values, or {"step": 0, "seconds": 0}; weights, optimiser filled; log cut back."""
         path, log = self.folder / name, self.folder / "log.jsonl"
-        if not from_rank_0(path.exists()): return {"step": 0, "seconds": 0.0}
-        state = read_checkpoint(path)
-        load_parts(path, state, **parts)
-        optimiser.load_state_dict(state["optimiser"])
+        state = {"step": 0, "seconds": 0.0, "stage": stage}
+        if from_rank_0(path.exists()):
+            state = read_checkpoint(path)
+            load_parts(path, state, **parts)
+            optimiser.load_state_dict(state["optimiser"])
         if self.rank == 0 and log.exists():  # steps after the checkpoint are done again, and logged again
             whole = log.read_text().rpartition("\n")[0]  # a kill can cut the last line
             lines = [(json.loads(line), line) for line in whole.splitlines()]
@@ -914,23 +925,35 @@ class Run:
             raise InputError(f"{self.folder}/log.jsonl: {first_line(error)}") from error
 
 
+POSITIVE = {"image", "patch", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads",
+            "seg_channels", "seg_steps", "seg_batch", "batch", "epochs", "head_channels", "sigma",
+            "save_every", "log_every", "validate_every"}
+
+
 def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, dict], arguments=None):
     """Settings of a script: the dataclass's defaults, then preset, then variant, then the flags given.
 
-    The help of a flag is the comment behind its field. An unknown flag or preset fails.
+    The help of a flag is the comment behind its field, then default and presets. Unknown flags fail.
     """
     notes = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
         choices = {"preset": list(presets), "variant": list(variants)}.get(field.name)
-        kind = {"choices": choices} if choices else {"type": field.type, "metavar": ""}
+        kind = {"type": field.type, "metavar": field.type.__name__.upper()}
+        if choices: kind = {"choices": choices}
         if field.type is bool: kind = {"action": argparse.BooleanOptionalAction}
+        values = [f"{k} {v[field.name]}" for k, v in presets.items() if field.name in v]
+        text = f"{notes.get(field.name, '')} [{'; '.join([str(field.default), *values])}]"
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
-                            help=f"{notes.get(field.name, '')} [{field.default}]".replace("%", "%%"))
+                            help=text.replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     preset, variant = given.get("preset", cls.preset), given.get("variant", cls.variant)
-    return cls(**(presets[preset] | variants[variant] | given | {"preset": preset, "variant": variant}))
+    settings = cls(**(presets[preset] | variants[variant] | given | {"preset": preset, "variant": variant}))
+    for name in POSITIVE & {field.name for field in dataclasses.fields(cls)}:
+        if getattr(settings, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give a number above 0")
+    return settings
 
 
 def run_script(main) -> None:

@@ -300,8 +300,8 @@ def test_help_is_the_comment_behind_the_field(capsys):
     with pytest.raises(SystemExit) as stop: settings("-h")
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert stop.value.code == 0 and "what it does" in text
-    for comment in ("--width width of f^E, 100 % of it (Table 5) [8]", "learning rate (paper Sec. 7) [0.001]",
-                    "pixels normalised per patch [False]", "--save-every steps between checkpoints [10]"):
+    for comment in ("--width INT width of f^E, 100 % of it (Table 5) [8", "learning rate (paper Sec. 7) [0.001",
+                    "pixels normalised per patch [False]", "--save-every INT steps between checkpoints [10]"):
         assert comment in text, comment
 
 
@@ -326,8 +326,8 @@ def run(folder, rank=0, facts=None, **changes):
 def test_run_writes_its_settings_and_can_be_taken_up_again(tmp_path):
     first = run(tmp_path / "deep" / "a")
     config = json.loads((tmp_path / "deep" / "a" / "config.json").read_text())
-    assert config["settings"] == dataclasses.asdict(Settings()) and config["facts"] == {"n": 5}
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["settings"] == dataclasses.asdict(Settings()) and config["facts"]["n"] == 5
+    assert config["facts"]["torch"] == torch.__version__ and config["facts"]["threads"] == 1
     first.lock.close()                                                     # as when a process ends
     assert run(tmp_path / "deep" / "a").config == config
 

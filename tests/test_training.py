@@ -1,4 +1,4 @@
-"""The two training scripts on a tiny data set: resume, several processes, variants, what is never opened, refusals."""
+"""The two training scripts on a tiny data set: resume, processes, variants, what is not opened, refusals."""
 import json
 import os
 import signal
@@ -45,6 +45,12 @@ def pretrain(sets: Path, run: Path, *more: str) -> int:
         "--seg-steps", "4", "--seg-batch", "8", "--batch", "16", "--epochs", "1.3", *more])
 
 
+def plain_mae(sets: Path) -> list[str]:
+    """Arguments of a pre-training without f^S."""
+    return SMALL + ["--source", f"{sets}/source", "--target", f"{sets}/target", "--variant", "mae",
+                    "--decoder-width", "16", "--decoder-heads", "2", "--batch", "16"]
+
+
 def finetune(sets: Path, run: Path, init: str, *more: str) -> int:
     return train_finetune.main(SMALL + [
         "--source", f"{sets}/source", "--target", f"{sets}/target", "--validation", f"{sets}/source_test",
@@ -76,8 +82,8 @@ def same(a: dict, b: dict) -> bool:
 
 
 def same_but_for_sums(a: dict, b: dict) -> bool:
-    """Equal up to the order of sums. A key's bias cancels in the softmax, so its gradient is rounding noise alone,
-    which Adam scales to full steps: it is left out."""
+    """Equal up to the order of sums. A key's bias cancels in the softmax, so its gradient is rounding noise
+    alone, which Adam scales to full steps: it is left out."""
     return all(torch.allclose(a[k], b[k], atol=2e-4) for k in a if not k.endswith("qkv.bias"))
 
 
@@ -133,7 +139,8 @@ def test_target_labels_and_masks_are_never_opened(sets, pretrained, finetuned, t
 
 
 def test_scratch_opens_no_target(sets, tmp_path):
-    assert finetune(sets, tmp_path / "run", "", "--variant", "scratch", "--lam", "0", "--target", "nowhere") == 0
+    scratch = ["--variant", "scratch", "--lam", "0", "--target", "nowhere"]
+    assert finetune(sets, tmp_path / "run", "", *scratch) == 0
 
 
 def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
@@ -145,21 +152,20 @@ def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
 
 def test_two_processes_give_the_same_pretraining(sets, tmp_path):
     """torchrun with two processes; without f^S, whose BatchNorm sees one process's images only."""
-    base = [a for a in SMALL] + ["--source", f"{sets}/source", "--target", f"{sets}/target", "--variant", "mae",
-                                 "--decoder-width", "16", "--decoder-heads", "2", "--batch", "16", "--epochs", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617",
-               str(ROOT / "train_pretrain.py"), *base, "--out", str(tmp_path / "two")]
+    base = plain_mae(sets) + ["--epochs", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                "29617"]
+    command = [*torchrun, str(ROOT / "train_pretrain.py"), *base, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert train_pretrain.main(base + ["--out", str(tmp_path / "one")]) == 0
-    one, two = weights(tmp_path / "one", "encoder", "decoder"), weights(tmp_path / "two", "encoder", "decoder")
+    one, two = (weights(tmp_path / run, "encoder", "decoder") for run in ("one", "two"))
     assert same_but_for_sums(one, two)
 
 
 def test_sigterm_saves_and_the_same_command_continues(sets, pretrained, tmp_path):
-    command = [sys.executable, str(ROOT / "train_pretrain.py"), *SMALL, "--source", f"{sets}/source", "--target",
-               f"{sets}/target", "--variant", "mae", "--decoder-width", "16", "--decoder-heads", "2",
-               "--batch", "16", "--epochs", "4000", "--out", str(tmp_path / "run")]
+    command = [sys.executable, str(ROOT / "train_pretrain.py"), *plain_mae(sets), "--epochs", "4000",
+               "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run/checkpoint.pt").exists() and process.poll() is None: time.sleep(0.05)
     with pytest.raises(u.InputError, match="another run is at work"):  # the folder is locked meanwhile
@@ -171,9 +177,10 @@ def test_sigterm_saves_and_the_same_command_continues(sets, pretrained, tmp_path
     assert state["step"] >= log[-1]["step"] > 0 and state["step"] < state["steps"]
 
 
-# ---- variants: each switch changes its own term --------------------------------------------------------------
+# ---- variants: each switch changes its own term ------------------------------------------------------------
 def pretraining_settings(*arguments: str):
-    return u.parse_settings(train_pretrain.Settings, "", train_pretrain.PRESETS, train_pretrain.VARIANTS, arguments)
+    script = train_pretrain
+    return u.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, arguments)
 
 
 def batch_of(sets: Path, *arguments: str):
@@ -208,7 +215,7 @@ def test_a_share_is_a_slice_of_the_global_batch(sets):
 
 
 def test_ar_is_one_term_and_lambda_its_weight(sets, pretrained, tmp_path):
-    log = lambda run: [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]  # noqa: E731
+    def log(run): return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     finetune(sets, tmp_path / "off", str(pretrained), "--lam", "0")
     finetune(sets, tmp_path / "on", str(pretrained), "--lam", "1000")
     off, on = ([r for r in log(tmp_path / run) if "L_kpt" in r] for run in ("off", "on"))
@@ -223,7 +230,7 @@ def test_expanded_and_written_eq_5_train_alike(sets, pretrained, finetuned, tmp_
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=2e-3) for k in a)
 
 
-# ---- evaluation ----------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 def test_evaluate_measures_and_tabulates(sets, pretrained, finetuned, tmp_path, capsys):
     assert evaluate.main([str(pretrained.parent), "--source-test", f"{sets}/source_test", "--target-test",
                           f"{sets}/target_test", "--pictures", "none", "--device", "cpu"]) == 0
@@ -241,15 +248,17 @@ def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     """A model of 21 joints is not measured on a test set of 20."""
     other = tmp_path / "test"
     other.mkdir()
-    for name in ("images.npy", "masks.npy", "intrinsics.npy"): os.link(sets / "target_test" / name, other / name)
+    for name in ("images.npy", "masks.npy", "intrinsics.npy"):
+        os.link(sets / "target_test" / name, other / name)
     np.save(other / "keypoints.npy", np.load(sets / "target_test/keypoints.npy")[:, :20])
     meta = json.loads((sets / "target_test/meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | {"joints": meta["joints"][:20], "bones": meta["bones"][:19]}))
+    meta |= {"joints": meta["joints"][:20], "bones": meta["bones"][:19]}
+    (other / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(u.InputError, match="20 joints, the model has 21"):
         evaluate.main([str(finetuned), "--source-test", f"{sets}/source_test", "--target-test", str(other)])
 
 
-# ---- refusals: one line, before work is lost -----------------------------------------------------------------
+# ---- refusals: one line, before work is lost ---------------------------------------------------------------
 @pytest.mark.parametrize("more, message", [
     (["--image", "50"], "50 x 50 px is not divisible by the patch"),
     (["--source", "nowhere"], "nowhere: no data set here"),
@@ -308,7 +317,8 @@ def test_changed_data_is_noticed(sets, finetuned, pretrained, tmp_path):
     config["settings"]["source"] = arguments[1]
     copy = tmp_path / "run"
     copy.mkdir()
-    (copy / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | {"out": str(copy)}}))
+    config["settings"]["out"] = str(copy)
+    (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(u.InputError, match="other settings.*data"):
         finetune(sets, copy, str(pretrained), "--source", arguments[1])
 
