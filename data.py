@@ -103,6 +103,7 @@ class Dataset:
 
 
 def read_meta(folder: Path) -> dict:
+    """meta.json, optional fields filled in; InputError if it is missing, broken or of another format."""
     try: meta = json.loads((folder / "meta.json").read_text())
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no data set here (no meta.json); see `python data.py -h`") from error
@@ -238,6 +239,7 @@ def ordered_results(work, jobs: list, workers: int):
 
 
 def quiet_worker() -> None:
+    """Start of a worker: Ctrl-C is the parent's to handle, one thread, and no life after the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # noqa: E731
@@ -249,6 +251,7 @@ def quiet_worker() -> None:
 # ==========================================================================================================
 @lru_cache(maxsize=8)
 def epoch_permutation(count: int, seed: int, purpose: str, epoch: int) -> np.ndarray:
+    """The order (count,) of an epoch."""
     return random_generator(seed, purpose, epoch).permutation(count)
 
 
@@ -363,6 +366,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def denormalise(images: Tensor) -> Tensor:
+    """The inverse of `normalise`, clipped to 0..1."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return (images * std + mean).clamp(0, 1)
 
@@ -806,10 +810,12 @@ CHUNK = 50  # images of one rendering job; its random numbers depend on (split, 
 BENCHMARK = {  # folder: (domain, images); no two share a random number, so train, val and test are disjoint
     "source_train": ("source", 10000), "source_val": ("source", 1000), "source_test": ("source", 1000),
     "target_train": ("target", 10000), "target_test": ("target", 1000), "unconstrained": (None, 4000),
+    "shifted_test": ("target_shifted", 1000),  # a second, unseen look of the target, to check a result on
 }
 
 
 def render_chunk(job: tuple[str, int, int]) -> tuple[dict[str, np.ndarray], list]:
+    """Job (folder, chunk, side): CHUNK images of a folder of BENCHMARK with their labels."""
     name, chunk, side = job
     domain, count = BENCHMARK[name]
     rng = random_generator(0, f"hands {name}", chunk)

@@ -75,6 +75,7 @@ def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> f
 # ==========================================================================================================
 @torch.no_grad()
 def measure_pose(estimator, dataset: data.Dataset, side: int, device) -> dict:
+    """Errors over a whole test set."""
     pairs = [data.predict(estimator, dataset, rows, side, device) for rows in data.chunks(len(dataset))]
     predicted, truth = (torch.cat(part).cpu() for part in zip(*pairs))
     return pose_metrics(predicted, truth, dataset.meta["root"])
@@ -94,6 +95,7 @@ def measure_attention(encoder, dataset: data.Dataset, side: int, device) -> dict
 
 @torch.no_grad()
 def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
+    """IoU of f^S over a whole test set."""
     pairs = []
     for rows in data.chunks(len(dataset)):
         x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
@@ -102,6 +104,7 @@ def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
 
 
 def load_encoder(state: dict, path: Path) -> u.Encoder:
+    """f^E of a checkpoint, of either stage."""
     s = state["settings"]
     encoder = u.Encoder((s["image"], s["image"]), s["patch"], s["width"], s["depth"], s["heads"])
     u.load_parts(path, state, encoder=encoder)
@@ -109,6 +112,7 @@ def load_encoder(state: dict, path: Path) -> u.Encoder:
 
 
 def load_estimator(path: Path, device) -> tuple[u.PoseEstimator, dict]:
+    """f^E with f^H of a fine-tuned checkpoint, ready to predict, and the checkpoint."""
     state = u.read_checkpoint(path)
     if "head" not in state: raise u.InputError(f"{path}: holds no head; it is a checkpoint of pre-training")
     s, skeleton = state["settings"], state["skeleton"]
@@ -175,6 +179,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def per_block(results: list[dict], domain: str) -> str:
+    """Lift of each block, mean over seeds."""
     if not all("attention" in r[domain] for r in results): return "-"      # no true masks there
     lifts = np.array([r[domain]["attention"]["lift"] for r in results])    # (seeds, L)
     return " ".join(f"{v:.2f}" for v in lifts.mean(axis=0))
@@ -213,6 +218,7 @@ def table(results: list[dict]) -> list[list[str]]:
 
 
 def pretraining_table(results: list[dict]) -> list[list[str]]:
+    """Rows of text, the header first: IoU of f^S, and attention of f^A on the target's foreground."""
     lines = [["pre-training", "seeds", "IoU of f^S, target", "IoU of f^S, source", "attention lift"]]
     for name, group in group_results(results, "pretraining"):
         with_masks = [r for r in group if "mask_iou" in r["target"]]
@@ -223,6 +229,7 @@ def pretraining_table(results: list[dict]) -> list[list[str]]:
 
 
 def show_table(lines: list[list[str]], markdown: bool) -> str:
+    """Columns aligned, as text or as Markdown; nothing where there is only a header."""
     if len(lines) < 2: return ""
     widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
     if markdown: lines = [lines[0], ["-" * w for w in widths]] + lines[1:]
@@ -407,6 +414,7 @@ def pose_panels(panel, uv, pose, attention: Tensor, bones: list, true_uv=None, t
 
 
 def lift_caption(lift: Tensor) -> str:
+    """Words for a lift; none where there was no mask."""
     return f"on foreground {lift:.2f} x" if lift.isfinite() else ""
 
 
@@ -566,6 +574,7 @@ def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
 
 
 def main(arguments=None) -> int:
+    """Measure, tabulate, draw; or predict on one picture."""
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     add = parser.add_argument

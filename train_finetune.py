@@ -22,6 +22,7 @@ import udapose as u
 
 @dataclasses.dataclass
 class Settings:
+    """One field a line: meaning, origin. The defaults are the paper's; presets and variants change some."""
     preset: str = "tiny"          # sizes and schedule: tiny, small, paper-hand, paper-human
     variant: str = "full"         # row of the paper's tables: see VARIANTS
     out: str = ""                 # run folder; default runs/PRESET/VARIANT-seedSEED
@@ -75,6 +76,7 @@ VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-trai
     "oracle": dict(init="", lam=0.0, validation=""),   # the labelled target as source: a lower bound
 }
 PRETRAINED_BY = {"no-ar": "full"}
+SKELETON = ("joints", "bones", "root", "depth_range")  # what a model has to remember of its labels
 
 
 # ==========================================================================================================
@@ -161,7 +163,18 @@ def complete(s: Settings) -> None:
     if s.lam and not s.init: raise u.InputError("--lam > 0 needs a pre-trained f^A: give --init, or --lam 0")
 
 
+def open_data(s: Settings):
+    """Source with labels, target (images only), validation (None where not asked for); their checksums."""
+    source = data.Dataset(s.source, "keypoints", "intrinsics")
+    target = data.Dataset(s.target) if s.lam else None
+    validation = data.Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
+    if validation is not None: data.same_skeleton(validation, source.meta)
+    facts = {name: d.fingerprint for name, d in (("source", source), ("target", target)) if d is not None}
+    return source, target, validation, facts
+
+
 def main(arguments=None) -> int:
+    """Train f^E and f^H; 0 when finished, 130 when stopped."""
     s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments)
     complete(s)
     rank, world, device = u.setup_distributed(s.device)
@@ -169,15 +182,9 @@ def main(arguments=None) -> int:
     data.ensure_benchmark([s.source, s.target if s.lam else "", s.validation], rank)
     stop = u.StopSignal()
 
-    # ---- data: of the target, images only ------------------------------------------------------------------
-    source = data.Dataset(s.source, "keypoints", "intrinsics")
-    target = data.Dataset(s.target) if s.lam else None
-    validation = data.Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
-    labels = min(s.labels or len(source), len(source))
-    facts = {name: d.fingerprint for name, d in (("source", source), ("target", target)) if d is not None}
-    if validation is not None: data.same_skeleton(validation, source.meta)
-
-    # ---- model, optimiser, run folder ----------------------------------------------------------------------
+    # ---- data, model, optimiser, run folder ----------------------------------------------------------------
+    source, target, validation, facts = open_data(s)
+    labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
     if s.init: facts["init"] = u.file_checksum(s.init)
     head, parts = estimator.head, {"encoder": estimator.encoder, "head": estimator.head}
@@ -227,7 +234,6 @@ def main(arguments=None) -> int:
         if done % s.save_every == 0 or done == steps or stopping:
             mean = u.mean_over_processes(sums.clone())
             u.check_finite(done, L_kpt=float(mean[0]), L_attn=float(mean[1]))
-            skeleton = {k: source.meta[k] for k in ("joints", "bones", "root", "depth_range")}
             run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done, steps=steps,
                      sums=mean, skeleton=skeleton, seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return 130

@@ -23,6 +23,7 @@ import udapose as u
 
 @dataclasses.dataclass
 class Settings:
+    """One field a line: meaning, origin. The defaults are the paper's; presets and variants change some."""
     preset: str = "tiny"          # sizes and schedule: tiny, small, paper-hand, paper-human
     variant: str = "full"         # row of the paper's tables: see VARIANTS
     out: str = ""                 # run folder; default runs/PRESET/pretrain-VARIANT-seedSEED
@@ -86,6 +87,7 @@ VARIANTS = {  # "Ours" and its ablations in Tables 1 to 4
 
 
 def check(s: Settings) -> None:
+    """InputError where a value makes no sense."""
     if s.masks not in ("both", "source", "none"):
         raise u.InputError(f"--masks {s.masks!r}: choose both, source or none")
     if not 0 < s.mask_ratio < 1: raise u.InputError(f"--mask-ratio {s.mask_ratio} lies not between 0 and 1")
@@ -118,6 +120,7 @@ def segmentation_batch(s: Settings, step: int, own: slice, source, unconstrained
 
 
 def segmentation_loss(net, x, m, device, dtype):
+    """Binary cross-entropy of f^S on images x (b, 3, H, W) against masks m (b, 1, H, W) in 0..1."""
     with u.autocast(device, dtype): logits = net(x)                                      # (b, 1, H, W)
     return F.binary_cross_entropy_with_logits(logits.float(), m)
 
@@ -268,6 +271,7 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
 
 
 def main(arguments=None) -> int:
+    """f^S, target masks, f^E and f^D in turn; 0 when finished, 130 when stopped."""
     s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments)
     check(s)
     s.out = s.out or f"runs/{s.preset}/pretrain-{s.variant}-seed{s.seed}"

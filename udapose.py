@@ -52,6 +52,7 @@ class InputError(Exception):
 
 
 def first_line(error: Exception) -> str:
+    """An error's text cut to one line, or its kind where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
@@ -674,6 +675,7 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
 
 
 def distributed() -> bool:
+    """Whether this is one of several processes."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -686,11 +688,13 @@ def from_rank_0(value):
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, in place."""
     if distributed(): torch.distributed.all_reduce(values); values /= torch.distributed.get_world_size()
     return values
 
 
 def wait_for_rank_0() -> None:
+    """Returns once every process has come here."""
     if distributed(): torch.distributed.barrier()
 
 
@@ -746,6 +750,7 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
+    """Context in which products are taken in dtype; nothing changes for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -824,6 +829,7 @@ def file_checksum(path: str | Path) -> str:
 
 
 def write_json(path: Path, value) -> None:
+    """A JSON file, whole or not at all."""
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
