@@ -591,9 +591,11 @@ def main(arguments=None) -> int:
     a = parser.parse_args(arguments)
     _, _, device = u.setup_distributed(a.device)
     if a.threads: torch.set_num_threads(a.threads)
+    if a.box and not a.image: raise u.InputError("--box goes with --image")
     if a.image:
         path = next((p for p in finished_runs(a.runs) if "head" in u.read_checkpoint(p)), None)
         if path is None: raise u.InputError(f"{' '.join(a.runs)}: no finished fine-tuning run for --image")
+        print(f"with {path.parent}")
         draw_photo(path, a.image, a.box, Path("" if a.pictures == "none" else a.pictures), device)
         return 0
     if a.table: results = read_results(a.runs)
