@@ -155,7 +155,7 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
             run.log(stage="segmentation", step=done, L_seg=value)
             progress.show(done, {"L_seg": value}, final=done == s.seg_steps)
         if done % s.save_every == 0 or done == s.seg_steps or stopping:
-            u.check_finite(done, L_seg=float(loss))
+            u.check_finite(done, L_seg=float(loss.detach()))
             run.save("segmentation.pt", s, optimiser, {"segmentation": net}, stage="segmentation", step=done,
                      steps=s.seg_steps, seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return None
