@@ -565,11 +565,14 @@ def finished_runs(folders: list[str]) -> list[Path]:
 
 
 def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
-    """Measure one finished run and write its result.json."""
+    """Measure one finished run and write result.json; for other test sets than before, TARGET-FOLDER.json."""
     kind = measure_finetuned if "head" in u.read_checkpoint(path) else measure_pretrained
     result = kind(path, tests, device) | {"tests": {n: d.fingerprint for n, d in tests.items()},
                                           "torch": torch.__version__}
-    u.write_json(path.parent / "result.json", result)
+    place = path.parent / "result.json"
+    if place.exists() and json.loads(place.read_text()).get("tests") != result["tests"]:
+        place = path.parent / f"{tests['target'].folder.name}.json"
+    u.write_json(place, result)
     return result
 
 

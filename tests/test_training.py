@@ -244,6 +244,14 @@ def test_evaluate_measures_and_tabulates(sets, pretrained, finetuned, tmp_path, 
     assert {r["kind"] for r in again} == {"pretraining", "finetuning"}
 
 
+def test_other_test_sets_do_not_overwrite_a_result(sets, finetuned):
+    quiet = ["--pictures", "none", "--device", "cpu", "--source-test", f"{sets}/source_test"]
+    evaluate.main([str(finetuned), *quiet, "--target-test", f"{sets}/target_test"])
+    before = (finetuned / "result.json").read_text()
+    evaluate.main([str(finetuned), *quiet, "--target-test", f"{sets}/target"])
+    assert (finetuned / "result.json").read_text() == before and (finetuned / "target.json").exists()
+
+
 def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     """A model of 21 joints is not measured on a test set of 20."""
     other = tmp_path / "test"
