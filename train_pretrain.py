@@ -68,7 +68,7 @@ TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, decoder_width=64, dec
             batch=128, epochs=16, lr=1.5e-3, seg_steps=700, seg_batch=32)
 PRESETS = {
     "tiny": TINY,
-    "small": TINY | dict(epochs=80, seg_steps=2000, seg_batch=48, save_every=500),
+    "small": TINY | dict(epochs=200, seg_steps=2000, seg_batch=48, save_every=500),
     "paper-hand": dict(source="datasets/freihand_train", target="datasets/rhd_train",
                        unconstrained="datasets/imagenet_val", micro_batch=256),
     "paper-human": dict(source="datasets/h36m_train", target="datasets/3dhp_train",
