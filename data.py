@@ -76,8 +76,8 @@ class Dataset:
         for i in range(0, n if self.keypoints is not None else 0, 65536):      # memory stays flat
             infinite = np.isinf(self.keypoints[i:i + 65536]).any(axis=(1, 2))
             if infinite.any():
-                raise InputError(f"{self.folder}/keypoints.npy: row {i + int(infinite.argmax())} is infinite; "
-                                 "write NaN for no label")
+                raise InputError(f"{self.folder}/keypoints.npy: row {i + int(infinite.argmax())} is "
+                                 "infinite; write NaN for no label")
 
     def __len__(self) -> int:
         return len(self.images)

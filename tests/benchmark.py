@@ -48,7 +48,7 @@ def embedding_flops(patches: int, s) -> int:
 
 
 def pretraining_flops(s) -> int:
-    """Useful operations for one image: f^E on class token and visible patches, f^D on all; 39.8e9 at ViT-B."""
+    """Useful operations for one image: f^E on the visible patches, f^D on all; 39.8e9 at ViT-B."""
     N = (s.image // s.patch) ** 2
     V = round(N * (1 - s.mask_ratio))
     encoder = embedding_flops(V, s) + s.depth * block_flops(1 + V, s.width)
@@ -184,12 +184,15 @@ def measure_stage(stage: str, size: str, root: str, device: torch.device) -> dic
     lap = seconds_of(lambda: loss(batch, dtype).backward(), device, 2)
     seconds, waited = train(make, loss, model, dtype, device, max(2, min(200, int(10 / lap))))
     rates.append(matmul_rate(dtype, device))
-    kept = saved_bytes(lambda: loss(batch, dtype))
-    return {"part": f"{stage}, {size}", "precision": name, "batch": s.batch, "images/s": s.batch / seconds,
+    peak, full, kept = memory(device), s.batch, []
+    for s.batch in (2, 6):  # the difference: casts of the weights do not grow with the batch
+        batch = make(0)
+        kept.append(saved_bytes(lambda: loss(batch, dtype)))
+    return {"part": f"{stage}, {size}", "precision": name, "batch": full, "images/s": full / seconds,
             "TFLOP/s": flops / seconds / 1e12, "product TFLOP/s": max(rates) / 1e12,
             "share of the product's rate": flops / seconds / max(rates), "waiting for data": waited,
-            "peak memory GiB": memory(device) / 2 ** 30, "GiB before": before / 2 ** 30,
-            "kept for backward, MiB an image": kept / s.batch / 2 ** 20}
+            "peak memory GiB": peak / 2 ** 30, "GiB before": before / 2 ** 30,
+            "kept for backward, MiB an image": (kept[1] - kept[0]) / 4 / 2 ** 20}
 
 
 def measure_options(stage: str, size: str, root: str, device: torch.device) -> dict:
@@ -206,7 +209,8 @@ def measure_options(stage: str, size: str, root: str, device: torch.device) -> d
         laps = laps_of({"step": step, "batch": lambda: make(1)}
                        | {k: lambda m=m: m(1) for k, m in other.items()}, device)
         whole = laps["step"] + laps["batch"]
-        return result | {"batch": laps["batch"] / whole} | {k: (laps["batch"] - laps[k]) / whole for k in other}
+        result["batch"] = laps["batch"] / whole
+        return result | {k: (laps["batch"] - laps[k]) / whole for k in other}
     rows = u.class_attention
 
     def no_rows():
@@ -244,8 +248,10 @@ def measure_forms(size: str, root: str, device: torch.device) -> dict:
         def run(form):
             y = form(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
             y.backward(torch.ones_like(y))
-        laps = laps_of({"written": lambda: run(lambda q, k, v: u.plain_attention(q, k, v)[0]), "fused": lambda:
-                        run(torch.nn.functional.scaled_dot_product_attention)}, device)
+
+        def written(): run(lambda q, k, v: u.plain_attention(q, k, v)[0])
+        def fused(): run(torch.nn.functional.scaled_dot_product_attention)
+        laps = laps_of({"written": written, "fused": fused}, device)
         result |= {f"attention {str(dtype)[6:]} {k}": 1e3 * v for k, v in laps.items()}
     S, C = 4 * s.image // s.patch, s.head_channels
     head = u.KeypointHead((S // 4, S // 4), s.width, C, 21).to(device)
@@ -326,8 +332,8 @@ def in_folder(function, arguments, root: str) -> dict:
 
 def show(result: dict) -> None:
     def text(value): return f"{value:.3g}" if isinstance(value, float) else str(value)
-    print(f"\n{result['part']}", *(f"  {k:<36} {text(v)}" for k, v in result.items() if k != "part"), sep="\n",
-          flush=True)
+    lines = (f"  {k:<36} {text(v)}" for k, v in result.items() if k != "part")
+    print(f"\n{result['part']}", *lines, sep="\n", flush=True)
 
 
 def main(arguments=None) -> None:

@@ -55,16 +55,18 @@ def check_attend(attend, dtype, rtol):
     q, k, v = (torch.randn(2, 3, 37, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     results = []
     for form, kind in ((attend, dtype), (lambda q, k, v: u.plain_attention(q, k, v)[0], torch.float64)):
-        leaves = [x.to(dtype).to(kind).requires_grad_() for x in (q, k, v)]              # the same rounded input
+        leaves = [x.to(dtype).to(kind).requires_grad_() for x in (q, k, v)]      # the same rounded input
         y = form(*leaves)
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-    for ours, exact in zip(*results): close(ours.double(), exact, rtol=rtol, atol=rtol * float(exact.detach().abs().max()))
+    for ours, exact in zip(*results):
+        close(ours.double(), exact, rtol=rtol, atol=rtol * float(exact.detach().abs().max()))
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_either_form_of_attention_is_the_written_one(dtype, rtol):
     for form in (u.attend, F.scaled_dot_product_attention): check_attend(form, dtype, rtol)
-    with pytest.raises(AssertionError): check_attend(lambda q, k, v: u.attend(2 ** 0.5 * q, k, v), dtype, rtol)
+    wrong = lambda q, k, v: u.attend(2 ** 0.5 * q, k, v)  # noqa: E731
+    with pytest.raises(AssertionError): check_attend(wrong, dtype, rtol)
 
 
 def test_class_attention_is_the_class_row_of_plain_attention():
@@ -232,18 +234,20 @@ def counted(compute) -> int:
     return counter.get_total_flops()
 
 
-def settings(script, preset: str, *flags: str):
-    return u.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, ["--preset", preset, *flags])
+def settings(script, *flags: str):
+    return u.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, flags)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "paper-hand"])
 def test_counted_operations(preset, monkeypatch):
     """Forward passes are counted; a backward pass is two of them. The fused form escapes torch's counter."""
     monkeypatch.setattr(u, "attend", lambda q, k, v: u.plain_attention(q, k, v)[0])
-    s, f = settings(train_pretrain, preset), settings(train_finetune, preset, "--init", "")
+    s = settings(train_pretrain, "--preset", preset)
+    f = settings(train_finetune, "--preset", preset, "--init", "")
     encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
     decoder = u.Decoder(encoder.grid, s.patch, s.width, s.decoder_width, s.decoder_depth, s.decoder_heads)
-    mae, head = u.MaskedAutoencoder(encoder, decoder), u.KeypointHead(encoder.grid, f.width, f.head_channels, 21)
+    mae = u.MaskedAutoencoder(encoder, decoder)
+    head = u.KeypointHead(encoder.grid, f.width, f.head_channels, 21)
     images, noise = torch.rand(1, 3, s.image, s.image), torch.rand(1, (s.image // s.patch) ** 2)
     with torch.no_grad():
         masked = counted(lambda: mae(images, noise, s.mask_ratio))

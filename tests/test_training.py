@@ -151,7 +151,8 @@ def test_checkpointing_changes_memory_alone(sets, pretrained, finetuned, tmp_pat
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_pretraining_is_the_same(sets, tmp_path):
     base = plain_mae(sets) + ["--epochs", "0.5", "--compile"]
-    for switch in ("on", "off"): assert train_pretrain.main(base + [switch, "--out", str(tmp_path / switch)]) == 0
+    for switch in ("on", "off"):
+        assert train_pretrain.main(base + [switch, "--out", str(tmp_path / switch)]) == 0
     assert json.loads((tmp_path / "on/config.json").read_text())["compile"] is True
     one, two = (weights(tmp_path / run, "encoder", "decoder") for run in ("on", "off"))
     assert same_but_for_sums(one, two)
@@ -188,7 +189,8 @@ def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
 def torchrun(script: str, *arguments: str) -> None:
     """The script on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(ROOT / script), *arguments], capture_output=True, text=True, timeout=300)
+    command += [str(ROOT / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
