@@ -1061,7 +1061,8 @@ def read_mat(path: Path, *names: str) -> dict[str, np.ndarray]:
     """Variables of a MATLAB file of version 5 as scipy gives them: MATLAB's axes, two at least."""
     with reading(path, "MATLAB file"):
         import scipy.io
-        return named(path, scipy.io.loadmat(path, variable_names=names), names)
+        found = scipy.io.loadmat(path, variable_names=names)
+        return named(path, found if set(names) <= set(found) else [v[0] for v in scipy.io.whosmat(path)], names)
 
 
 def read_h5(path: Path, *names: str) -> dict[str, np.ndarray]:
@@ -1080,7 +1081,7 @@ def read_cdf(path: Path, name: str) -> np.ndarray:
     with reading(path, "CDF file"):
         import cdflib
         file = cdflib.CDF(path)
-        named(path, {variable: None for variable in file.cdf_info().zVariables}, [name])
+        if name not in (there := file.cdf_info().zVariables): named(path, there, [name])
         return np.asarray(file.varget(name))
 
 
