@@ -29,10 +29,13 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
 import zlib
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,8 +48,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
 from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back_project, decode_heatmaps,
-                     from_rank_0, from_voxels, project, random_generator, run_script, write_atomically,
-                     write_json)
+                     first_line, from_rank_0, from_voxels, project, random_generator, run_script,
+                     write_atomically, write_json)
 
 FORMAT = 1
 ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of each array of a data set
@@ -191,26 +194,28 @@ class Writer:
         (self.folder / "state.json").unlink()
 
 
-def build_dataset(folder: str | Path, meta: dict, jobs: list, work, workers: int = 0, images_a_job: int = 1,
-                  max_skipped: float = 0.05) -> None:
+def build_dataset(folder: str | Path, meta: dict, jobs, count: int, work, workers: int = 0,
+                  images_a_job: int = 1, max_skipped: float = 0.05) -> None:
     """Write work(job) for every job, in order, to a data-set folder, on several processes.
 
-    work(job) returns (arrays, skipped). The result does not depend on the number of workers, nor on how often
-    it was interrupted: a killed run goes on from its last save, a few hundred rows back. InputError, naming
-    the commonest reason, where more than `max_skipped` of the samples are left out: then not they are at
-    fault.
+    `jobs` is an iterable, of `count` jobs at most; few of them are held at a time. work(job) returns (arrays,
+    skipped). The result does not depend on the number of workers, nor on how often it was interrupted: a
+    killed run goes on from its last save, a few hundred rows back. InputError, naming the commonest reason,
+    where more than `max_skipped` of the samples are left out: then not they are at fault.
     """
-    writer, workers = Writer(folder, meta), workers or os.cpu_count() or 1
-    start = writer.state["jobs"]
-    progress = Progress(f"{Path(folder).name}", len(jobs), images_a_job, start, every=5)
+    writer, workers = Writer(folder, meta), workers or max(2, os.cpu_count() or 1)
+    start = done = writer.state["jobs"]
+    progress = Progress(f"{Path(folder).name}", count, images_a_job, start, every=5)
     try:
-        for done, (arrays, skipped) in enumerate(ordered_results(work, jobs[start:], workers), start + 1):
+        jobs = itertools.islice(jobs, start, None)
+        for done, (arrays, skipped) in enumerate(ordered_results(work, jobs, workers), start + 1):
             writer.append(arrays, skipped)
             writer.check_skipped(max_skipped)
             if done % max(1, 512 // images_a_job) == 0: writer.save()
             progress.show(done)
         writer.check_skipped(max_skipped, final=True)
-        progress.show(len(jobs), final=True)
+        progress.steps = done  # `count` may have been too many
+        progress.show(done, final=True)
         writer.finish()
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError, InputError): writer.save()  # ValueError: closed already
@@ -220,24 +225,55 @@ def build_dataset(folder: str | Path, meta: dict, jobs: list, work, workers: int
         raise
 
 
-def ordered_results(work, jobs: list, workers: int):
-    """work(job) for each job, in order, computed a little ahead by several processes."""
-    if workers == 1 or len(jobs) < 4: yield from map(work, jobs); return
-    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
-    with concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker) as pool:
-        waiting, rest = collections.deque(), iter(jobs)
+def ordered_results(work, jobs, workers: int):
+    """work(job) for each of an iterable of jobs, in order, computed a little ahead by several processes.
+
+    One worker is this process itself. Of several, one that dies, in a C library as a rule, leaves an
+    InputError that names the item of the job, or the job, that kills it.
+    """
+    if workers == 1: yield from map(work, jobs); return
+    jobs, waiting = iter(jobs), collections.deque()                        # of (job, its future result)
+    first = list(itertools.islice(jobs, workers))
+    with process_pool(workers) as pool:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is the parent's
-        waiting.extend(pool.submit(work, job) for job in itertools.islice(rest, workers))
+        waiting.extend((job, pool.submit(work, job)) for job in first)
         signal.signal(signal.SIGINT, handler)
         try:
-            for job in rest:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) >= 4 * workers: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise InputError("a worker process died; the same command goes on where it stopped") from error
+            for job in jobs:
+                waiting.append((job, pool.submit(work, job)))
+                if len(waiting) >= 4 * workers: yield waiting[0][1].result(); waiting.popleft()
+            while waiting: yield waiting[0][1].result(); waiting.popleft()
+        except BrokenProcessPool as error:
+            raise InputError(f"a worker process died at {culprit(work, [job for job, _ in waiting])}; mend "
+                             "that, and the same command goes on where it stopped") from error
         finally:
-            for future in waiting: future.cancel()
+            for _, future in waiting: future.cancel()
+
+
+def process_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+    return concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker)
+
+
+def culprit(work, jobs: list) -> str:
+    """The first of the jobs, or of their items if they are lists, that kills a process which does it alone.
+
+    A pool does not tell which of its processes died, nor of what: so the jobs in question are done again.
+    """
+    alone = [[item] for job in jobs for item in job] if isinstance(jobs[0], list) else jobs
+    with process_pool(1) as pool:
+        for job in alone:
+            if isinstance(pool.submit(work, job).exception(), BrokenProcessPool):
+                return str(job[0] if isinstance(job, list) else job)
+    return "a moment that does not come again (out of memory? give fewer --workers)"
+
+
+def in_a_process(function, path: Path, *arguments):
+    """function(path, *arguments) in a process of its own: a C library that dies of it is an InputError."""
+    with process_pool(1) as pool:
+        try: return pool.submit(function, path, *arguments).result()
+        except BrokenProcessPool as error:
+            raise InputError(f"{path}: kills the process that reads it: broken? Download it again") from error
 
 
 def quiet_worker() -> None:
@@ -856,7 +892,7 @@ def make_benchmark(root: str | Path, side: int = 60, workers: int = 0) -> None:
                 "joints": HAND_JOINTS if domain else [], "bones": HAND_BONES if domain else [], "root": 0,
                 "depth_range": 300.0, "origin": f"rendered by this project, {side} px"}
         jobs = [(name, i, side) for i in range(-(-count // CHUNK))]
-        build_dataset(Path(root) / name, meta, jobs, render_chunk, workers, CHUNK)
+        build_dataset(Path(root) / name, meta, jobs, len(jobs), render_chunk, workers, CHUNK)
 
 
 def ensure_benchmark(folders: list[str], rank: int) -> None:
@@ -874,54 +910,153 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
 # ==========================================================================================================
 # Readers of public data sets: a publisher's files -> Samples -> checked -> cropped -> a data-set folder
 # ==========================================================================================================
-# A reader is a function (root, own options with defaults) -> list of Samples. It opens the files of labels,
-# not the pictures; a line in READERS puts it on the command line. All readers share everything else.
+# A reader is a function (root, own options with defaults) -> (number of samples or an upper bound, generator
+# of Samples). It refuses early what it can; its generator opens the files of labels one sequence at a time,
+# and never a picture. A line in READERS puts it on the command line. All readers share everything else.
 BOX, MARGIN = 1.5, 1.25  # network's crop: so many times the joints' box; stored crop: so many times that crop
 SAMPLES_A_JOB = 16
-HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0}
+HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": BOX}
+HUMAN_JOINTS = ["pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
+                "spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist",
+                "right_shoulder", "right_elbow", "right_wrist"]            # Human3.6M's 17, in its order
+HUMAN_BONES = [(0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8), (8, 9), (9, 10), (8, 11),
+               (11, 12), (12, 13), (8, 14), (14, 15), (15, 16)]            # (parent, child)
+HUMAN = {"joints": HUMAN_JOINTS, "bones": HUMAN_BONES, "root": 0, "depth_range": 2000.0, "box": 1.25}
 
 
 class Sample(NamedTuple):
-    """One picture as its publisher ships it; files are named relative to ROOT."""
-    image: str
+    """One picture, or one frame of a video, as its publisher ships it; files are named relative to ROOT."""
+    image: str                            # picture file, or video file if `frame` is given
     keypoints: np.ndarray | None = None   # (K, 3) mm, camera; NaN: not labelled. None: no labels at all
     intrinsics: np.ndarray | None = None  # (3, 3) px of the whole picture, pixel centres at integers
-    mask: str | None = None               # foreground where its grey value (palette index) is ..
-    foreground: int = 128                 # .. so much or more
+    mask: str | None = None               # picture file, or .mat file (then `mask_key` says what in it)
+    foreground: tuple = (128, 255)        # foreground: grey value, palette index, label in this closed range
     uv: np.ndarray | None = None          # (K, 2) px: the publisher's own 2D labels, where there are any
-    size: tuple | None = None             # (width, height) px of every picture of this publisher
+    size: tuple | None = None             # (width, height) px, where the publisher fixes it
+    frame: int | None = None              # number of the frame in the video `image`, from 0
+    mask_key: str | int | None = None     # .mat v5: name of the variable; v7.3: index into the cell 'Masks'
+    left: bool = False                    # a left hand: picture, mask, labels, camera become a right hand
+    distortion: np.ndarray | None = None  # (5,) k1 k2 p1 p2 k3 (OpenCV's formula); undone in the crop
+    tolerance: float = 2.0                # px that projected keypoints may lie from `uv`
+
+    def __str__(self) -> str:
+        return self.image if self.frame is None else f"{self.image} frame {self.frame}"
 
 
-def open_picture(path: Path, least: int = 0, foreground: int | None = None) -> np.ndarray:
-    """Any picture file as (H, W, 3) uint8, turned as its EXIF says; grey, palette, CMYK, 16 bit become RGB.
+class Missing(Exception):
+    """A sample has no picture or no mask, as now and then at the end of a video: it is left out, counted."""
 
-    `least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if both sides keep so many pixels. With
-    `foreground` it is a mask, (H, W) bool: True where the grey value (or palette index) is that or more.
-    """
-    try:
-        with Image.open(path) as image:
-            if foreground is not None:
-                return np.asarray(image if image.mode in "PL" else image.convert("L")) >= foreground
-            if least: image.draft("RGB", (least, least))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:  # what lies under it is arbitrary: white instead
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return np.asarray(image.convert("RGB"))
+
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def reading(path: Path, what: str):
+    """Whatever goes wrong while a file is read becomes one line that names it."""
+    try: yield
+    except (InputError, Missing): raise
+    except ImportError as error:
+        raise InputError(f"{path}: to read it, first: pip install {error.name.partition('.')[0]}") from error
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"{path}: broken picture: {error}; give a whole PNG or JPEG file") from error
+        wrong = f"broken {what}: {first_line(error)}" if os.path.exists(path) else "missing"
+        raise InputError(f"{path}: {wrong}; give a whole {what}") from error
 
 
-def open_sample(root: Path, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
-    """Picture (H, W, 3) uint8 and mask (H, W) bool or None, of the sizes that they must have."""
-    image = open_picture(root / sample.image)
-    mask = open_picture(root / sample.mask, foreground=sample.foreground) if sample.mask else None
-    width, height = sample.size or image.shape[1::-1]
-    for name, array in ((sample.image, image), (sample.mask, mask)):
-        if array is not None and (found := array.shape[1::-1]) != (width, height):
-            raise InputError(f"{root / name}: {found[0]} x {found[1]} px, expected {width} x {height}")
-    return image, mask
+def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarray, tuple[int, int]]:
+    """Any picture file as (h, w, 3) uint8, turned as its EXIF says, and its own size (W, H); grey, palette,
+    CMYK and 16 bit become RGB.
+
+    If `width` px of it (0: its shorter side) are to become `side` px, a JPEG is decoded at 1/2, 1/4 or 1/8 of
+    its size where that leaves as many pixels: a quarter of the time, or less.
+    """
+    with reading(path, "picture"), Image.open(path) as image:
+        size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
+        share = side / (width or min(size))
+        if side: image.draft("RGB", [math.ceil(share * length) for length in image.size])
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:  # what lies under it is arbitrary: white instead
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return np.asarray(image.convert("RGB")), size
+
+
+class Video:
+    """The frames of a video by their number, whatever a seek lands on: a frame is told by its time.
+
+    It stays open, so that frames in order are decoded once each. Videos whose packets bear no true times
+    (AVI with frames out of order) are decoded from their beginning, and counted.
+    """
+
+    def __init__(self, path: Path):
+        import av
+        self.container = av.open(str(path))
+        self.stream = self.container.streams.video[0]
+        self.stream.codec_context.thread_count = 1  # there are other workers
+        packets = [(p.pts, p.pts if p.dts is None else p.dts, p.is_keyframe)
+                   for p in self.container.demux(self.stream) if p.size and not p.is_discard]
+        self.count, times = len(packets), [time for time, _, _ in packets]
+        if self.count < 0.9 * self.stream.frames:
+            raise ValueError(f"it ends after {self.count} of {self.stream.frames} frames")
+        late = self.stream.codec_context.has_b_frames                      # frames come out of order
+        self.timed = None not in times and not (late and times == sorted(times))
+        self.number = {time: i for i, time in enumerate(sorted(times))} if self.timed else {}
+        self.keys = sorted((self.number[t], start) for t, start, key in packets if key and self.timed)
+        self.begin = min(start for _, start, _ in packets) if self.timed else 0
+        self.next = math.inf                                               # number of the next frame decoded
+
+    def frame(self, number: int) -> np.ndarray:
+        """Frame `number` from 0 as (H, W, 3) uint8; Missing beyond the end."""
+        if number >= self.count: raise Missing(f"frame: the video has {self.count}")
+        key, time = max((key for key in self.keys if key[0] <= number), default=(0, self.begin))
+        if not key <= self.next <= number:
+            self.container.seek(time, stream=self.stream)
+            self.frames, self.next = self.container.decode(self.stream), key
+        here = -1
+        for frame in self.frames:
+            here = self.number.get(frame.pts, -1) if self.timed else self.next
+            self.next = here + 1
+            if here >= number: break
+        if here != number: raise ValueError(f"frame {number} cannot be decoded")
+        return frame.to_ndarray(format="rgb24")
+
+
+open_video = lru_cache(maxsize=2)(Video)  # in each worker
+
+
+def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None) -> np.ndarray:
+    """A mask as (H, W) bool: True where the value lies in the closed range; `key` as Sample.mask_key."""
+    with reading(path, "mask"):
+        if key is None:
+            with Image.open(path) as image:
+                values = np.asarray(image if image.mode in "PL" else image.convert("L"))
+        elif isinstance(key, str): values = read_mat(path, key)[key]
+        else:
+            import h5py
+            with h5py.File(path) as file:
+                cell = file["Masks"]                                       # (F, 1) of references
+                empty = key >= len(cell) or not cell[key, 0] or "MATLAB_empty" in file[cell[key, 0]].attrs
+                if empty: raise Missing(f"mask: {path.name} has none for this frame")
+                values = file[cell[key, 0]][()].T                          # (H, W)
+        return (values >= foreground[0]) & (values <= foreground[1])
+
+
+def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
+    """Picture (h, w, 3) uint8, its mask (H, W) bool or None, and the picture's own size (W, H).
+
+    Picture and mask must have the size that the publisher says; a JPEG of which `width` px become `side` px
+    may be decoded smaller, (h, w).
+    """
+    path, mask = root / sample.image, None
+    if sample.frame is None: image, size = open_picture(path, side, width)
+    else:
+        with reading(path, "video"): image = open_video(path).frame(sample.frame)
+        size = image.shape[1::-1]
+    if sample.mask: mask = open_mask(root / sample.mask, sample.foreground, sample.mask_key)
+    expected = tuple(sample.size or size)
+    for name, found in ((sample.image, size), (sample.mask, expected if mask is None else mask.shape[1::-1])):
+        if found != expected: raise InputError(f"{root / name}: {found[0]} x {found[1]} px, expected "
+                                               f"{expected[0]} x {expected[1]}")
+    return image, mask, size
 
 
 def need_files(root: Path, names: list[str], layout: str) -> None:
@@ -941,6 +1076,74 @@ def read_json_array(path: Path, *shape: int) -> np.ndarray:
         raise InputError(f"{path}: not a whole JSON array ({error})") from error
     if array.shape[1:] != shape: raise InputError(f"{path}: shape {array.shape}, expected {('n', *shape)}")
     return array
+
+
+def read_mat(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Variables of a MATLAB file of version 5 as scipy gives them: MATLAB's axes, two at least."""
+    with reading(path, "MATLAB file"):
+        from scipy.io import loadmat, whosmat
+        found = loadmat(path, variable_names=names)
+        return named(path, found if set(names) <= set(found) else [v[0] for v in whosmat(path)], names)
+
+
+def read_h5(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Variables of a MATLAB file of version 7.3, an HDF5 file: MATLAB's axes in reverse, (F, .., ..)."""
+    return in_a_process(read_h5_here, path, *names)
+
+
+def read_h5_here(path: Path, *names: str) -> dict[str, np.ndarray]:
+    with reading(path, "MATLAB 7.3 file"):
+        import h5py
+        with h5py.File(path) as file: return {k: v[()] for k, v in named(path, file, names).items()}
+
+
+def read_cdf(path: Path, name: str) -> np.ndarray:
+    """One variable of a CDF file."""
+    with reading(path, "CDF file"):
+        import cdflib
+        file = cdflib.CDF(path)
+        if name not in (there := file.cdf_info().zVariables): named(path, there, [name])
+        return np.asarray(file.varget(name))
+
+
+def named(path: Path, variables, names) -> dict:
+    """Those of the variables of a file; InputError if one is not there."""
+    for name in set(names) - set(variables):
+        there = ", ".join(k for k in variables if not k.startswith(("_", "#")))
+        raise InputError(f"{path}: has no variable {name!r}, but {there or 'none'}")
+    return {name: variables[name] for name in names}
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Admits numpy arrays in plain containers: what a pickle names may be called, so it finds no other."""
+
+    def find_class(self, module: str, name: str):
+        known = {"_reconstruct": np.ndarray((0,)).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
+                 "scalar": np.float64().__reduce__()[0], "_frombuffer": np.ndarray((0,)).__reduce_ex__(5)[0],
+                 "encode": lambda text, encoding: text.encode("latin1")}   # bytes in pickles of protocol 2
+        if module.split(".")[0] == ("_codecs" if name == "encode" else "numpy") and name in known:
+            return known[name]
+        raise InputError(f"{self.path}: names {module}.{name}, no array: refused, nothing of it was run")
+
+
+def read_pickle(path: Path):
+    """A pickle of python 2 or 3 that holds numpy arrays, plain containers, numbers, str and bytes only.
+
+    InputError where it holds anything else: a pickle can run any command, and these come from a download.
+    """
+    with reading(path, "pickle"), open(path, "rb") as file:
+        unpickler = ArraysOnly(file, encoding="latin1")  # python 2's str, whose arrays' bytes they are too
+        unpickler.path = path
+        return unpickler.load()
+
+
+def pinhole_of(points: np.ndarray, uv: np.ndarray) -> np.ndarray:
+    """Intrinsics (3, 3) px, without skew, that project points (n, 3) mm, camera, nearest to uv (n, 2) px."""
+    good, K = np.isfinite(points).all(axis=1) & np.isfinite(uv).all(axis=1), np.eye(3)
+    for axis in (0, 1):
+        slope = points[good, axis] / points[good, 2]
+        K[axis, axis], K[axis, 2] = np.polyfit(slope, uv[good, axis], 1)   # u = f x / z + c
+    return K
 
 
 # ---------------------------------------------------------------- the checks: None, or "kind: what is wrong"
@@ -964,9 +1167,33 @@ def hand_fault(keypoints: np.ndarray) -> str | None:
         return "handedness: fingers bend away from the palm: mirrored, a left hand, fingers in reverse order?"
 
 
-def projection_fault(keypoints, uv, size, mask=None, published=None) -> str | None:
+def body_fault(keypoints: np.ndarray) -> str | None:
+    """Joints (17, 3) mm of HUMAN, judged by a thigh's length and by the sides: unit, order, handedness.
+
+    A knee bends one way: thigh x shin points from the right hip to the left one; in a mirror image, or where
+    left and right are exchanged, it points back. So do elbows, but for the turn of the shoulder: they count
+    less. Straight limbs do not tell.
+    """
+    hinges = keypoints[[[1, 2, 3], [4, 5, 6], [14, 15, 16], [11, 12, 13]]]  # (4, 3, 3) mm: knees, elbows
+    bones = np.diff(hinges, axis=1)                                        # (4, 2, 3) mm
+    length = np.linalg.norm(bones, axis=-1)                                # (4, 2) mm
+    thigh = np.fmax(*length[:2, 0])
+    if not 250 <= thigh <= 600 and np.isfinite(thigh):
+        return f"bone: {thigh:.3g} mm from hip to knee, not a human's 250 to 600: another unit?"
+    hips, shoulders = keypoints[4] - keypoints[1], keypoints[11] - keypoints[14]  # (3,) right -> left
+    wide = np.linalg.norm(hips) * np.linalg.norm(shoulders) + 1e-9
+    if hips @ shoulders / wide < -0.5:
+        return "order: shoulders and hips point opposite ways: left and right exchanged in arms or legs?"
+    across = hips / (np.linalg.norm(hips) + 1e-9)
+    bend = np.cross(bones[:, 0], bones[:, 1]) @ across / (length.prod(axis=1) + 1e-9)  # sine of the angle
+    if np.nansum(bend * [1, 1, -0.3, -0.3]) < -0.3:
+        return "handedness: knees bend forwards: mirrored, or left and right exchanged?"
+
+
+def projection_fault(keypoints, uv, size, mask=None, published=None, tolerance=2.0) -> str | None:
     """Joints (K, 3) mm, their uv (K, 2) px in a picture of `size` (width, height): before the camera, in the
-    picture, at the publisher's own 2D labels (K, 2), on the mask (H, W) bool as they are, not mirrored."""
+    picture, within `tolerance` px of the publisher's own 2D labels (K, 2) where there are any, on the mask
+    (H, W) bool as they are, not mirrored."""
     valid = np.isfinite(keypoints).all(axis=1)
     if valid.sum() < 2: return f"projection: {valid.sum()} joints have labels"
     if (keypoints[valid, 2] <= 0).any(): return "projection: a joint lies behind the camera"
@@ -974,7 +1201,8 @@ def projection_fault(keypoints, uv, size, mask=None, published=None) -> str | No
     inside, extent = ((uv >= -0.5) & (uv <= size - 0.5)).all(axis=1), np.ptp(uv, axis=0).max()
     if inside.mean() < 0.5: return f"projection: {inside.sum()} of {len(uv)} joints fall on the picture"
     if not 8 <= extent <= 2 * size.max(): return f"projection: the joints' box is {extent:.1f} px wide"
-    if published is not None and (apart := np.abs(uv - published[valid]).max()) > max(2, 0.03 * extent):
+    apart = 0 if published is None else np.fmax.reduce(np.abs(uv - published[valid]), axis=None)
+    if apart > tolerance:
         return f"projection: {apart:.1f} px from the publisher's 2D labels: camera, order or lens distortion?"
     if mask is not None:
         u, v = np.clip(np.round(uv), 0, size - 1).astype(int).T
@@ -983,14 +1211,29 @@ def projection_fault(keypoints, uv, size, mask=None, published=None) -> str | No
             return f"projection: {share:.0%} of the joints on the mask, mirrored {mirrored:.0%}: flipped?"
 
 
-def fault_of(keypoints, uv, size, mask=None, published=None) -> str | None:
-    hand = hand_fault(keypoints) if len(keypoints) == len(HAND_JOINTS) else None
-    return hand or projection_fault(keypoints, uv, size, mask, published)
+def fault_of(joints: list[str], keypoints, uv, size, mask=None, published=None, tolerance=2.0,
+             left: bool = False) -> str | None:
+    """What is impossible about the labels of one sample, a skeleton of these joints, or None."""
+    right = keypoints * [-1, 1, 1] if left else keypoints
+    fault = hand_fault(right) if joints == HAND_JOINTS else \
+        body_fault(right) if joints == HUMAN_JOINTS else None
+    return fault or projection_fault(keypoints, uv, size, mask, published, tolerance)
 
 
-def to_uv(keypoints: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """`project` for one sample: (K, 3) mm, camera, and (3, 3) px -> (K, 2) px."""
-    return project(torch.tensor(keypoints)[None], torch.tensor(intrinsics)[None])[0].numpy()
+def to_uv(keypoints: np.ndarray, intrinsics: np.ndarray, distortion: np.ndarray | None = None) -> np.ndarray:
+    """One sample's (K, 3) mm, camera, and intrinsics (3, 3) -> (K, 2) px, through a lens with distortion."""
+    xy = keypoints[:, :2] / keypoints[:, 2:]
+    return distort(xy, distortion) @ intrinsics[:2, :2].T + intrinsics[:2, 2]
+
+
+def distort(xy: np.ndarray, distortion: np.ndarray | None) -> np.ndarray:
+    """Points (.., 2) of the plane z = 1 -> where a lens with k1 k2 p1 p2 k3 shows them, (.., 2)."""
+    if distortion is None: return xy
+    (k1, k2, p1, p2, k3), (x, y) = distortion, (xy[..., 0], xy[..., 1])
+    square = x * x + y * y
+    radial = 1 + square * (k1 + square * (k2 + square * k3))
+    return np.stack([x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
+                     y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y], axis=-1)
 
 
 # ---------------------------------------------------------------- the crop
@@ -1009,47 +1252,96 @@ def crop_square(pixels: np.ndarray, corner: np.ndarray, width: float, side: int)
     return np.asarray(patch.resize((side, side), Image.Resampling.BILINEAR, (x, y, x + width, y + width)))
 
 
-def crop_sample(sample: Sample, image, mask, uv: np.ndarray, side: int) -> dict[str, np.ndarray]:
-    """A row of each array: the square around the valid joints' uv (K, 2) px, and the intrinsics of it."""
-    low, high = np.nanmin(uv, axis=0), np.nanmax(uv, axis=0)               # (2,) px
-    width = BOX * MARGIN * (high - low).max()
-    corner, s = (low + high) / 2 + 0.5 - width / 2, side / width
-    to_crop = np.diag([s, s, 1.0])
-    to_crop[:2, 2] = (0.5 - corner) * s - 0.5                              # u' = (u + 0.5 - corner) s - 0.5
-    row = {"images": crop_square(image, corner, width, side), "keypoints": np.float32(sample.keypoints),
-           "intrinsics": np.float32(to_crop @ sample.intrinsics)}
-    return row if mask is None else row | {"masks": crop_square(mask * np.uint8(255), corner, width, side)}
+def crop_window(uv: np.ndarray, box: float) -> tuple[np.ndarray, float]:
+    """The square around the labelled joints' uv (K, 2) px: its corner (x, y) and width, as `crop_square`."""
+    low, high = np.fmin.reduce(uv), np.fmax.reduce(uv)                     # (2,) px
+    width = box * MARGIN * (high - low).max()
+    return (low + high) / 2 + 0.5 - width / 2, width
 
 
-def convert(root: Path, side: int, job: list[Sample]) -> tuple[dict[str, np.ndarray], list[str]]:
+def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample: Sample) -> np.ndarray:
+    """`crop_square` of the picture as a lens without distortion would have taken it.
+
+    The part in question is shrunk to about two pixels for each of the crop's, as `crop_square` does it; from
+    there each half pixel of the crop fetches its colour; then 2 x 2 are averaged. The lens is computed at
+    65 x 65 places, and linear between: that is exact to a few hundredths of a pixel.
+    """
+    K, fine = sample.intrinsics, 2 * side
+    places = np.linspace(0.5, fine - 0.5, 65) * width / fine - 0.5
+    u, v = np.meshgrid(corner[0] + places, corner[1] + places)             # (65, 65) px, undistorted
+    xy = (np.stack([u, v], axis=-1) - K[:2, 2]) @ np.linalg.inv(K[:2, :2]).T    # (65, 65, 2) at z = 1
+    uv = distort(xy, sample.distortion) @ K[:2, :2].T + K[:2, 2] + 0.5     # (65, 65, 2) px from the edge
+    seen = np.clip(uv, 0, pixels.shape[1::-1])
+    low = seen.min(axis=(0, 1))
+    extent = (seen.max(axis=(0, 1)) - low).max() + 1e-6
+    patch = crop_square(pixels, low, extent, math.ceil(extent * min(1, fine / width))).copy()
+    patch = torch.from_numpy(patch.reshape(*patch.shape[:2], -1)).permute(2, 0, 1)[None].float()
+    grid = torch.from_numpy((uv - low) * (2 / extent) - 1).permute(2, 0, 1)[None].float()  # -1 .. 1
+    grid = F.interpolate(grid, (fine, fine), mode="bilinear", align_corners=True)  # (1, 2, 2 side, 2 side)
+    found = F.grid_sample(patch, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    found = F.avg_pool2d(found, 2)[0].permute(1, 2, 0).round().byte()      # (side, side, C)
+    return found.numpy().reshape(side, side, *pixels.shape[2:])
+
+
+def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[str, np.ndarray]:
+    """A row of each array: the window (corner, width) of the picture (h, w, 3), which may have been decoded
+    smaller than its own size (W, H), of its mask (H, W), and the intrinsics; a left hand as a right one."""
+    corner, width = window
+    s, shrunk = side / width, max(1, round(size[0] / image.shape[1]))      # 1, 2, 4 or 8 px of it in a pixel
+    K = np.diag([s, s, 1.0])
+    K[:2, 2] = (0.5 - corner) * s - 0.5                                    # u' = (u + 0.5 - corner) s - 0.5
+    row = {"keypoints": np.float32(sample.keypoints), "intrinsics": np.float32(K @ sample.intrinsics)}
+    for name, pixels, n in (("images", image, shrunk), ("masks", mask, 1)):
+        if pixels is None: continue
+        pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
+        row[name] = crop_square(pixels, corner / n, width / n, side) if sample.distortion is None else \
+            crop_undistorted(pixels, corner, width, side, sample)
+    if sample.left:
+        row = {k: row[k][:, ::-1] if k in ("images", "masks") else row[k] for k in row}
+        row["keypoints"] = row["keypoints"] * np.float32([-1, 1, 1])
+        row["intrinsics"][0, 1:] *= -1                                     # skew and cx -> side - 1 - cx
+        row["intrinsics"][0, 2] += side - 1
+    return row
+
+
+def convert(root: Path, side: int, skeleton: dict, job: list[Sample]) -> tuple[dict, list[str]]:
     """A job of `build_dataset`: rows of samples that pass the checks; "FILE: kind: what is wrong" of others.
 
     A broken picture that has labels stops the conversion (the download is broken); any other is left out.
     """
     rows, skipped = [], []
     for sample in job:
-        if sample.keypoints is None:
-            try: image = open_picture(root / sample.image, side)
-            except InputError as error: skipped.append(str(error)); continue
-            size = np.array(image.shape[1::-1])
-            rows.append({"images": crop_square(image, (size - size.min()) / 2, size.min(), side)})
-            continue
-        image, mask = open_sample(root, sample)
-        uv = to_uv(sample.keypoints, sample.intrinsics)                    # (K, 2) px
-        fault = fault_of(sample.keypoints, uv, image.shape[1::-1], mask, sample.uv)
-        if fault: skipped.append(f"{sample.image}: {fault}")
-        else: rows.append(crop_sample(sample, image, mask, uv, side))
+        try: rows.append(convert_sample(root, side, skeleton, sample))
+        except Missing as reason: skipped.append(f"{sample}: {reason}")
+        except InputError as error:
+            if sample.keypoints is not None: raise
+            skipped.append(str(error))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}, skipped
+
+
+def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dict[str, np.ndarray]:
+    """A row of each array; Missing, "kind: what is wrong", where the sample has to be left out."""
+    if sample.keypoints is None:
+        image, _, _ = open_sample(root, sample, side, 0)
+        size = np.array(image.shape[1::-1])
+        return {"images": crop_square(image, (size - size.min()) / 2, size.min(), side)}
+    window = crop_window(to_uv(sample.keypoints, sample.intrinsics), skeleton["box"])
+    image, mask, size = open_sample(root, sample, side, window[1] if np.isfinite(window[1]) else 0)
+    uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)     # (K, 2) px
+    fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, mask, sample.uv, sample.tolerance,
+                     sample.left)
+    if fault: raise Missing(fault)
+    return crop_sample(sample, image, mask, size, window, side)
 
 
 # ---------------------------------------------------------------- the readers
 
-FREIHAND = {  # split: its folder, pictures of a sample, folder of masks, least grey value of a hand, archive
-    "train": ("training", 4, "mask", 128, "FreiHAND_pub_v2"),
-    "evaluation": ("evaluation", 1, "segmap", 1, "FreiHAND_pub_v2_eval")}
+FREIHAND = {  # split: its folder, pictures of a sample, folder of masks, grey values of a hand, archive
+    "train": ("training", 4, "mask", (128, 255), "FreiHAND_pub_v2"),
+    "evaluation": ("evaluation", 1, "segmap", (1, 255), "FreiHAND_pub_v2_eval")}
 
 
-def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> list[Sample]:
+def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> tuple[int, Iterator[Sample]]:
     """FreiHAND v2 (Zimmermann et al., ICCV 2019): right hands, 224 x 224 px, our joint order, metres, camera.
 
     train: n = 32,560 labels and masks (hand and forearm, JPEG noise) of 4 n pictures: picture i + n v shows
@@ -1069,20 +1361,25 @@ def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> l
                          f"pictures in {part}/rgb, where {copies} x {n} belong: an incomplete download?")
     masked = split == "train" or (root / part / masks).is_dir()
     suffix = "png" if (root / part / masks / f"{0:08d}.png").exists() else "jpg"
-    samples = [Sample(f"{part}/rgb/{i + n * int(v):08d}.jpg", xyz[i], K[i], size=(224, 224),
-                      mask=f"{part}/{masks}/{i:08d}.{suffix}" if masked else None, foreground=foreground)
-               for i in range(n) for v in (versions if copies > 1 else "0")]
-    need_files(root, [file for s in samples for file in (s.image, s.mask) if file], layout)
-    return samples
+    copies = versions if copies > 1 else "0"
+    need_files(root, (f"{part}/rgb/{i + n * int(v):08d}.jpg" for v in copies for i in range(n)), layout)
+    if masked: need_files(root, (f"{part}/{masks}/{i:08d}.{suffix}" for i in range(n)), layout)
+
+    def samples():
+        for i, v in itertools.product(range(n), copies):
+            mask = f"{part}/{masks}/{i:08d}.{suffix}" if masked else None
+            image = f"{part}/rgb/{i + n * int(v):08d}.jpg"
+            yield Sample(image, xyz[i], K[i], mask, foreground, size=(224, 224))
+    return n * len(copies), samples()
 
 
-def read_photos(root: Path) -> list[Sample]:
+def read_photos(root: Path) -> tuple[int, Iterator[Sample]]:
     """Any folder of photographs and its subfolders, as ImageNet's validation images, without labels: X_C."""
     kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in kinds)
-    samples = [Sample(file) for file in sorted(files)]
-    if not samples: raise InputError(f"{root}: no photographs here ({', '.join(kinds)})")
-    return samples
+    paths = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in kinds)
+    files = sorted(paths)
+    if not files: raise InputError(f"{root}: no photographs here ({', '.join(kinds)})")
+    return len(files), map(Sample, files)
 
 
 READERS = {  # name on the command line: (reader, skeleton, share of the samples that may be left out)
@@ -1094,13 +1391,15 @@ READERS = {  # name on the command line: (reader, skeleton, share of the samples
 def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **options) -> None:
     """ROOT as its publisher ships it -> data-set folder OUT, stored crops of `side` px."""
     reader, skeleton, max_skipped = READERS[name]
-    samples = reader(Path(root), **options)
+    count, samples = reader(Path(root), **options)
     origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
-    jobs = [samples[i:i + SAMPLES_A_JOB] for i in range(0, len(samples), SAMPLES_A_JOB)]
-    build_dataset(out, meta, jobs, partial(convert, Path(root), side), workers, SAMPLES_A_JOB, max_skipped)
-    skipped = read_meta(Path(out))["skipped"]
-    print(f"{out}: {len(samples) - len(skipped)} samples, {len(skipped)} left out", *skipped[:5], sep="\n  ")
+    del meta["box"]
+    jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_A_JOB)), [])
+    build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), partial(convert, Path(root), side, skeleton),
+                  workers, SAMPLES_A_JOB, max_skipped)
+    meta = read_meta(Path(out))
+    print(f"{out}: {meta['rows']} samples, {len(meta['skipped'])} left out", *meta["skipped"][:5], sep="\n  ")
 
 
 # ==========================================================================================================
@@ -1169,7 +1468,8 @@ def check(folder: str) -> None:
     faults = []
     for i, (keypoints, K) in enumerate(zip(dataset.keypoints, dataset.intrinsics)):
         mask = dataset.masks[i] >= 128 if dataset.masks is not None else None
-        if fault := fault_of(keypoints, to_uv(keypoints, K), size, mask): faults.append(f"row {i}: {fault}")
+        fault = fault_of(dataset.meta["joints"], keypoints, to_uv(keypoints, K), size, mask)
+        if fault: faults.append(f"row {i}: {fault}")
     print(f"labels: {len(faults)} of {len(dataset)} rows are impossible", *faults[:5], sep="\n  ")
 
 

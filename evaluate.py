@@ -523,7 +523,7 @@ def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, de
     """Predict the pose on one's own picture: folder/PHOTO_pose.png with 2D, 3D from two sides, attention."""
     estimator, state = load_estimator(path, device)
     side, known = state["settings"]["image"], state["skeleton"]
-    picture = data.open_picture(Path(photo))                                             # (H, W, 3) uint8
+    picture, _ = data.open_picture(Path(photo))                                          # (H, W, 3) uint8
     H, W, _ = picture.shape
     if min(H, W) < 16: raise u.InputError(f"{photo}: {W} x {H} px; give a picture of at least 16 x 16 px")
     square = square_around(box, (W, H), photo)
