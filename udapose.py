@@ -535,7 +535,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def gather_features(phi: Tensor) -> Tensor:
-    """phi (b, D) of every process in one (B, D), as these losses do not fall apart into images.
+    """phi (b, D) of every process in one (B, D): DDC and DAN are no sums over images, as DANN is.
 
     Every process then has the whole loss, but a way back to f^E through its own rows only. As
     DistributedDataParallel takes the mean of the gradients where a sum is due, these count `world` times; the
