@@ -168,8 +168,9 @@ class Writer:
         seen = self.state["rows"] + len(skipped)
         too_many = len(skipped) > limit * seen and (final or seen >= 200)
         if not too_many and (self.state["rows"] or not final): return
-        (most, count), = collections.Counter(map(kind, skipped)).most_common(1) or [("", 0)]
-        first = next((text for text in skipped if kind(text) == most), "there is none")
+        if not seen: raise InputError(f"{self.folder}: not one sample; mend the flags, remove {self.part}")
+        (most, count), = collections.Counter(map(kind, skipped)).most_common(1)
+        first = next(text for text in skipped if kind(text) == most)
         raise InputError(f"{self.folder}: {len(skipped)} of {seen} samples left out, {count} for {most!r} "
                          f"({first}). Mend it, remove {self.part}, run again")
 
@@ -1350,6 +1351,247 @@ def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> t
     return n * len(copies), samples()
 
 
+LITTLE_FIRST = [0] + [4 * f + k for f in (4, 3, 2, 1, 0) for k in (1, 2, 3, 4)]  # ours = raw[these], in STB
+TIP_FIRST = [0] + [4 * f + k for f in (0, 1, 2, 3, 4) for k in (4, 3, 2, 1)]     # and in each hand of RHD
+STB_WRIST = {"ring": (13, 2.0), "middle": (9, 2.2)}  # wrist = knuckle + factor (palm - knuckle)
+STB = {  # camera: its pictures, each with (fx, fy, cx, cy) px, and the rotation vector and shift (mm) of
+    # d = R c + t: from points c in the frame of the picture's camera to points d in the labels' frame
+    "bb": [("BB_left", (822.79041, 822.79041, 318.47345, 250.31296), (0, 0, 0), (0, 0, 0)),
+           ("BB_right", (822.79041, 822.79041, 318.47345, 250.31296), (0, 0, 0), (120.054, 0, 0))],
+    "sk": [("SK_color", (607.92271, 607.88192, 314.78337, 236.42484), (0.00531, -0.01196, 0.00301),
+            (-24.0381, -0.4563, -1.2326))]}
+
+
+def one_of(flag: str, value: str, *choices: str) -> None:
+    """InputError unless the value of --flag is one of the choices."""
+    if value not in choices: raise InputError(f"--{flag} {value!r}: give {' or '.join(choices)}")
+
+
+def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])                 # (3, 3) px
+
+
+def rotation_by(vector) -> np.ndarray:
+    """Rotation matrix (3, 3) about `vector` (3,) by its length in radians."""
+    x, y, z = vector
+    return torch.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)).numpy()
+
+
+def read_stb(root: Path, split: str = "train", camera: str = "bb",
+             wrist: str = "ring") -> tuple[int, Iterator[Sample]]:
+    """STB, the stereo hand pose benchmark (Zhang et al., ICIP 2017): left hands, 640 x 480 px, mm.
+
+    --split test: B1Counting and B1Random; train: B2 to B6. --camera bb: left and right picture of the stereo
+    pair, labels in the left camera's frame; sk: the colour picture beside the depth camera, in whose frame
+    the labels d are: c = R^T (d - t). Raw fingers go from little to thumb. Raw joint 0 is the palm's centre;
+    --wrist says how it becomes a wrist: ring, ring_1 + 2 (palm - ring_1), which most code does, or middle,
+    middle_1 + 2.2 (palm - middle_1). No 2D labels, no lens distortion, no masks.
+    """
+    for flag, value, choices in (("split", split, ("train", "test")), ("camera", camera, STB),
+                                 ("wrist", wrist, STB_WRIST)): one_of(flag, value, *choices)
+    layout = ("ROOT has images/B1Counting/BB_left_0.png .. and labels/B1Counting_BB.mat .., B1 to B6, "
+              "Counting and Random; a zip without a folder in it is to be unpacked into one")
+    sequences = [f"B{i}{kind}" for i in ([1] if split == "test" else [2, 3, 4, 5, 6])
+                 for kind in ("Counting", "Random")]
+    need_files(root, [f"labels/{name}_{camera.upper()}.mat" for name in sequences], layout)
+
+    def joints(name: str) -> np.ndarray:
+        path = root / f"labels/{name}_{camera.upper()}.mat"
+        raw = read_mat(path, "handPara")["handPara"]                       # (3, 21, n) mm
+        if raw.ndim != 3 or raw.shape[:2] != (3, 21):
+            raise InputError(f"{path}: handPara is {raw.shape}, not (3, 21, n)")
+        hands, (knuckle, factor) = raw.transpose(2, 1, 0)[:, LITTLE_FIRST], STB_WRIST[wrist]  # (n, 21, 3) mm
+        hands[:, 0] = hands[:, knuckle] + factor * (hands[:, 0] - hands[:, knuckle])
+        return hands
+
+    counts = {name: len(joints(name)) for name in sequences}
+    need_files(root, [f"images/{name}/{kind}_{i}.png" for name, n in counts.items()
+                      for kind, *_ in STB[camera] for i in range(n)], layout)
+
+    def samples() -> Iterator[Sample]:
+        for name in sequences:
+            for i, hand in enumerate(joints(name)):
+                for kind, lens, turn, shift in STB[camera]:
+                    there = (hand - shift) @ rotation_by(turn)             # (21, 3) rows: R^T of columns
+                    yield Sample(f"images/{name}/{kind}_{i}.png", there, pinhole(*lens), size=(640, 480),
+                                 left=True)
+    return sum(counts.values()) * len(STB[camera]), samples()
+
+
+def more_left(path: Path) -> bool:
+    """Whether an index mask of RHD shows more of the left hand (2 .. 17) than of the right (18 .. 33)."""
+    with reading(path, "mask"), Image.open(path) as mask:
+        if mask.mode not in "LP": raise ValueError(f"{mask.mode}, not one index a pixel")
+        pixels = mask.histogram()
+    return sum(pixels[2:18]) > sum(pixels[18:34])
+
+
+def read_rhd(root: Path, split: str = "train") -> tuple[int, Iterator[Sample]]:
+    """RHD, rendered hand poses (Zimmermann & Brox, ICCV 2017), version 2: 320 x 320 px, metres, camera frame.
+
+    --split train or evaluation. Each picture has labels of both hands of a person, 0-20 left, 21-41 right,
+    fingers from tip to palm, and 2D labels. Of the two that with more pixels in the mask is taken, as the
+    publisher's code does: so this reader alone looks into masks. All 21 joints are used, hidden ones too. A
+    mask is an index: 0 background, 1 person, 2-17 left hand, 18-33 right hand.
+    """
+    one_of("split", split, "train", "evaluation")
+    part = "training" if split == "train" else split
+    layout = f"ROOT is RHD_published_v2 with {part}/anno_{part}.pickle, {part}/color and mask/00000.png .."
+    path, shapes = root / part / f"anno_{part}.pickle", {"xyz": (42, 3), "uv_vis": (42, 3), "K": (3, 3)}
+    need_files(root, [f"{part}/anno_{part}.pickle"], layout)
+    labels = read_pickle(path)                                             # {number: {"xyz": array, ..}}
+    with reading(path, "file of labels"):
+        for i in sorted(labels):
+            if (found := {key: labels[i][key].shape for key in shapes}) != shapes:
+                raise ValueError(f"sample {i} has {found}, not {shapes}")
+    need_files(root, [f"{part}/{kind}/{i:05d}.png" for kind in ("color", "mask") for i in labels], layout)
+
+    def samples() -> Iterator[Sample]:
+        for i in sorted(labels):
+            label, mask = labels[i], f"{part}/mask/{i:05d}.png"
+            left = more_left(root / mask)
+            rows = np.array(TIP_FIRST) + (0 if left else 21)               # (21,)
+            yield Sample(f"{part}/color/{i:05d}.png", 1000.0 * label["xyz"][rows], np.float64(label["K"]),
+                         mask, (2, 17) if left else (18, 33), label["uv_vis"][rows, :2], (320, 320),
+                         left=left)
+    return len(labels), samples()
+
+
+PAN_TEST = "171204_pose3"
+
+
+def pan_cameras(path: Path, views: str) -> dict[str, tuple]:
+    """HD cameras of a calibration file, or those numbered in `views`: name "00_07" -> size (width, height),
+    K (3, 3) px, distortion (5,), and R (3, 3), t (3,) mm from the dome's frame to the camera's."""
+    with reading(path, "calibration"):
+        found = {c["name"]: (tuple(c["resolution"]), np.array(c["K"], float), np.array(c["distCoef"], float),
+                             np.array(c["R"], float), 10 * np.array(c["t"], float).reshape(3))  # cm -> mm
+                 for c in json.loads(path.read_text())["cameras"] if c["type"] == "hd"}
+    wanted = [f"00_{view.strip():>02}" for view in views.split(",")] if views else sorted(found)
+    if missing := set(wanted) - set(found):
+        raise InputError(f"{path}: has no HD view {min(missing)}; mend --views")
+    return {name: found[name] for name in wanted}
+
+
+def pan_hands(path: Path, score: float, error: float) -> list[tuple[bool, np.ndarray]]:
+    """Hands of a frame: (is it a left one, (21, 3) mm, dome). Left out are people without an identity, and
+    hands with a joint that is not valid, below `score`, or off the views by more than `error` px."""
+    with reading(path, "file of labels"):
+        people = [person for person in json.loads(path.read_text())["people"] if person["id"] != -1]
+        hands = [(side, p[side]) for p in people for side in ("left_hand", "right_hand") if p.get(side)]
+        return [(side == "left_hand", 10 * np.array(hand["landmarks"], float).reshape(21, 3))  # cm -> mm
+                for side, hand in hands
+                if np.min(hand["validity"]) == 1 and np.min(hand["averageScore"]) >= score
+                and np.max(hand["averageReproError"]) <= error]
+
+
+def in_view(keypoints: np.ndarray, K: np.ndarray, distortion: np.ndarray, size: tuple) -> bool:
+    """Whether all joints (n, 3) mm, camera, lie in a picture of `size` (width, height). A lens's polynomial
+    folds what is far outside back into it: so without the lens they may lie a quarter of it beside it."""
+    straight, uv, size = to_uv(keypoints, K), to_uv(keypoints, K, distortion), np.array(size)
+    return bool((keypoints[:, 2] > 0).all() and ((uv >= 0) & (uv <= size - 1)).all()
+                and ((straight >= -size / 4) & (straight <= 1.25 * size)).all())
+
+
+def read_pan(root: Path, split: str = "train", stride: int = 30, views: str = "", score: float = 0.3,
+             error: float = 20.0) -> tuple[int, Iterator[Sample]]:
+    """PAN, hands of the CMU Panoptic Studio (Joo et al., TPAMI 2017): 31 HD views, 1920 x 1080 px, cm, dome.
+
+    --split test: the sequence 171204_pose3; train: all others in ROOT. Of the frames (29.97 a second) those
+    whose number divides by --stride, in the --views given (as 0,7,30; empty: all), from hdImgs if that is
+    there, else from hdVideos. Both hands of everyone, our joint order, if all 21 joints are valid, of --score
+    at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px and more.
+    A hand may be hidden in a view. No 2D labels, no masks.
+    """
+    one_of("split", split, "train", "test")
+    if stride < 1: raise InputError(f"--stride {stride}: give 1 or more")
+    layout = ("ROOT has SEQ/calibration_SEQ.json, SEQ/hdHand3d/handRecon3D_hd00000000.json .. (hdHand3d.tar) "
+              "and SEQ/hdImgs/00_00/00_00_00000000.jpg .. or SEQ/hdVideos/hd_00_00.mp4 ..")
+    frames = {folder.parent.name: sorted(int(file.stem[-8:]) for file in folder.glob("handRecon3D_hd*.json"))
+              for folder in sorted(root.glob("*/hdHand3d"))}
+    frames = {name: [i for i in numbers if i % stride == 0] for name, numbers in frames.items()
+              if (name == PAN_TEST) == (split == "test")}
+    if not any(frames.values()): raise InputError(f"{root}: no labels of split {split}. {layout}")
+    need_files(root, [f"{name}/calibration_{name}.json" for name in frames], layout)
+    cameras = {name: pan_cameras(root / name / f"calibration_{name}.json", views) for name in frames}
+
+    def hands(name: str, i: int) -> list:
+        return pan_hands(root / name / f"hdHand3d/handRecon3D_hd{i:08d}.json", score, error)
+
+    def shot(name: str, view: str, i: int) -> tuple[str, int | None]:
+        if not (root / name / "hdImgs").is_dir(): return f"{name}/hdVideos/hd_{view}.mp4", i
+        return f"{name}/hdImgs/{view}/{view}_{i:08d}.jpg", None
+
+    for name, view in ((name, view) for name in frames for view in cameras[name]):
+        need_files(root, [shot(name, view, i)[0] for i in frames[name]], layout)
+
+    def samples() -> Iterator[Sample]:
+        for name in frames:
+            seen = [(i, *hand) for i in frames[name] for hand in hands(name, i)]
+            for view, (size, K, distortion, R, t) in cameras[name].items():  # a video in its order
+                for i, left, points in seen:
+                    there = points @ R.T + t                               # (21, 3) mm, camera
+                    if not in_view(there, K, distortion, size): continue
+                    image, frame = shot(name, view, i)
+                    yield Sample(image, there, K, size=size, frame=frame, left=left, distortion=distortion)
+
+    most = {name: max((len(hands(name, i)) for i in frames[name][::100]), default=0) for name in frames}
+    return sum(len(frames[name]) * len(cameras[name]) * max(2, most[name]) for name in frames), samples()
+
+
+GAN_FILES = {"joint2D": 42, "joint_pos_global": 63, "crop_params": 3}      # numbers in each
+
+
+def gan_numbers(path: Path, count: int) -> np.ndarray:
+    """The numbers (count,) of a text file: one line, separated by commas."""
+    with reading(path, "file of labels"):
+        numbers = np.array(path.read_text().strip().strip(",").split(","), float)
+        if len(numbers) != count: raise ValueError(f"{len(numbers)} numbers, not {count}")
+        return numbers
+
+
+def read_gan(root: Path, split: str = "train", share: float = 0.1,
+             seed: int = 0) -> tuple[int, Iterator[Sample]]:
+    """GAN, GANerated Hands (Mueller et al., CVPR 2018): left hands, crops of 256 px, mm, camera, our order.
+
+    There is no official split. A folder (up to 1,024 neighbouring frames) is --split test with probability
+    --share, by a draw from --seed and its own name, else train. All joints are labelled, hidden or not, and
+    have 2D labels. A crop is a square at (u, v) of a picture of 640 x 480 px scaled to 256 px; whether
+    crop_params gives the factor or its inverse is told by which puts the joints on the 2D labels. No masks.
+    """
+    one_of("split", split, "train", "test")
+    layout = ("ROOT is GANeratedHands_Release with data/noObject/0001/0001_color_composed.png, and beside it "
+              "0001_joint2D.txt, 0001_joint_pos_global.txt, 0001_crop_params.txt; so too data/withObject")
+    need_files(root, ["data/noObject", "data/withObject"], layout)
+    folders = sorted(f"data/{path.parent.name}/{path.name}" for path in root.glob("data/*Object/*"))
+    folders = [name for name in folders
+               if (random_generator(seed, f"gan {name}").random() < share) == (split == "test")
+               and (root / name).is_dir()]
+
+    def frames(folder: str) -> list[str]:
+        end = "_color_composed.png"
+        return sorted(f"{folder}/{file.removesuffix(end)}" for file in os.listdir(root / folder)
+                      if file.endswith(end))
+
+    count = 0
+    for starts in map(frames, folders):
+        need_files(root, [f"{start}_{kind}.txt" for start in starts for kind in GAN_FILES], layout)
+        count += len(starts)
+    if not count: raise InputError(f"{root}: no pictures in split {split} of share {share}. {layout}")
+
+    def samples() -> Iterator[Sample]:
+        for start in (start for folder in folders for start in frames(folder)):
+            uv, points, (u, v, scale) = (gan_numbers(root / f"{start}_{kind}.txt", n)
+                                         for kind, n in GAN_FILES.items())
+            if not scale > 0: raise InputError(f"{root / start}_crop_params.txt: scale {scale}")
+            uv, points = uv.reshape(21, 2), points.reshape(21, 3)          # px of the crop; mm, camera
+            views = [pinhole(617.173 * s, 617.173 * s, (315.453 - u) * s, (242.259 - v) * s)
+                     for s in (scale, 1 / scale)]
+            K = min(views, key=lambda K: np.abs(to_uv(points, K) - uv).max())
+            yield Sample(f"{start}_color_composed.png", points, K, uv=uv, size=(256, 256), left=True)
+    return count, samples()
+
+
 def read_photos(root: Path) -> tuple[int, Iterator[Sample]]:
     """Any folder of photographs and its subfolders, as ImageNet's validation images, without labels: X_C."""
     kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -1361,6 +1603,10 @@ def read_photos(root: Path) -> tuple[int, Iterator[Sample]]:
 
 READERS = {  # name on the command line: (reader, skeleton, share of the samples that may be left out)
     "freihand": (read_freihand, HAND, 0.05),
+    "stb": (read_stb, HAND, 0.05),
+    "rhd": (read_rhd, HAND, 0.05),
+    "pan": (read_pan, HAND, 0.05),
+    "gan": (read_gan, HAND, 0.05),
     "photos": (read_photos, HAND | {"joints": [], "bones": []}, 1.0),
 }
 
