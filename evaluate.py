@@ -507,7 +507,7 @@ def square_around(box: list[float] | None, size: tuple[int, int], name: str) -> 
 def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tuple[float, str]:
     """Scale of x, y in a photo without intrinsics, and the assumption. uv (K, 2) px, depth (K,) mm.
 
-    Parallel projection, bones as long as in training: k with sum over bones of k² |duv|² + dz² = sum of L².
+    Parallel projection, bones as long as in training: k with sum of k² |duv|² + dz² = sum of L².
     """
     s, known = state["settings"], state["skeleton"]
     a, b = np.array(known["bones"]).T

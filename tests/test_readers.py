@@ -2,10 +2,12 @@
 
 Every file is written here, small, in the real format (mp4, AVI, MATLAB 5 and 7.3, CDF, pickle, palette PNG).
 """
-import io
+import itertools
 import os
 import pickle
+import re
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +24,9 @@ io_of_scipy, cdfwrite = pytest.importorskip("scipy.io"), pytest.importorskip("cd
 
 K = np.array([[300.0, 0, 119.5], [0, 300, 111.5], [0, 0, 1]])                 # of 240 x 224 px
 POSE = np.float64([  # mm, HUMAN, facing the camera: walking, right knee and left elbow bent
-    (0, 0, 0), (-130, 0, 0), (-130, 420, -120), (-130, 820, 90), (130, 0, 0), (130, 440, 20), (130, 860, 60),
-    (0, -230, 10), (0, -480, 0), (0, -580, -40), (0, -690, 0), (150, -450, 0), (220, -190, 40), (220, -90, -190),
-    (-150, -450, 0), (-220, -170, 0), (-240, 80, -20)])
+    (0, 0, 0), (-130, 0, 0), (-130, 420, -120), (-130, 820, 90), (130, 0, 0), (130, 440, 20),
+    (130, 860, 60), (0, -230, 10), (0, -480, 0), (0, -580, -40), (0, -690, 0), (150, -450, 0),
+    (220, -190, 40), (220, -90, -190), (-150, -450, 0), (-220, -170, 0), (-240, 80, -20)])
 SWAP = [0, 4, 5, 6, 1, 2, 3, 7, 8, 9, 10, 14, 15, 16, 11, 12, 13]             # left and right exchanged
 
 
@@ -132,8 +134,8 @@ def body(image: str, **fields) -> data.Sample:
 def drawn(sample: data.Sample = body(""), size=(240, 224), sigma: float = 1.3) -> np.ndarray:
     """A soft white dot where the lens shows each joint, on grey: (H, W, 3) uint8."""
     uv = data.to_uv(sample.keypoints, sample.intrinsics, sample.distortion)
-    bell = lambda centre, n: np.exp(-(np.arange(n, dtype=np.float32) - centre) ** 2 / (2 * sigma ** 2))  # noqa
-    dots = [np.outer(bell(y, size[1]), bell(x, size[0])) for x, y in uv]
+    bells = [np.exp(-(np.arange(n) - uv[:, i, None]) ** 2 / (2 * sigma ** 2)) for i, n in enumerate(size)]
+    dots = [np.outer(down, along) for along, down in zip(*bells)]
     return np.repeat(np.uint8(np.round(60 + 190 * np.max(dots, axis=0)))[..., None], 3, axis=-1)
 
 
@@ -205,7 +207,7 @@ def test_left_hands_become_right_hands(hand, distortion, tmp_path):
     left = data.Sample("left.png", keypoints * [-1, 1, 1], intrinsics.copy(), "left_mask.png", left=True,
                        distortion=distortion if distortion is None else distortion * [1, 1, 1, -1, 1])
     left.intrinsics[0, 2] = 199 - intrinsics[0, 2]
-    (a, _), (b, skipped) = (convert(tmp_path, sample, skeleton=data.HAND, side=64) for sample in (right, left))
+    (a, _), (b, skipped) = (convert(tmp_path, s, skeleton=data.HAND, side=64) for s in (right, left))
     assert not skipped and np.allclose(a["keypoints"], b["keypoints"])
     assert np.allclose(a["intrinsics"], b["intrinsics"], atol=1e-3)
     for name in ("images", "masks"): assert np.abs(a[name].astype(int) - b[name]).max() <= 3, name
@@ -284,3 +286,289 @@ def test_small_decoding_changes_nothing_but_time(tmp_path, monkeypatch):
         assert apart(small["images"][0], small["keypoints"][0], small["intrinsics"][0], 3).max() < 0.1
     with refused("a.jpg: 957 x 893 px, expected 956 x 893"):
         convert(tmp_path, sample._replace(size=(956, 893)))
+
+
+# ==========================================================================================================
+# The checks on a body
+# ==========================================================================================================
+def bent(knee: float, elbow: float) -> np.ndarray:
+    """POSE with both knees and both elbows bent by these angles (degrees)."""
+    pose = POSE.copy()
+    for side, (hip, shoulder) in ((-1, (1, 14)), (1, (4, 11))):
+        for first, angle, sign in ((hip, knee, 1), (shoulder, elbow, -1)):
+            a = np.radians(angle) / 2
+            pose[first + 1] = pose[first] + np.array([0, np.cos(a), -sign * np.sin(a)]) * 420
+            pose[first + 2] = pose[first + 1] + np.array([0, np.cos(a), sign * np.sin(a)]) * 420
+    return pose
+
+
+def turned(pose: np.ndarray, seed: int) -> np.ndarray:
+    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))
+    q *= np.sign(np.diag(r))
+    return pose @ (q * [np.linalg.det(q), 1, 1])
+
+
+MIRROR = np.array([-1, 1, 1])
+BODY_SLIPS = {"metres": (lambda k: k / 1000, "bone: 0.4.* another unit"),
+              "centimetres": (lambda k: k / 10, "bone: 4.* another unit"),
+              "left and right": (lambda k: k[SWAP], "handedness"),
+              "mirror image": (lambda k: k * MIRROR, "handedness"),
+              "legs exchanged": (lambda k: k[SWAP[:7] + list(range(7, 17))], "order: shoulders and hips"),
+              "arms exchanged": (lambda k: k[list(range(7)) + SWAP[7:]], "order: shoulders and hips")}
+
+
+@pytest.mark.parametrize("slip", BODY_SLIPS)
+@pytest.mark.parametrize("pose", [POSE, bent(90, 60), bent(30, 0), bent(0, 80), bent(140, 150)],
+                         ids=["walking", "sitting", "knees", "elbows", "crouching"])
+def test_body_slips_are_caught(slip, pose):
+    change, reason = BODY_SLIPS[slip]
+    for seed in range(5):
+        assert data.body_fault(turned(pose, seed)) is None
+        fault = data.body_fault(turned(change(pose), seed))
+        assert fault and re.match(reason, fault), fault
+
+
+def test_straight_limbs_do_not_tell():
+    for pose in (bent(0, 0), bent(5, 8), bent(-5, -8)):
+        assert data.body_fault(pose) is None and data.body_fault(pose * MIRROR) is None
+    part = POSE.copy()
+    part[[1, 4, 11]] = np.nan
+    assert data.body_fault(part) is None and data.body_fault(np.full((17, 3), np.nan)) is None
+
+
+def test_a_skeleton_is_judged_by_its_own_rules(tmp_path):
+    """Seventeen joints of other names are nobody's body; the command line's check goes by the names too."""
+    uv, wrong = data.to_uv(body("").keypoints, K), body("").keypoints * MIRROR
+    assert "handedness" in data.fault_of(data.HUMAN_JOINTS, wrong, uv, (240, 224))
+    assert data.fault_of([f"joint {i}" for i in range(17)], wrong, uv, (240, 224)) is None
+    assert data.fault_of(data.HUMAN_JOINTS, wrong, uv, (240, 224), left=True) is None
+
+
+def test_box_of_a_body(tmp_path):
+    Image.fromarray(drawn()).save(tmp_path / "a.png")
+    for skeleton in (data.HUMAN, data.HUMAN | {"box": 1.5}):
+        arrays, _ = convert(tmp_path, body("a.png"), side=100, skeleton=skeleton)
+        uv = data.to_uv(arrays["keypoints"][0], arrays["intrinsics"][0])
+        assert np.isclose(np.ptp(uv, axis=0).max(), 100 / 1.25 / skeleton["box"], atol=0.01)
+
+
+def test_tolerance_and_unlabelled_joints(tmp_path):
+    Image.fromarray(drawn()).save(tmp_path / "a.png")
+    sample = body("a.png")
+    uv = data.to_uv(sample.keypoints, K) + [3, 0]
+    uv[5] = np.nan
+    _, (reason,) = convert(tmp_path, sample._replace(uv=uv))
+    assert "3.0 px from the publisher's 2D labels" in reason
+    assert convert(tmp_path, sample._replace(uv=uv, tolerance=3.1))[1] == []
+    empty = sample._replace(keypoints=np.full((17, 3), np.nan))
+    assert "0 joints have labels" in convert(tmp_path, empty)[1][0]
+
+
+# ==========================================================================================================
+# Files of labels
+# ==========================================================================================================
+class Malicious:
+    def __init__(self, function, *arguments): self.call = function, arguments
+
+    def __reduce__(self): return self.call
+
+
+def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path):
+    trace, path = tmp_path / "trace", tmp_path / "bad.pkl"
+    calls = [(os.system, f"touch {trace}"), (eval, f"open({str(trace)!r}, 'w')"), (open, str(trace), "w"),
+             (np.load, "x"), (np.memmap, str(trace), "uint8", "w+", 0, (4,)), (np.save, str(trace), 0),
+             (np.fromfile, str(path)), (os.mkdir, str(trace))]
+    for protocol, call in itertools.product((0, 2, 4, 5), calls):
+        path.write_bytes(pickle.dumps({"xyz": np.zeros(3), 3: [Malicious(*call)]}, protocol))
+        with refused("bad.pkl: names .*, no array: refused, nothing of it was run"): data.read_pickle(path)
+        assert not trace.exists()
+    path.write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.")         # a dotted name
+    with refused("bad.pkl: names numpy.ndarray.tofile"): data.read_pickle(path)
+    for name in ("numpy\nencode", "numpy.testing._private.utils\nrunstring", "_codecs\ndecode"):
+        path.write_bytes(f"c{name}\n.".encode())
+        with refused("bad.pkl: names"): data.read_pickle(path)
+
+
+def test_pickles_of_arrays_are_read(tmp_path):
+    path, rng = tmp_path / "good.pkl", np.random.default_rng(0)
+    value = {0: {"xyz": rng.random((42, 3)), "K": np.eye(3, dtype=np.float32)}, "genders": ["m", "f"],
+             "poses": [rng.random((3, 72)), rng.integers(0, 9, (2, 2))], "text": "é", "raw": b"\xff\x00",
+             "scalar": np.float64(2.5), "flags": np.array([True, False]), "none": None, "pair": (1, 2.5),
+             "fortran": np.asfortranarray(rng.random((3, 4)))}
+    for protocol in range(6):
+        path.write_bytes(pickle.dumps(value, protocol))
+        found = data.read_pickle(path)
+        assert list(found) == list(value) and found["raw"] == value["raw"] and found["text"] == "é"
+        assert np.array_equal(found[0]["xyz"], value[0]["xyz"]) and found["scalar"] == 2.5
+        assert np.array_equal(found["poses"][1], value["poses"][1])
+        assert np.array_equal(found["fortran"], value["fortran"])
+
+
+def python_2_pickle(array: np.ndarray) -> bytes:
+    """What Python 2 and numpy 1 wrote, opcode by opcode: str are bytes (U, T), the module is numpy.core."""
+    def string(text: bytes) -> bytes:
+        return b"U" + bytes([len(text)]) + text if len(text) < 256 else \
+            b"T" + len(text).to_bytes(4, "little") + text
+    shape = b"".join(b"K" + bytes([n]) for n in array.shape)
+    dtype = b"cnumpy\ndtype\n" + string(b"f8") + b"K\x00K\x01\x87R(K\x03" + string(b"<") + \
+        b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + string(b"b") + b"\x87R"
+    state = b"(K\x01(" + shape + b"t" + dtype + b"\x89" + string(array.tobytes()) + b"tb"
+    return b"\x80\x02}" + string(b"cam_poses") + made + state + b"s" + b"."
+
+
+def test_a_pickle_of_python_2_is_read(tmp_path):
+    array = np.random.default_rng(0).normal(size=(9, 4, 4))
+    content = python_2_pickle(array)
+    (tmp_path / "old.pkl").write_bytes(content)
+    assert np.array_equal(data.read_pickle(tmp_path / "old.pkl")["cam_poses"], array)
+    with pytest.raises(UnicodeDecodeError): pickle.loads(content)              # without latin1
+
+
+def write_cdf(path: Path, **variables) -> None:
+    """Variables as Human3.6M stores them: one compressed record."""
+    file = cdfwrite.CDF(path, {"Majority": "row_major", "Encoding": 6})
+    for name, value in variables.items():
+        spec = {"Variable": name, "Data_Type": 44, "Num_Elements": 1, "Rec_Vary": True, "Compress": 6,
+                "Dim_Sizes": list(value.shape[1:])}
+        file.write_var(spec, var_data=value)
+    file.close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """One file of each format, and the array (1, 5, 96) in it."""
+    pose = np.random.default_rng(0).random((1, 5, 96)).astype(np.float32)
+    io_of_scipy.savemat(tmp_path / "a.mat", {"pose": pose, "more": np.eye(3)}, do_compression=True)
+    write_cdf(tmp_path / "a.cdf", Pose=pose)
+    with h5py.File(tmp_path / "b.mat", "w", userblock_size=512) as file:
+        file["annot3"], file["valid_frame"] = pose.transpose(1, 0, 2), np.ones((5, 1))
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"pose": pose}))
+    return tmp_path, pose
+
+
+def test_arrays_come_back_from_every_format(files):
+    root, pose = files
+    assert np.array_equal(data.read_mat(root / "a.mat", "pose")["pose"], pose)
+    assert np.array_equal(data.read_cdf(root / "a.cdf", "Pose"), pose)
+    found = data.read_h5(root / "b.mat", "annot3", "valid_frame")
+    assert np.array_equal(found["annot3"], pose.transpose(1, 0, 2)) and found["valid_frame"].shape == (5, 1)
+    for read, name, there in ((data.read_mat, "a.mat", "pose, more"), (data.read_cdf, "a.cdf", "Pose"),
+                              (data.read_h5_here, "b.mat", "annot3, valid_frame")):
+        with refused(f"{name}: has no variable 'annot2', but {there}"): read(root / name, "annot2")
+
+
+def test_broken_files_are_error_lines(files):
+    root, _ = files
+    for read, name, variable in ((data.read_mat, "a.mat", ["pose"]), (data.read_h5_here, "b.mat", ["annot3"]),
+                                 (data.read_cdf, "a.cdf", ["Pose"]), (data.read_pickle, "a.pkl", [])):
+        content = (root / name).read_bytes()
+        for bad in (content[:len(content) // 2], b"", b"<html>404</html>" * 9, content[::-1]):
+            (root / name).write_bytes(bad)
+            with refused(f"{name}: (broken|has no variable)") as caught: read(root / name, *variable)
+            assert "\n" not in str(caught.value)
+        (root / name).unlink()
+        with refused(f"{name}: missing; give a whole"): read(root / name, *variable)
+
+
+def die(path: Path, *_) -> None:
+    """As a C library does."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_reader_that_dies_is_an_error_line(tmp_path):
+    with refused("b.mat: kills the process that reads it"): data.in_a_process(die, tmp_path / "b.mat")
+
+
+def test_a_missing_library_is_an_error_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with refused("a.mat: to read it, first: pip install scipy"): data.read_mat(tmp_path / "a.mat", "pose")
+
+
+def test_pinhole_of():
+    rng = np.random.default_rng(0)
+    points = rng.uniform((-900, -900, 2000), (900, 900, 5000), (200, 3))
+    true = np.array([[1145.0, 0, 512.5], [0, 1143.8, 515.2], [0, 0, 1]])
+    uv = data.to_uv(points, true)
+    uv[7], points[9] = np.nan, np.nan
+    assert np.allclose(data.pinhole_of(points, uv), true, atol=1e-6)
+    assert np.allclose(data.pinhole_of(points, uv + rng.normal(0, 0.5, uv.shape)), true, atol=1.5)
+
+
+# ==========================================================================================================
+# Streaming
+# ==========================================================================================================
+def deadly_work(deadly: int, job: list) -> tuple[dict, list]:
+    for sample in job:
+        if sample.frame == deadly: os._exit(1)
+    return {"images": np.zeros((len(job), 4, 4, 3), np.uint8)}, []
+
+
+META = {"name": "n", "split": "", "joints": [], "bones": [], "root": 0, "depth_range": 1}
+
+
+def test_a_worker_that_dies_names_its_sample(tmp_path):
+    jobs = [[data.Sample("S1/Walking.mp4", frame=4 * i + j) for j in range(4)] for i in range(12)]
+    with refused("a worker process died at S1/Walking.mp4 frame 22;"):
+        data.build_dataset(tmp_path / "set", META, iter(jobs), 12, partial(deadly_work, 22), 2, 4)
+    data.build_dataset(tmp_path / "set", META, iter(jobs), 12, partial(deadly_work, -1), 1, 4)   # mended
+    assert len(np.load(tmp_path / "set/images.npy")) == 48
+
+
+def drawn_video(root: Path, count: int = 70):
+    """Stands in READERS: a reader of one drawn video with masks, left out every tenth sample."""
+    wrong = POSE[SWAP] + [60, -80, 2400]
+
+    def samples():
+        for i in range(count):
+            sample = body("a.mp4", frame=i, mask="m.mat", mask_key=i % 3, foreground=(1, 3))
+            yield sample._replace(keypoints=wrong) if i % 30 == 9 else sample
+    return count + 50, samples()
+
+
+def test_interrupted_ten_times_and_resumed_with_other_workers(tmp_path, monkeypatch):
+    """Ctrl-C at ten random lines, one worker or two: the bytes of one undisturbed conversion."""
+    monkeypatch.setattr(data, "SAMPLES_A_JOB", 4)
+    monkeypatch.setattr(data.os, "fsync", lambda _: None)
+    monkeypatch.setitem(data.READERS, "drawn", (drawn_video, data.HUMAN, 0.1))
+    write_video(tmp_path / "a.mp4", [drawn()] * 70)
+    write_v73(tmp_path / "m.mat", [np.full((224, 240), i, np.uint8) for i in range(3)])
+
+    def run(out, workers): data.convert_dataset("drawn", str(tmp_path), str(tmp_path / out), 32, workers)
+    with Interruption(0) as undisturbed: run("whole/set", 1)
+    expected, rng, stops = contents(tmp_path / "whole/set"), np.random.default_rng(0), 0
+    assert len(np.load(tmp_path / "whole/set/images.npy")) == 67
+    for workers in (1, 1, 1, 1, 1, 2, 1, 1, 1, 1):
+        try:
+            with Interruption(int(rng.integers(100, undisturbed.seen // 8))): run("cut/set", workers)
+        except KeyboardInterrupt: stops += 1
+    assert stops == 10
+    run("cut/set", 1)
+    assert contents(tmp_path / "cut/set") == expected
+
+
+def one_picture(root: Path, count: int = 4000):
+    return count, (body("a.png") for _ in range(count))
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's memory")
+def test_memory_does_not_grow(tmp_path, monkeypatch):
+    """A sample takes 500 bytes at least, a list of them all would be seen."""
+    seen, append = [], data.Writer.append
+
+    def count(writer, *rows):
+        append(writer, *rows)
+        seen.append(anonymous_memory())
+    monkeypatch.setattr(data.Writer, "append", count)
+    monkeypatch.setattr(data.os, "fsync", lambda _: None)
+    monkeypatch.setattr(data, "convert", lambda root, side, skeleton, job: (
+        {"images": np.zeros((len(job), side, side, 3), np.uint8)}, []))
+    monkeypatch.setitem(data.READERS, "one", (one_picture, data.HUMAN, 0.1))
+    data.convert_dataset("one", str(tmp_path), str(tmp_path / "set"), 16, 1)
+    assert len(seen) == 250 and seen[-1] - seen[25] < 2 ** 20

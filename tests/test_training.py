@@ -1,6 +1,7 @@
 """The two training scripts on a tiny data set: resume, processes, variants, what is not opened, refusals."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def same_but_for_sums(a: dict, b: dict) -> bool:
 def stop_after(monkeypatch, steps: int) -> None:
     """As Ctrl-C would, once `steps` steps are done: the loop saves and main returns 130."""
     calls = iter(range(10 ** 6))
-    monkeypatch.setattr(u.StopSignal, "requested", lambda self, device: next(calls) + 1 >= steps)
+    monkeypatch.setattr(u.StopSignal, "requested", lambda self: next(calls) + 1 >= steps)
 
 
 def test_pretraining_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch):
@@ -122,6 +123,41 @@ def test_bfloat16_trains_and_measures(sets, pretrained, tmp_path):
     assert 5 < [r for r in log if "source_val_epe" in r][-1]["source_val_epe"] < 300
 
 
+def test_float16_scales_its_gradients_and_resumes_bitwise(sets, tmp_path, monkeypatch):
+    """Loss scaling belongs to the state of a run: without it a resumed run would start at 65536 again."""
+    half = ["--precision", "float16", "--lam", "0"]
+    assert finetune(sets, tmp_path / "whole", "", *half) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert finetune(sets, tmp_path / "run", "", *half) == 130
+    assert finetune(sets, tmp_path / "run", "", *half) == 0
+    ours, theirs = (u.read_checkpoint(tmp_path / run / "checkpoint.pt") for run in ("run", "whole"))
+    assert ours["scaler"] == theirs["scaler"] and ours["scaler"]["scale"] < 65536
+    assert same(weights(tmp_path / "run", "encoder", "head"), weights(tmp_path / "whole", "encoder", "head"))
+
+
+def test_checkpointing_changes_memory_alone(sets, pretrained, finetuned, tmp_path):
+    kept, stored = [], torch.autograd.graph.saved_tensors_hooks
+    encoder = u.Encoder((48, 48), 8, 16, 4, 2)
+    for encoder.checkpointing in (False, True):
+        kept.append(0)
+        def keep(x): kept[-1] += x.numel(); return x
+        with stored(keep, lambda x: x): encoder(torch.rand(2, 3, 48, 48)).sum().backward()
+    assert kept[1] < kept[0] / 3
+    finetune(sets, tmp_path / "run", str(pretrained), "--checkpointing")
+    assert same(weights(tmp_path / "run", "encoder", "head"), weights(finetuned, "encoder", "head"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_pretraining_is_the_same(sets, tmp_path):
+    base = plain_mae(sets) + ["--epochs", "0.5", "--compile"]
+    for switch in ("on", "off"):
+        assert train_pretrain.main(base + [switch, "--out", str(tmp_path / switch)]) == 0
+    assert json.loads((tmp_path / "on/config.json").read_text())["compile"] is True
+    one, two = (weights(tmp_path / run, "encoder", "decoder") for run in ("on", "off"))
+    assert same_but_for_sums(one, two)
+
+
 def test_seed_changes_everything_random(sets, finetuned, pretrained, tmp_path):
     finetune(sets, tmp_path / "run", str(pretrained), "--seed", "1")
     assert not same(weights(tmp_path / "run", "head"), weights(finetuned, "head"))
@@ -150,14 +186,18 @@ def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
     assert not same(ours, theirs), "this test compares two different orders of summation"
 
 
+def torchrun(script: str, *arguments: str) -> None:
+    """The script on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_processes_give_the_same_pretraining(sets, tmp_path):
     """torchrun with two processes; without f^S, whose BatchNorm sees one process's images only."""
     base = plain_mae(sets) + ["--epochs", "1"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                "29617"]
-    command = [*torchrun, str(ROOT / "train_pretrain.py"), *base, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun("train_pretrain.py", *base, "--out", str(tmp_path / "two"))
     assert train_pretrain.main(base + ["--out", str(tmp_path / "one")]) == 0
     one, two = (weights(tmp_path / run, "encoder", "decoder") for run in ("one", "two"))
     assert same_but_for_sums(one, two)
@@ -175,6 +215,32 @@ def test_sigterm_saves_and_the_same_command_continues(sets, pretrained, tmp_path
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     state = u.read_checkpoint(tmp_path / "run/checkpoint.pt")
     assert state["step"] >= log[-1]["step"] > 0 and state["step"] < state["steps"]
+
+
+ANONYMOUS = """
+import json, sys, pathlib, re, train_pretrain
+train_pretrain.main(sys.argv[1:])
+print("kB", re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+def test_memory_does_not_grow_with_the_data_set(tmp_path):
+    """Anonymous memory after 8 steps on 1,000 images and on 1,000,000 (a sparse file of 10.8 GB): the order
+    of an epoch takes 8 MB, and a few more go to chance."""
+    kB = {}
+    for count in (1000, 1_000_000):
+        folder = tmp_path / f"sparse{count}"
+        folder.mkdir()
+        np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (count, 60, 60, 3))
+        (folder / "meta.json").write_text(json.dumps({"format": 1, "name": "", "margin": 1.25, **data.HAND}))
+        command = [sys.executable, "-c", ANONYMOUS, *SMALL, "--source", str(folder), "--variant",
+                   "source-only-mae", "--decoder-width", "16", "--decoder-heads", "2", "--batch", "64",
+                   "--epochs", str(8 * 64 / count), "--out", str(tmp_path / f"run{count}")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        kB[count] = int(done.stdout.split("kB")[-1])
+    assert kB[1_000_000] - kB[1000] < 40_000, kB
 
 
 # ---- variants: each switch changes its own term ------------------------------------------------------------
@@ -276,7 +342,7 @@ def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     (["--masks", "some"], "choose both, source or none"),
     (["--batch", "16", "--micro-batch", "5"], "does not divide"),
     (["--heads", "5"], "not divisible by the number of heads"),
-    (["--precision", "int8"], "choose auto, float32 or bfloat16"),
+    (["--precision", "int8"], "choose auto, float32, bfloat16 or float16"),
     (["--target-masks", "nowhere.npy"], "nowhere.npy: no readable masks"),
     (["--out", "/dev/null/run"], "cannot hold a run"),
 ])
