@@ -12,16 +12,15 @@ import pickle
 import shutil
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image, ImageDraw
 
 import data
 from udapose import InputError, project, random_generator
-
-scipy_io = pytest.importorskip("scipy.io")
-av = pytest.importorskip("av")
 
 SIDE = 224                                                   # px of the stored crops
 MIRROR = np.array([-1, 1, 1])
@@ -187,7 +186,7 @@ def stb(tmp_path_factory) -> Path:
                 image.save(root / f"images/{sequence}/{kind}_{i}.png", compress_level=1)
         labels = {"BB": hands["BB_left"], "SK": hands["SK_color"] @ turn_by(TURN).T + SHIFT}  # d = R c + t
         for camera, points in labels.items():
-            scipy_io.savemat(root / f"labels/{sequence}_{camera}.mat", {"handPara": stb_raw(points)})
+            scipy.io.savemat(root / f"labels/{sequence}_{camera}.mat", {"handPara": stb_raw(points)})
     return root
 
 
@@ -257,9 +256,9 @@ STB_DAMAGE = {
                                    "B1Random_BB.mat: missing. ROOT"),
     "half a mat": (lambda r: cut(r / "labels/B1Random_BB.mat"), "B1Random_BB.mat: "),
     "empty mat": (lambda r: cut(r / "labels/B1Counting_BB.mat", 0), "B1Counting_BB.mat: "),
-    "another variable": (lambda r: scipy_io.savemat(r / "labels/B1Random_BB.mat", {"hand": np.eye(3)}),
+    "another variable": (lambda r: scipy.io.savemat(r / "labels/B1Random_BB.mat", {"hand": np.eye(3)}),
                          "B1Random_BB.mat: .*handPara"),
-    "another shape": (lambda r: scipy_io.savemat(r / "labels/B1Random_BB.mat",
+    "another shape": (lambda r: scipy.io.savemat(r / "labels/B1Random_BB.mat",
                                                  {"handPara": np.ones((21, 3, 2))}),
                       r"B1Random_BB.mat: handPara is \(21, 3, 2\)"),
     "a picture missing": (lambda r: (r / "images/B1Random/BB_right_1.png").unlink(),
