@@ -1377,7 +1377,7 @@ MPI_COMPARED = ALL_BUT_ROOT | {
 SMPL_COMPARED = {
     "compare": [1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 14, 15, 16],
     "protocol": "13 joints of SMPL (hips, knees, ankles, neck, shoulders, elbows, wrists) from its pelvis; "
-                "hips and pelvis are not Human3.6M's: not comparable with those of regressed joints (Table 2)"}
+                "hips and pelvis are not Human3.6M's: not comparable with Table 2, on regressed joints"}
 
 
 def body_joints(joints: np.ndarray, places: list) -> np.ndarray:
