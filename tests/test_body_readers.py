@@ -320,6 +320,19 @@ def test_h36m_lens_is_found(h36m):
         assert np.isclose(sample.distortion[0], lens[0], atol=0.1)
 
 
+def test_h36m_lens_of_the_publisher_s_own_form():
+    """Its tangential term lacks OpenCV's factor 2 beside the radial one: no pixel moves by half for that."""
+    points = np.random.default_rng(0).uniform((-1300, -900, 3000), (1300, 1000, 6500), (4000, 3))
+    x, y = (points[:, :2] / points[:, 2:]).T
+    r2 = x * x + y * y
+    factor = 1 - 0.21 * r2 + 0.25 * r2 ** 2 - 0.003 * r2 ** 3 - 0.0009 * y - 0.0016 * x
+    uv = np.stack([1145 * (x * factor - 0.0016 * r2) + 512, 1143 * (y * factor - 0.0009 * r2) + 515], axis=1)
+    K, lens = data.lens_of(points, uv, "camera")
+    assert np.abs(seen(points, K, lens) - uv).max() < 0.2
+    assert np.abs(seen(points, K) - uv).max() > 2
+    with refused("camera: no lens takes"): data.lens_of(points, uv + 3 * (points[:, :1] > 0), "camera")
+
+
 def test_h36m_test_split(h36m, tmp_path, capsys):
     dataset = run("h36m", h36m, tmp_path / "test", "--split", "test", "--masks", "no")
     truth = np.concatenate([ours(h36m_people(*video))[::5] for video in h36m_videos("S9", "S11")])
