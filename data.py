@@ -1179,9 +1179,9 @@ def body_fault(keypoints: np.ndarray) -> str | None:
     hinges = keypoints[[[1, 2, 3], [4, 5, 6], [14, 15, 16], [11, 12, 13]]]  # (4, 3, 3) mm: knees, elbows
     bones = np.diff(hinges, axis=1)                                        # (4, 2, 3) mm
     length = np.linalg.norm(bones, axis=-1)                                # (4, 2) mm
-    thigh = np.fmax(*length[:2, 0])
-    if not 250 <= thigh <= 600 and np.isfinite(thigh):
-        return f"bone: {thigh:.3g} mm from hip to knee, not a human's 250 to 600: another unit?"
+    for thigh in length[:2, 0]:
+        if thigh < 250 or thigh > 600:                                     # not where it is NaN
+            return f"bone: {thigh:.3g} mm from hip to knee, not a human's 250 to 600: another unit?"
     hips, shoulders = keypoints[4] - keypoints[1], keypoints[11] - keypoints[14]  # (3,) right -> left
     wide = np.linalg.norm(hips) * np.linalg.norm(shoulders) + 1e-9
     if hips @ shoulders / wide < -0.5:
