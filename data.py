@@ -170,8 +170,9 @@ class Writer:
         seen = self.state["rows"] + len(skipped)
         too_many = len(skipped) > limit * seen and (final or seen >= 200)
         if not too_many and (self.state["rows"] or not final): return
-        (most, count), = collections.Counter(map(kind, skipped)).most_common(1) or [("", 0)]
-        first = next((text for text in skipped if kind(text) == most), "there is none")
+        if not seen: raise InputError(f"{self.folder}: not one sample; mend the flags, remove {self.part}")
+        (most, count), = collections.Counter(map(kind, skipped)).most_common(1)
+        first = next(text for text in skipped if kind(text) == most)
         raise InputError(f"{self.folder}: {len(skipped)} of {seen} samples left out, {count} for {most!r} "
                          f"({first}). Mend it, remove {self.part}, run again")
 
@@ -938,6 +939,7 @@ class Sample(NamedTuple):
     left: bool = False                    # a left hand: picture, mask, labels, camera become a right hand
     distortion: np.ndarray | None = None  # (5,) k1 k2 p1 p2 k3 (OpenCV's formula); undone in the crop
     tolerance: float = 2.0                # px that projected keypoints may lie from `uv`
+    around: np.ndarray | None = None      # (n, 3) mm, camera: points, no joints, that the crop holds as well
 
     def __str__(self) -> str:
         return self.image if self.frame is None else f"{self.image} frame {self.frame}"
@@ -1177,9 +1179,9 @@ def body_fault(keypoints: np.ndarray) -> str | None:
     hinges = keypoints[[[1, 2, 3], [4, 5, 6], [14, 15, 16], [11, 12, 13]]]  # (4, 3, 3) mm: knees, elbows
     bones = np.diff(hinges, axis=1)                                        # (4, 2, 3) mm
     length = np.linalg.norm(bones, axis=-1)                                # (4, 2) mm
-    thigh = np.fmax(*length[:2, 0])
-    if not 250 <= thigh <= 600 and np.isfinite(thigh):
-        return f"bone: {thigh:.3g} mm from hip to knee, not a human's 250 to 600: another unit?"
+    for thigh in length[:2, 0]:
+        if thigh < 250 or thigh > 600:                                     # not where it is NaN
+            return f"bone: {thigh:.3g} mm from hip to knee, not a human's 250 to 600: another unit?"
     hips, shoulders = keypoints[4] - keypoints[1], keypoints[11] - keypoints[14]  # (3,) right -> left
     wide = np.linalg.norm(hips) * np.linalg.norm(shoulders) + 1e-9
     if hips @ shoulders / wide < -0.5:
@@ -1248,7 +1250,8 @@ def crop_square(pixels: np.ndarray, corner: np.ndarray, width: float, side: int)
     low, high = np.floor(corner).astype(int) - reach, np.ceil(corner + width).astype(int) + reach
     rows, columns = (np.arange(low[i], high[i]).clip(0, pixels.shape[1 - i] - 1) for i in (1, 0))
     x, y = corner - low
-    patch = Image.fromarray(pixels[rows[:, None], columns])
+    part = pixels[rows[0]:rows[-1] + 1].take(columns, axis=1).take(rows - rows[0], axis=0)
+    patch = Image.fromarray(part)  # fancy indexing by rows and columns at once is many times slower
     return np.asarray(patch.resize((side, side), Image.Resampling.BILINEAR, (x, y, x + width, y + width)))
 
 
@@ -1325,7 +1328,8 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
         image, _, _ = open_sample(root, sample, side, 0)
         size = np.array(image.shape[1::-1])
         return {"images": crop_square(image, (size - size.min()) / 2, size.min(), side)}
-    window = crop_window(to_uv(sample.keypoints, sample.intrinsics), skeleton["box"])
+    held = sample.keypoints if sample.around is None else np.vstack([sample.keypoints, sample.around])
+    window = crop_window(to_uv(held, sample.intrinsics), skeleton["box"])
     image, mask, size = open_sample(root, sample, side, window[1] if np.isfinite(window[1]) else 0)
     uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)     # (K, 2) px
     fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, mask, sample.uv, sample.tolerance,
@@ -1373,6 +1377,560 @@ def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> t
     return n * len(copies), samples()
 
 
+# ---------------------------------------------------------------- hands
+
+LITTLE_FIRST = [0] + [4 * f + k for f in (4, 3, 2, 1, 0) for k in (1, 2, 3, 4)]  # ours = raw[these], in STB
+TIP_FIRST = [0] + [4 * f + k for f in (0, 1, 2, 3, 4) for k in (4, 3, 2, 1)]     # and in each hand of RHD
+STB_WRIST = {"ring": (13, 2.0), "middle": (9, 2.2)}  # wrist = knuckle + factor (palm - knuckle)
+STB = {  # camera: its pictures, each with (fx, fy, cx, cy) px, and the rotation vector and shift (mm) of
+    # d = R c + t: from points c in the frame of the picture's camera to points d in the labels' frame
+    "bb": [("BB_left", (822.79041, 822.79041, 318.47345, 250.31296), (0, 0, 0), (0, 0, 0)),
+           ("BB_right", (822.79041, 822.79041, 318.47345, 250.31296), (0, 0, 0), (120.054, 0, 0))],
+    "sk": [("SK_color", (607.92271, 607.88192, 314.78337, 236.42484), (0.00531, -0.01196, 0.00301),
+            (-24.0381, -0.4563, -1.2326))]}
+
+
+def one_of(flag: str, value: str, *choices: str) -> None:
+    """InputError unless the value of --flag is one of the choices."""
+    if value not in choices: raise InputError(f"--{flag} {value!r}: give {' or '.join(choices)}")
+
+
+def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])                 # (3, 3) px
+
+
+def rotation_by(vector) -> np.ndarray:
+    """Rotation matrix (3, 3) about `vector` (3,) by its length in radians."""
+    x, y, z = vector
+    return torch.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)).numpy()
+
+
+def read_stb(root: Path, split: str = "train", camera: str = "bb",
+             wrist: str = "ring") -> tuple[int, Iterator[Sample]]:
+    """STB, the stereo hand pose benchmark (Zhang et al., ICIP 2017): left hands, 640 x 480 px, mm.
+
+    --split test: B1Counting and B1Random; train: B2 to B6. --camera bb: left and right picture of the stereo
+    pair, labels in the left camera's frame; sk: the colour picture beside the depth camera, in whose frame
+    the labels d are: c = R^T (d - t). Raw fingers go from little to thumb. Raw joint 0 is the palm's centre;
+    --wrist says how it becomes a wrist: ring, ring_1 + 2 (palm - ring_1), which most code does, or middle,
+    middle_1 + 2.2 (palm - middle_1). No 2D labels, no lens distortion, no masks.
+    """
+    for flag, value, choices in (("split", split, ("train", "test")), ("camera", camera, STB),
+                                 ("wrist", wrist, STB_WRIST)): one_of(flag, value, *choices)
+    layout = ("ROOT has images/B1Counting/BB_left_0.png .. and labels/B1Counting_BB.mat .., B1 to B6, "
+              "Counting and Random; a zip without a folder in it is to be unpacked into one")
+    sequences = [f"B{i}{kind}" for i in ([1] if split == "test" else [2, 3, 4, 5, 6])
+                 for kind in ("Counting", "Random")]
+    need_files(root, [f"labels/{name}_{camera.upper()}.mat" for name in sequences], layout)
+
+    def joints(name: str) -> np.ndarray:
+        path = root / f"labels/{name}_{camera.upper()}.mat"
+        raw = read_mat(path, "handPara")["handPara"]                       # (3, 21, n) mm
+        if raw.ndim != 3 or raw.shape[:2] != (3, 21):
+            raise InputError(f"{path}: handPara is {raw.shape}, not (3, 21, n)")
+        hands, (knuckle, factor) = raw.transpose(2, 1, 0)[:, LITTLE_FIRST], STB_WRIST[wrist]  # (n, 21, 3) mm
+        hands[:, 0] = hands[:, knuckle] + factor * (hands[:, 0] - hands[:, knuckle])
+        return hands
+
+    counts = {name: len(joints(name)) for name in sequences}
+    need_files(root, [f"images/{name}/{kind}_{i}.png" for name, n in counts.items()
+                      for kind, *_ in STB[camera] for i in range(n)], layout)
+
+    def samples() -> Iterator[Sample]:
+        for name in sequences:
+            for i, hand in enumerate(joints(name)):
+                for kind, lens, turn, shift in STB[camera]:
+                    there = (hand - shift) @ rotation_by(turn)             # (21, 3) rows: R^T of columns
+                    yield Sample(f"images/{name}/{kind}_{i}.png", there, pinhole(*lens), size=(640, 480),
+                                 left=True)
+    return sum(counts.values()) * len(STB[camera]), samples()
+
+
+def more_left(path: Path) -> bool:
+    """Whether an index mask of RHD shows more of the left hand (2 .. 17) than of the right (18 .. 33)."""
+    with reading(path, "mask"), Image.open(path) as mask:
+        if mask.mode not in "LP": raise ValueError(f"{mask.mode}, not one index a pixel")
+        pixels = mask.histogram()
+    return sum(pixels[2:18]) > sum(pixels[18:34])
+
+
+def read_rhd(root: Path, split: str = "train") -> tuple[int, Iterator[Sample]]:
+    """RHD, rendered hand poses (Zimmermann & Brox, ICCV 2017), version 2: 320 x 320 px, metres, camera frame.
+
+    --split train or evaluation. Each picture has labels of both hands of a person, 0-20 left, 21-41 right,
+    fingers from tip to palm, and 2D labels. Of the two that with more pixels in the mask is taken, as the
+    publisher's code does: so this reader alone looks into masks. All 21 joints are used, hidden ones too. A
+    mask is an index: 0 background, 1 person, 2-17 left hand, 18-33 right hand.
+    """
+    one_of("split", split, "train", "evaluation")
+    part = "training" if split == "train" else split
+    layout = f"ROOT is RHD_published_v2 with {part}/anno_{part}.pickle, {part}/color and mask/00000.png .."
+    path, shapes = root / part / f"anno_{part}.pickle", {"xyz": (42, 3), "uv_vis": (42, 3), "K": (3, 3)}
+    need_files(root, [f"{part}/anno_{part}.pickle"], layout)
+    labels = read_pickle(path)                                             # {number: {"xyz": array, ..}}
+    with reading(path, "file of labels"):
+        for i in sorted(labels):
+            if (found := {key: labels[i][key].shape for key in shapes}) != shapes:
+                raise ValueError(f"sample {i} has {found}, not {shapes}")
+    need_files(root, [f"{part}/{kind}/{i:05d}.png" for kind in ("color", "mask") for i in labels], layout)
+
+    def samples() -> Iterator[Sample]:
+        for i in sorted(labels):
+            label, mask = labels[i], f"{part}/mask/{i:05d}.png"
+            left = more_left(root / mask)
+            rows = np.array(TIP_FIRST) + (0 if left else 21)               # (21,)
+            yield Sample(f"{part}/color/{i:05d}.png", 1000.0 * label["xyz"][rows], np.float64(label["K"]),
+                         mask, (2, 17) if left else (18, 33), label["uv_vis"][rows, :2], (320, 320),
+                         left=left)
+    return len(labels), samples()
+
+
+PAN_TEST = "171204_pose3"
+
+
+def pan_cameras(path: Path, views: str) -> dict[str, tuple]:
+    """HD cameras of a calibration file, or those numbered in `views`: name "00_07" -> size (width, height),
+    K (3, 3) px, distortion (5,), and R (3, 3), t (3,) mm from the dome's frame to the camera's."""
+    with reading(path, "calibration"):
+        found = {c["name"]: (tuple(c["resolution"]), np.array(c["K"], float), np.array(c["distCoef"], float),
+                             np.array(c["R"], float), 10 * np.array(c["t"], float).reshape(3))  # cm -> mm
+                 for c in json.loads(path.read_text())["cameras"] if c["type"] == "hd"}
+    wanted = [f"00_{view.strip():>02}" for view in views.split(",")] if views else sorted(found)
+    if missing := set(wanted) - set(found):
+        raise InputError(f"{path}: has no HD view {min(missing)}; mend --views")
+    return {name: found[name] for name in wanted}
+
+
+def pan_hands(path: Path, score: float, error: float) -> list[tuple[bool, np.ndarray]]:
+    """Hands of a frame: (is it a left one, (21, 3) mm, dome). Left out are people without an identity, and
+    hands with a joint that is not valid, below `score`, or off the views by more than `error` px."""
+    with reading(path, "file of labels"):
+        people = [person for person in json.loads(path.read_text())["people"] if person["id"] != -1]
+        hands = [(side, p[side]) for p in people for side in ("left_hand", "right_hand") if p.get(side)]
+        return [(side == "left_hand", 10 * np.array(hand["landmarks"], float).reshape(21, 3))  # cm -> mm
+                for side, hand in hands
+                if np.min(hand["validity"]) == 1 and np.min(hand["averageScore"]) >= score
+                and np.max(hand["averageReproError"]) <= error]
+
+
+def in_view(keypoints: np.ndarray, K: np.ndarray, distortion: np.ndarray, size: tuple) -> bool:
+    """Whether all joints (n, 3) mm, camera, lie in a picture of `size` (width, height). A lens's polynomial
+    folds what is far outside back into it: so without the lens they may lie a quarter of it beside it."""
+    straight, uv, size = to_uv(keypoints, K), to_uv(keypoints, K, distortion), np.array(size)
+    return bool((keypoints[:, 2] > 0).all() and ((uv >= 0) & (uv <= size - 1)).all()
+                and ((straight >= -size / 4) & (straight <= 1.25 * size)).all())
+
+
+def read_pan(root: Path, split: str = "train", stride: int = 30, views: str = "", score: float = 0.3,
+             error: float = 20.0) -> tuple[int, Iterator[Sample]]:
+    """PAN, hands of the CMU Panoptic Studio (Joo et al., TPAMI 2017): 31 HD views, 1920 x 1080 px, cm, dome.
+
+    --split test: the sequence 171204_pose3; train: all others in ROOT. Of the frames (29.97 a second) those
+    whose number divides by --stride, in the --views given (as 0,7,30; empty: all), from hdImgs if that is
+    there, else from hdVideos. Both hands of everyone, our joint order, if all 21 joints are valid, of --score
+    at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px and more.
+    A hand may be hidden in a view. No 2D labels, no masks.
+    """
+    one_of("split", split, "train", "test")
+    if stride < 1: raise InputError(f"--stride {stride}: give 1 or more")
+    layout = ("ROOT has SEQ/calibration_SEQ.json, SEQ/hdHand3d/handRecon3D_hd00000000.json .. (hdHand3d.tar) "
+              "and SEQ/hdImgs/00_00/00_00_00000000.jpg .. or SEQ/hdVideos/hd_00_00.mp4 ..")
+    frames = {folder.parent.name: sorted(int(file.stem[-8:]) for file in folder.glob("handRecon3D_hd*.json"))
+              for folder in sorted(root.glob("*/hdHand3d"))}
+    frames = {name: [i for i in numbers if i % stride == 0] for name, numbers in frames.items()
+              if (name == PAN_TEST) == (split == "test")}
+    if not any(frames.values()): raise InputError(f"{root}: no labels of split {split}. {layout}")
+    need_files(root, [f"{name}/calibration_{name}.json" for name in frames], layout)
+    cameras = {name: pan_cameras(root / name / f"calibration_{name}.json", views) for name in frames}
+
+    def hands(name: str, i: int) -> list:
+        return pan_hands(root / name / f"hdHand3d/handRecon3D_hd{i:08d}.json", score, error)
+
+    def shot(name: str, view: str, i: int) -> tuple[str, int | None]:
+        if not (root / name / "hdImgs").is_dir(): return f"{name}/hdVideos/hd_{view}.mp4", i
+        return f"{name}/hdImgs/{view}/{view}_{i:08d}.jpg", None
+
+    for name, view in ((name, view) for name in frames for view in cameras[name]):
+        need_files(root, [shot(name, view, i)[0] for i in frames[name]], layout)
+
+    def samples() -> Iterator[Sample]:
+        for name in frames:
+            seen = [(i, *hand) for i in frames[name] for hand in hands(name, i)]
+            for view, (size, K, distortion, R, t) in cameras[name].items():  # a video in its order
+                for i, left, points in seen:
+                    there = points @ R.T + t                               # (21, 3) mm, camera
+                    if not in_view(there, K, distortion, size): continue
+                    image, frame = shot(name, view, i)
+                    yield Sample(image, there, K, size=size, frame=frame, left=left, distortion=distortion)
+
+    most = {name: max((len(hands(name, i)) for i in frames[name][::100]), default=0) for name in frames}
+    return sum(len(frames[name]) * len(cameras[name]) * max(2, most[name]) for name in frames), samples()
+
+
+GAN_FILES = {"joint2D": 42, "joint_pos_global": 63, "crop_params": 3}      # numbers in each
+
+
+def gan_numbers(path: Path, count: int) -> np.ndarray:
+    """The numbers (count,) of a text file: one line, separated by commas."""
+    with reading(path, "file of labels"):
+        numbers = np.array(path.read_text().strip().strip(",").split(","), float)
+        if len(numbers) != count: raise ValueError(f"{len(numbers)} numbers, not {count}")
+        return numbers
+
+
+def read_gan(root: Path, split: str = "train", share: float = 0.1,
+             seed: int = 0) -> tuple[int, Iterator[Sample]]:
+    """GAN, GANerated Hands (Mueller et al., CVPR 2018): left hands, crops of 256 px, mm, camera, our order.
+
+    There is no official split. A folder (up to 1,024 neighbouring frames) is --split test with probability
+    --share, by a draw from --seed and its own name, else train. All joints are labelled, hidden or not, and
+    have 2D labels. A crop is a square at (u, v) of a picture of 640 x 480 px scaled to 256 px; whether
+    crop_params gives the factor or its inverse is told by which puts the joints on the 2D labels. No masks.
+    """
+    one_of("split", split, "train", "test")
+    layout = ("ROOT is GANeratedHands_Release with data/noObject/0001/0001_color_composed.png, and beside it "
+              "0001_joint2D.txt, 0001_joint_pos_global.txt, 0001_crop_params.txt; so too data/withObject")
+    need_files(root, ["data/noObject", "data/withObject"], layout)
+    folders = sorted(f"data/{path.parent.name}/{path.name}" for path in root.glob("data/*Object/*"))
+    folders = [name for name in folders
+               if (random_generator(seed, f"gan {name}").random() < share) == (split == "test")
+               and (root / name).is_dir()]
+
+    def frames(folder: str) -> list[str]:
+        end = "_color_composed.png"
+        return sorted(f"{folder}/{file.removesuffix(end)}" for file in os.listdir(root / folder)
+                      if file.endswith(end))
+
+    count = 0
+    for starts in map(frames, folders):
+        need_files(root, [f"{start}_{kind}.txt" for start in starts for kind in GAN_FILES], layout)
+        count += len(starts)
+    if not count: raise InputError(f"{root}: no pictures in split {split} of share {share}. {layout}")
+
+    def samples() -> Iterator[Sample]:
+        for start in (start for folder in folders for start in frames(folder)):
+            uv, points, (u, v, scale) = (gan_numbers(root / f"{start}_{kind}.txt", n)
+                                         for kind, n in GAN_FILES.items())
+            if not scale > 0: raise InputError(f"{root / start}_crop_params.txt: scale {scale}")
+            uv, points = uv.reshape(21, 2), points.reshape(21, 3)          # px of the crop; mm, camera
+            views = [pinhole(617.173 * s, 617.173 * s, (315.453 - u) * s, (242.259 - v) * s)
+                     for s in (scale, 1 / scale)]
+            K = min(views, key=lambda K: np.abs(to_uv(points, K) - uv).max())
+            yield Sample(f"{start}_color_composed.png", points, K, uv=uv, size=(256, 256), left=True)
+    return count, samples()
+
+
+# ---------------------------------------------------------------- bodies
+
+# Where our 17 joints stand in the publisher's own list; -1: nowhere.
+H36M_JOINTS = [0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27]    # of 32, some of them twice
+SMPL_JOINTS = [0, 2, 5, 8, 1, 4, 7, 6, 12, -1, -1, 16, 18, 20, 17, 19, 21]     # of 24: no nose, no head top
+MIRRORED_SMPL = [0, 1, 4, 7, 2, 5, 8, 6, 12, -1, -1, 17, 19, 21, 16, 18, 20]   # left for right
+OPENPOSE_JOINTS = [-1, 8, 9, 10, 11, 12, 13, -1, 1, -1, -1, 5, 6, 7, 2, 3, 4]  # of 18
+MPI_JOINTS = {"train": [4, 23, 24, 25, 18, 19, 20, 3, 5, 6, 7, 9, 10, 11, 14, 15, 16],  # of 28
+              "test": [14, 8, 9, 10, 11, 12, 13, 15, 1, 16, 0, 5, 6, 7, 2, 3, 4]}       # of 17
+H36M_SUBJECTS = {"train": ("S1", "S5", "S6", "S7", "S8"), "test": ("S9", "S11")}
+MPI_FRAMES = dict(zip((f"S{subject}/Seq{sequence}" for subject in range(1, 9) for sequence in (1, 2)), (
+    6416, 12430, 6502, 6081, 12488, 12283, 6171, 6675, 12820, 12312, 6188, 6145, 6239, 6320, 6468, 6054)))
+SURREAL_CAMERA = np.array([[600.0, 0, 160], [0, 600, 120], [0, 0, 1]])         # px
+SURREAL_AXES = np.array([[0.0, 0, -1], [0, 1, 0], [-1, 0, 0]])                 # world -> camera, a reflection
+ALL_BUT_ROOT = {  # indices of the joints over which errors are averaged, and what to say with the number
+    "compare": list(range(1, 17)),
+    "protocol": "16 joints; the pelvis is aligned and does not count (if it did: 16/17 of the error)"}
+MPI_COMPARED = ALL_BUT_ROOT | {
+    "protocol": ALL_BUT_ROOT["protocol"] + "; it lies above Human3.6M's, which adds to every joint's error"}
+SMPL_COMPARED = {
+    "compare": [1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 14, 15, 16],
+    "protocol": "13 joints of SMPL (hips, knees, ankles, neck, shoulders, elbows, wrists) from its pelvis; "
+                "hips and pelvis are not Human3.6M's: not comparable with Table 2, on regressed joints"}
+
+
+def body_joints(joints: np.ndarray, places: list) -> np.ndarray:
+    """The publisher's joints (K, C) in our order, (17, C) float64; NaN where `places` has -1."""
+    return np.vstack([joints, np.full((1, joints.shape[1]), np.nan)])[places]
+
+
+def head_top(smpl: np.ndarray) -> np.ndarray:
+    """About the top of the head, (1, 3), of SMPL's joints (24, 3): no label, but the crop has to hold it."""
+    return smpl[15:16] + 0.7 * (smpl[15:16] - smpl[9:10])
+
+
+def read_positions(path: Path, axes: int) -> np.ndarray:
+    """Human3.6M's file of positions, (1, F, 32 * axes) in a CDF, as (F, 32, axes) float64."""
+    pose = read_cdf(path, "Pose")
+    if pose.ndim != 3 or pose.shape[::2] != (1, 32 * axes) or not np.isfinite(pose).all():
+        raise InputError(f"{path}: Pose {pose.shape}; not (1, frames, {32 * axes}) finite numbers")
+    return pose.reshape(-1, 32, axes).astype(float)
+
+
+def lens_of(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The camera `name` that takes points (.., 3) mm, camera, to uv (.., 2) px, by least squares.
+
+    Returns intrinsics (3, 3) px and distortion (5,) k1 k2 p1 p2 k3; InputError if it misses by half a pixel.
+    With r2 = x x + y y, u = fx (x (1 + k1 r2 + k2 r2^2 + k3 r2^3) + 2 p1 x y + p2 (r2 + 2 x x)) + cx is
+    linear in fx, cx and fx times k, p; v has fy times the same k, p. In these few pixels fy is
+    taken to be fx: Human3.6M's are a thousandth apart.
+    """
+    step = points.size // 60000 | 1                                        # odd: of 32 joints all get a turn
+    points, uv = points.reshape(-1, 3)[::step], uv.reshape(-1, 2)[::step]
+    x, y = (points[:, :2] / points[:, 2:]).T                               # (n,)
+    r2, none, one = x * x + y * y, np.zeros(len(x)), np.ones(len(x))
+    bent = np.array([[x * r2, y * r2], [x * r2 ** 2, y * r2 ** 2], [2 * x * y, r2 + 2 * y * y],
+                     [r2 + 2 * x * x, 2 * x * y], [x * r2 ** 3, y * r2 ** 3]])                 # (5, 2, n)
+    columns = np.array([[x, none], [one, none], [none, y], [none, one], *bent]).reshape(9, -1).T  # (2 n, 9)
+    solution = np.linalg.lstsq(columns, uv.T.ravel(), rcond=None)[0]
+    fx, cx, fy, cy = solution[:4]
+    apart = np.quantile(np.abs(columns @ solution - uv.T.ravel()), 0.99)
+    if apart > 0.5:
+        raise InputError(f"{name}: no lens takes its 3D to its 2D positions, {apart:.1f} px remain; are "
+                         "these one download's files, D3_Positions_mono and D2_Positions?")
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), solution[4:] * 2 / (fx + fy)
+
+
+def read_h36m(root: Path, split: str = "train", stride: int = 5,
+              masks: str = "yes") -> tuple[int, Iterator[Sample]]:
+    """Human3.6M (Ionescu et al., PAMI 2014): videos of 1000 x 1000 (1002) px, 50 frames a second.
+
+    train: subjects 1, 5, 6, 7, 8; test: 9, 11; of every video each `stride`-th frame. Millimetres, camera
+    (the positions called mono; mono_universal is another body), 17 of the publisher's 32 joints. Frame i of a
+    video is pose i. Intrinsics and lens are not in these files: they are fitted to the publisher's 3D and 2D
+    positions, for each subject and camera. Masks (ground_truth_bs) are what pre-training needs of its source;
+    --masks no goes without. Left out: "_ALL", no action; S11's Directions, camera 54138969, corrupt.
+    """
+    if split not in H36M_SUBJECTS or stride < 1 or masks not in ("yes", "no"):
+        raise InputError(f"--split {split} --stride {stride} --masks {masks}: train or test, 1 .., yes or no")
+    layout = ("ROOT holds S1/Videos/*.mp4, S1/MyPoseFeatures/D3_Positions_mono/*.cdf and D2_Positions/*.cdf "
+              "(or S1/Poses_.. for both), S1/MySegmentsMat/ground_truth_bs/*.mat (or --masks no), S5 ..")
+
+    def place(subject: str, kind: str) -> str:  # as unpacked, or one folder for each download
+        here, there = f"{subject}/MyPoseFeatures/{kind}", f"{subject}/Poses_{kind}"
+        return there if (root / there).is_dir() else here
+
+    def positions(subject: str, name: str) -> tuple:  # (F, 32, 3) mm, camera; (F, 32, 2) px
+        points = read_positions(root / place(subject, "D3_Positions_mono") / f"{name}.cdf", 3)
+        uv = read_positions(root / place(subject, "D2_Positions") / f"{name}.cdf", 2)
+        return points[:len(uv)], uv[:len(points)]
+
+    videos, lenses, longest = {}, {}, 0
+    for subject in H36M_SUBJECTS[split]:
+        kinds = {f"{subject}/Videos": ".mp4", place(subject, "D3_Positions_mono"): ".cdf"}
+        found = {path.stem for folder, end in kinds.items() for path in (root / folder).glob(f"*{end}")}
+        kinds[place(subject, "D2_Positions")] = ".cdf"
+        if masks == "yes": kinds[f"{subject}/MySegmentsMat/ground_truth_bs"] = ".mat"
+        names = sorted(name for name in found if not name.startswith("_ALL")
+                       and (subject, name) != ("S11", "Directions.54138969")) or ["Directions.54138969"]
+        need_files(root, [f"{folder}/{name}{end}" for folder, end in kinds.items() for name in names], layout)
+        for name in names: videos.setdefault((subject, name.rpartition(".")[2]), []).append(name)
+    for (subject, camera), names in videos.items():
+        some = [positions(subject, name) for name in names[::max(1, len(names) // 4)]]
+        longest = max(longest, *(len(uv) for _, uv in some))
+        points, uv = (np.concatenate(parts) for parts in zip(*some))       # (n, 32, 3) mm, (n, 32, 2) px
+        lenses[subject, camera] = lens_of(points, uv, f"{root / subject}, camera {camera}")
+
+    def samples() -> Iterator[Sample]:
+        for (subject, camera), names in videos.items():
+            for name in names:
+                points, uv = (part[:, H36M_JOINTS] for part in positions(subject, name))
+                mask = f"{subject}/MySegmentsMat/ground_truth_bs/{name}.mat" if masks == "yes" else None
+                K, distortion = lenses[subject, camera]
+                for i in range(0, len(points), stride):
+                    yield Sample(f"{subject}/Videos/{name}.mp4", points[i], K, mask, (1, 255), uv[i], frame=i,
+                                 mask_key=i if mask else None, distortion=distortion, tolerance=1.0)
+    return sum(map(len, videos.values())) * -(-longest // stride), samples()
+
+
+def read_3dpw(root: Path, split: str = "train", stride: int = 1) -> tuple[int, Iterator[Sample]]:
+    """3DPW (von Marcard et al., ECCV 2018): one or two people outdoors, a moving camera, 1920 x 1080 px.
+
+    One sample for each person in each `stride`-th frame in which the camera's pose is valid and the person
+    was detected (the publisher's rule). Joints of the SMPL model, metres, world; cam_poses[i] takes them to
+    the camera of frame i. No joint of SMPL is our nose or head top (NaN), and its pelvis and hips are not
+    Human3.6M's. poses2d is a network's detection: the better half of it only tells whose joints these are.
+    """
+    if split not in ("train", "validation", "test"): raise InputError(f"split {split!r}")
+    if stride < 1: raise InputError(f"--stride {stride}: 1 or more")
+    layout = f"ROOT holds sequenceFiles/{split}/SEQUENCE.pkl and imageFiles/SEQUENCE/image_00000.jpg .."
+    twice = root / "sequenceFiles/sequenceFiles"  # as some unpack it
+    files = sorted(((twice if twice.is_dir() else twice.parent) / split).glob("*.pkl"))
+    if not files: raise InputError(f"{twice.parent / split}: no sequence here. {layout}")
+    need_files(root, [f"imageFiles/{file.stem}/image_00000.jpg" for file in files], layout)
+
+    def samples() -> Iterator[Sample]:
+        for file in files:
+            cameras, K, people = read_sequence(file)
+            images = [f"imageFiles/{file.stem}/image_{i:05d}.jpg" for i in range(len(cameras))]
+            need_files(root, images, f"{file.name} has {len(images)} frames. {layout}")
+            for i, (joints, seen, valid) in itertools.product(range(0, len(images), stride), people):
+                if not valid[i] or not seen[i].any(): continue
+                R, t = cameras[i, :3, :3], cameras[i, :3, 3]               # (3, 3); (3,) mm
+                smpl = joints[i] @ R.T + t                                 # (24, 3) mm, camera
+                keypoints = body_joints(smpl, SMPL_JOINTS)                 # (17, 3)
+                uv = body_joints(np.where(seen[i, 2] > 0, seen[i, :2], np.nan).T, OPENPOSE_JOINTS)
+                apart = np.linalg.norm(uv - (projected := to_uv(keypoints, K)), axis=1)        # (17,) px
+                uv[~(apart <= np.nanmedian(apart))] = np.nan               # its worse half: hidden, mistaken
+                height = np.ptp(projected[np.isfinite(projected[:, 0])], axis=0).max()
+                yield Sample(images[i], keypoints, K, uv=uv, tolerance=max(10.0, 0.15 * height),
+                             around=head_top(smpl))
+
+    frames = (len(os.listdir(root / "imageFiles" / file.stem)) for file in files)
+    return 2 * sum(-(-n // stride) for n in frames), samples()
+
+
+def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
+    """A sequence of 3DPW: world -> camera (F, 4, 4) mm; intrinsics (3, 3) px; for each person joints
+    (F, 24, 3) mm, world, detections (F, 3, 18) u, v, confidence, and whether the camera is known (F,)."""
+    found = read_pickle(path)
+    try:
+        cameras = np.reshape(found["cam_poses"], (-1, 4, 4)).astype(float)
+        cameras[:, :3, 3] *= 1000                                          # m -> mm
+        people = [(1000 * np.reshape(joints, (len(cameras), 24, 3)), np.reshape(seen, (len(cameras), 3, 18)),
+                   np.reshape(valid, len(cameras)))
+                  for joints, seen, valid in zip(found["jointPositions"], found["poses2d"],
+                                                 found["campose_valid"], strict=True)]
+        return cameras, np.reshape(found["cam_intrinsics"], (3, 3)).astype(float), people
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: not a sequence of 3DPW ({error!r}); download it again") from error
+
+
+def read_calibration(path: Path) -> dict[int, tuple]:
+    """MPI-INF-3DHP's camera.calibration: {camera: ((width, height) px, intrinsics (3, 3) px)}.
+
+    By words, not by columns: the numbers are of any length.
+    """
+    cameras = {}
+    try:
+        for part in path.read_text().split("name")[1:]:
+            words = part.split()
+            size, matrix = (words.index(word) + 1 for word in ("size", "intrinsic"))
+            K = np.reshape([float(word) for word in words[matrix:matrix + 16]], (4, 4))[:3, :3]
+            cameras[int(words[0])] = (tuple(int(word) for word in words[size:size + 2]), K)
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: not a camera.calibration ({error}); download it again") from error
+    return cameras
+
+
+def universal(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndarray:
+    """annot3 (F, 17, 3) mm, camera, enlarged so that the poses from the pelvis are those of univ_annot3.
+
+    univ_annot3 is annot3 with each person enlarged to one height, and stands elsewhere: it does not project.
+    This does: who is s times as large and s times as far looks the same. InputError if there is no such s.
+    """
+    own, other = (x - x[:, :1] for x in (points, normalised))
+    s = (own * other).sum() / (own * own).sum()
+    if not np.abs(s * own - other).max() < 1:
+        raise InputError(f"{file}: univ_annot3 is not annot3 enlarged; use --labels annot3")
+    return s * points
+
+
+def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[int, Iterator[Sample]]:
+    """The training half of read_3dhp."""
+    chosen = [int(word) for word in cameras.split(",") if word.strip().isdecimal()]
+    if stride < 1 or not chosen: raise InputError(f"--stride {stride} --cameras {cameras}: 1 or more, 0,1,2")
+    layout = "ROOT holds S1/Seq1/annot.mat, camera.calibration, imageSequence/video_0.avi .., S1/Seq2, S2 .."
+    files = ["annot.mat", "camera.calibration", *(f"imageSequence/video_{c}.avi" for c in chosen)]
+    need_files(root, [f"{name}/{file}" for name in MPI_FRAMES for file in files], layout)
+    calibrated = {name: read_calibration(root / name / "camera.calibration") for name in MPI_FRAMES}
+    for name, known in calibrated.items():
+        if missing := set(chosen) - set(known):
+            raise InputError(f"{root / name}/camera.calibration: has no camera {min(missing)}")
+
+    def samples() -> Iterator[Sample]:
+        for name, frames in MPI_FRAMES.items():  # annot.mat has rows beyond the video's end
+            file, places = root / name / "annot.mat", MPI_JOINTS["train"]
+            keys = {"annot2": 2, "annot3": 3, labels: 3}
+            found = read_mat(file, *keys)
+            for c in chosen:
+                try: uv, points, *other = (np.reshape(found[key][c, 0], (-1, 28, axes))[:frames, places]
+                                           for key, axes in keys.items())
+                except (ValueError, IndexError) as error:
+                    raise InputError(f"{file}: camera {c} has no rows of 28 joints ({error})") from error
+                size, K = calibrated[name][c]
+                points = universal(points, other[0], file) if other else points
+                for i in range(0, len(points), stride):
+                    yield Sample(f"{name}/imageSequence/video_{c}.avi", points[i], K, uv=uv[i], size=size,
+                                 frame=i, tolerance=1.0)
+    return sum(len(range(0, n, stride)) for n in MPI_FRAMES.values()) * len(chosen), samples()
+
+
+def testing_3dhp(root: Path, labels: str) -> tuple[int, Iterator[Sample]]:
+    """The test half of read_3dhp."""
+    base = "mpi_inf_3dhp_test_set/" if (root / "mpi_inf_3dhp_test_set").is_dir() else ""
+    layout = "ROOT holds mpi_inf_3dhp_test_set/TS1/annot_data.mat, imageSequence/img_000001.jpg, .. TS6"
+    files = ("annot_data.mat", "imageSequence/img_000001.jpg")
+    need_files(root, [f"{base}TS{i}/{file}" for i in range(1, 7) for file in files], layout)
+
+    def samples() -> Iterator[Sample]:
+        for name in (f"{base}TS{i}" for i in range(1, 7)):
+            file, axes = root / name / "annot_data.mat", {"annot2": 2, "annot3": 3, "univ_annot3": 3}
+            found = read_h5(file, *axes, "valid_frame")
+            n = found["valid_frame"].size
+            for key, last in axes.items():
+                if found[key].shape != (n, 1, 17, last):
+                    raise InputError(f"{file}: {key} {found[key].shape}, not {(n, 1, 17, last)}")
+            valid = np.flatnonzero(found["valid_frame"].ravel() == 1)      # (V,) rows
+            uv, points, other = (found[key][valid, 0][:, MPI_JOINTS["test"]].astype(float) for key in axes)
+            K = pinhole_of(points.reshape(-1, 3), uv.reshape(-1, 2))
+            points = universal(points, other, file) if labels == "univ_annot3" else points
+            images = [f"{name}/imageSequence/img_{row + 1:06d}.jpg" for row in valid]
+            need_files(root, images, layout)
+            for image, keypoints, seen in zip(images, points, uv):
+                yield Sample(image, keypoints, K, uv=seen, tolerance=5.0)
+    return 2929, samples()
+
+
+def read_3dhp(root: Path, split: str = "train", labels: str = "univ_annot3", stride: int = 10,
+              cameras: str = "0,1,2,4,5,6,7,8") -> tuple[int, Iterator[Sample]]:
+    """MPI-INF-3DHP (Mehta et al., 3DV 2017): train S1 to S8, videos; test TS1 to TS6, valid frames.
+
+    Millimetres, camera; 17 of 28 joints in train, all 17 in test; the pelvis lies above Human3.6M's. labels:
+    univ_annot3 (people enlarged to one height: the official protocol) or annot3 (as they are). The cameras
+    of train are in camera.calibration, that of a test sequence is fitted to annot3 and annot2. stride and
+    cameras (the customary 8 of 14: none at the ceiling) choose from train only, 25 or 50 frames a second.
+    Frame i of a video is row i; img_000001.jpg is row 0. No masks are read: a target needs none.
+    """
+    if split not in MPI_JOINTS or labels not in ("univ_annot3", "annot3"):
+        raise InputError(f"split {split!r}: train or test; labels {labels!r}: univ_annot3 or annot3")
+    return training_3dhp(root, labels, stride, cameras) if split == "train" else testing_3dhp(root, labels)
+
+
+def read_surreal(root: Path, split: str = "train", frames: str = "middle", stride: int = 1,
+                 runs: str = "012") -> tuple[int, Iterator[Sample]]:
+    """SURREAL (Varol et al., CVPR 2017): rendered bodies, 320 x 240 px clips of mostly 100 frames.
+
+    The middle frame of every clip (so is val evaluated), or each `stride`-th with --frames all. Joints of the
+    SMPL model, metres, world; its camera is a mirror (det M = -1): the picture shows the body's left as its
+    right, so their names change places. Nose and head top are NaN; pelvis and hips are not Human3.6M's. Who
+    leaves the picture stays, with half the joints inside. Masks: segm_1 .. segm_T, body parts 1 .. 24.
+    """
+    if split not in ("train", "val", "test"): raise InputError(f"split {split!r}: train, val, test")
+    if frames not in ("middle", "all") or stride < 1 or not runs or set(runs) - set("012"):
+        raise InputError(f"--frames {frames} --stride {stride} --runs {runs}: middle or all, 1 .., 012")
+    base = next((base for base in ("SURREAL/data/cmu", "data/cmu") if (root / base).is_dir()), "cmu")
+    layout = (f"ROOT holds cmu/{split}/run0/SEQUENCE/SEQUENCE_c0001.mp4, SEQUENCE_c0001_info.mat and "
+              "SEQUENCE_c0001_segm.mat, .., run1, run2")
+    ends = (".mp4", "_info.mat", "_segm.mat")
+    clips = sorted({path.relative_to(root).as_posix()[:-len(end)] for run in sorted(runs) for end in ends
+                    for path in (root / base / split / f"run{run}").glob(f"*/*{end}")})
+    if not clips: raise InputError(f"{root / base / split}: no clips here. {layout}")
+    need_files(root, [clip + end for clip in clips for end in ends], layout)
+
+    def samples() -> Iterator[Sample]:
+        for clip in clips:
+            info = read_mat(root / f"{clip}_info.mat", "joints2D", "joints3D", "camLoc")
+            try:  # a clip of one frame lacks the last axis
+                uv, joints = (np.reshape(info[f"joints{n}D"], (n, 24, -1)).astype(float) for n in (2, 3))
+                joints = 1000 * (joints - np.reshape(info["camLoc"], (3, 1, 1)))
+            except ValueError as error:
+                raise InputError(f"{root / clip}_info.mat: no labels of SURREAL ({error})") from error
+            T = joints.shape[2]
+            for i in [T // 2] if frames == "middle" else range(0, T, stride):
+                smpl = (SURREAL_AXES @ joints[:, :, i]).T                  # (24, 3) mm, camera
+                keypoints, seen = (body_joints(found, MIRRORED_SMPL) for found in (smpl, uv[:, :, i].T))
+                yield Sample(f"{clip}.mp4", keypoints, SURREAL_CAMERA, f"{clip}_segm.mat", (1, 255), seen,
+                             (320, 240), i, f"segm_{i + 1}", tolerance=1.0, around=head_top(smpl))
+    return len(clips) * (1 if frames == "middle" else -(-100 // stride)), samples()
+
+
 def read_photos(root: Path) -> tuple[int, Iterator[Sample]]:
     """Any folder of photographs and its subfolders, as ImageNet's validation images, without labels: X_C."""
     kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -1384,6 +1942,15 @@ def read_photos(root: Path) -> tuple[int, Iterator[Sample]]:
 
 READERS = {  # name on the command line: (reader, skeleton, share of the samples that may be left out)
     "freihand": (read_freihand, HAND, 0.05),
+    "stb": (read_stb, HAND, 0.05),
+    "rhd": (read_rhd, HAND, 0.05),
+    "pan": (read_pan, HAND, 0.05),
+    "gan": (read_gan, HAND, 0.05),
+    "h36m": (read_h36m, HUMAN | ALL_BUT_ROOT, 0.05),
+    "3dpw": (read_3dpw, HUMAN | SMPL_COMPARED, 0.1),
+    "3dhp": (read_3dhp, HUMAN | MPI_COMPARED, 0.05),
+    "surreal": (read_surreal, HUMAN | SMPL_COMPARED, 0.2),
+    "imagenet": (read_photos, HAND | {"joints": [], "bones": []}, 1.0),
     "photos": (read_photos, HAND | {"joints": [], "bones": []}, 1.0),
 }
 
