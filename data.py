@@ -1304,7 +1304,7 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     """A row of each array; Missing, "kind: what is wrong", where the sample has to be left out."""
     if sample.keypoints is None:
         image, _, _ = open_sample(root, sample, side, 0)
-        size = np.array(image.shape[1::-1])                                # the crop: the square at its centre
+        size = np.array(image.shape[1::-1])  # the crop: the square at its centre
         return {"images": crop_square(image, (size - size.min()) / 2, size.min(), side)}
     window = crop_window(to_uv(sample.keypoints, sample.intrinsics), skeleton["box"])
     image, mask, size = open_sample(root, sample, side, window[1] if np.isfinite(window[1]) else 0)
