@@ -914,7 +914,7 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
 # A reader is a function (root, own options with defaults) -> (number of samples or an upper bound, generator
 # of Samples). It refuses early what it can; its generator opens the files of labels one sequence at a time,
 # and never a picture. A line in READERS puts it on the command line. All readers share everything else.
-BOX, MARGIN = 1.5, 1.25  # network's crop: so many times the joints' box; stored crop: so many times that crop
+BOX, MARGIN = 1.5, 1.25  # network's crop: so many times a hand's box; stored crop: so many times that crop
 SAMPLES_A_JOB = 16
 HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": BOX}
 HUMAN_JOINTS = ["pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
@@ -957,7 +957,8 @@ def reading(path: Path, what: str):
     try: yield
     except (InputError, Missing): raise
     except ImportError as error:
-        raise InputError(f"{path}: to read it, first: pip install {error.name.partition('.')[0]}") from error
+        library = (error.name or str(error)).partition(".")[0]
+        raise InputError(f"{path}: to read it, first: pip install {library}") from error
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
         wrong = f"broken {what}: {first_line(error)}" if os.path.exists(path) else "missing"
         raise InputError(f"{path}: {wrong}; give a whole {what}") from error
@@ -1326,7 +1327,7 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     """A row of each array; Missing, "kind: what is wrong", where the sample has to be left out."""
     if sample.keypoints is None:
         image, _, _ = open_sample(root, sample, side, 0)
-        size = np.array(image.shape[1::-1])
+        size = np.array(image.shape[1::-1])  # the crop: the square at its centre
         return {"images": crop_square(image, (size - size.min()) / 2, size.min(), side)}
     held = sample.keypoints if sample.around is None else np.vstack([sample.keypoints, sample.around])
     window = crop_window(to_uv(held, sample.intrinsics), skeleton["box"])
