@@ -321,7 +321,8 @@ def prefetch(batches, device: torch.device):
             put((None, StopIteration()))
         except BaseException as error: put((None, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while True:
             item, event = box.get()
@@ -329,7 +330,9 @@ def prefetch(batches, device: torch.device):
             if isinstance(event, BaseException): raise event
             if event is not None: hand_over(item, event)
             yield item
-    finally: stop.set()
+    finally:
+        stop.set()
+        thread.join()  # a thread inside torch while Python shuts down would abort the process
 
 
 def hand_over(item, event) -> None:
@@ -427,7 +430,7 @@ def denormalise(images: Tensor) -> Tensor:
 def copy_ahead(array: np.ndarray, device: torch.device) -> Tensor:
     """The array as a tensor on the device; pinned first on CUDA, so that the copy does not wait."""
     x = torch.from_numpy(array)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x
 
 
 def load_images(dataset: Dataset, rows: np.ndarray, device: torch.device,
@@ -914,9 +917,9 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
 # A reader is a function (root, own options with defaults) -> (number of samples or an upper bound, generator
 # of Samples). It refuses early what it can; its generator opens the files of labels one sequence at a time,
 # and never a picture. A line in READERS puts it on the command line. All readers share everything else.
-BOX, MARGIN = 1.5, 1.25  # network's crop: so many times a hand's box; stored crop: so many times that crop
+MARGIN = 1.25  # the stored crop: so many times the network's, which is "box" times the joints' box
 SAMPLES_A_JOB = 16
-HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": BOX}
+HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": 1.5}
 HUMAN_JOINTS = ["pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
                 "spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist",
                 "right_shoulder", "right_elbow", "right_wrist"]            # Human3.6M's 17, in its order
