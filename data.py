@@ -317,7 +317,9 @@ def prefetch(batches, device: torch.device):
     def work() -> None:
         try:
             with torch.cuda.stream(side):                                  # does nothing for None
-                for item in batches: put((item, side and side.record_event()))
+                for item in batches:
+                    put((item, side and side.record_event()))
+                    if stop.is_set(): return
             put((None, StopIteration()))
         except BaseException as error: put((None, error))
 
