@@ -3,6 +3,7 @@
     python evaluate.py                                  every finished run under runs/, table and pictures
     python evaluate.py runs/tiny/full-seed0             these runs
     python evaluate.py --table assets/results runs      the table alone, from result.json files that exist
+    python evaluate.py --table --paper runs             with the paper's numbers beside ours
     python evaluate.py --image PHOTO [--box X Y W H]    predict the pose on your own picture
 
 Errors are EPE (hands) or MPJPE (humans), Sec. 4.1: mean joint distance in mm with the roots aligned, on test
@@ -168,8 +169,15 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
 # ==========================================================================================================
 # Tables over runs
 # ==========================================================================================================
-ROWS = ["scratch", "source-only-mae", "source-only-no-xc", "source-only", "mae", "no-fcr", "source-masks",
-        "no-ar", "no-xc", "full", "oracle"]  # in the order of Tables 1, 3 and 4
+ROWS = {  # Tables 1 to 4 in one order, with the paper's own errors: FreiHAND to RHD, Human3.6M to 3DHP, mm
+    "scratch": (46.3, 120.5), "source-only-mae": (41.7, 113.5), "source-only-no-xc": (38.6, 109.2),
+    "source-only": (37.1, 107.0), "ddc": (44.6, 115.6), "dan": (40.5, 109.5), "dann": (38.0, 107.9),
+    "mae-ddc": None, "mae-dan": None, "mae-dann": None, "mae": (34.4, 101.3), "no-fcr": (34.6, 104.0),
+    "source-masks": (32.3, 100.6), "no-ar": (32.0, 98.1), "no-xc": (29.1, 94.6), "full": (28.0, 93.6),
+    "oracle": None}
+REPORTED = {"Zhang et al., source only": (48.3, 121.8), "Zhang et al.": (35.4, 99.3),
+            "Kundu et al.": ("-", 96.2), "ISO": ("-", "75.8 (PA)")}  # of the paper alone, not made here
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, Student's t of 2, 3, .. 10 values
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -197,23 +205,56 @@ def group_results(results: list[dict], kind: str) -> list[tuple[str, list[dict]]
     for r in results:
         if r["kind"] == kind: rows.setdefault(row_name(r), []).append(r)
 
-    def place(name: str):
-        preset, row = name.split(" ", 1)
-        return preset != "tiny", preset, ROWS.index(row) if row in ROWS else len(ROWS), row
     return [(name, rows[name]) for name in sorted(rows, key=place)]
 
 
-def table(results: list[dict]) -> list[list[str]]:
-    """Rows of text, the header first: errors in mm, attention on the target's foreground over its area."""
-    lines = [["run", "seeds", "target EPE", "target PA-EPE", "target AUC", "source EPE", "attention lift"]]
-    for name, group in group_results(results, "finetuning"):
+def place(name: str) -> tuple:
+    """Sorting key of a row: preset, then the order of the paper's tables, then the alphabet."""
+    preset, row = name.split(" ", 1)
+    return preset != "tiny", preset, list(ROWS).index(row) if row in ROWS else len(ROWS), row
+
+
+def label(name: str) -> str:
+    """A row as it is printed: `tiny DDC (our backbone)` for `tiny ddc`, the others as they are."""
+    return re.sub(r" (mae-)?(ddc|dan|dann)$", lambda m: f" {m[2].upper()} (our backbone"
+                  f"{', MAE weights' if m[1] else ''})", name)
+
+
+def paired_difference(group: list[dict], first: list[dict]) -> str:
+    """Target EPE minus the first row's, over the seeds of both: mean [95 % interval, from two seeds on]."""
+    ours, theirs = ({r["settings"]["seed"]: r["target"]["epe"] for r in rows} for rows in (group, first))
+    d = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    if group is first or not d: return "-"
+    if len(d) == 1: return f"{d[0]:+.1f}"
+    half = T95[min(len(d), 10) - 2] * np.std(d, ddof=1) / len(d) ** 0.5
+    return f"{np.mean(d):+.1f} [{np.mean(d) - half:+.1f}, {np.mean(d) + half:+.1f}]"
+
+
+def table(results: list[dict], paper: bool = False) -> list[list[str]]:
+    """Rows of text, the header first: errors in mm, attention on the target's foreground over its area.
+
+    `paper` adds the paper's errors, the rows not yet run, and those that the paper reports of others.
+    """
+    lines = [["run", "seeds", "target EPE", "minus first row [95 %]", "target PA-EPE", "target AUC",
+              "source EPE", "attention lift"]]
+    rows = dict(group_results(results, "finetuning"))
+    if not rows: return lines
+    first = {name.split(" ")[0]: group for name, group in reversed(rows.items())}        # of each preset
+    wanted = {f"{preset} {row}" for preset in first for row in ROWS} if paper else set()
+    for name in sorted(rows.keys() | wanted, key=place):
+        group = rows.get(name, [])
         column = lambda domain, key, digits=1: spread([r[domain][key] for r in group], digits)  # noqa: E731
-        lines.append([name, str(len(group)), column("target", "epe"), column("target", "pa_epe"),
-                      column("target", "auc", 3), column("source", "epe"), per_block(group, "target")])
-    if len(lines) > 1:
-        r = next(r for r in results if r["kind"] == "finetuning")
-        lines.append(["chance: constant mean pose", "", f"{r['target']['chance']:.1f}", "", "",
-                      f"{r['source']['chance']:.1f}", "1.00 everywhere"])
+        lines.append([label(name), str(len(group)), column("target", "epe"),
+                      paired_difference(group, first[name.split(" ")[0]]), column("target", "pa_epe"),
+                      column("target", "auc", 3), column("source", "epe"), per_block(group, "target")]
+                     if group else [label(name), "not run", *[""] * 6])
+        if paper: lines[-1] += map(str, ROWS.get(name.split(" ", 1)[1]) or ("-", "-"))
+    r = next(r for r in results if r["kind"] == "finetuning")
+    lines.append(["chance: constant mean pose", "", f"{r['target']['chance']:.1f}", "", "", "",
+                  f"{r['source']['chance']:.1f}", "1.00 everywhere", *["", ""] * paper])
+    if paper:
+        lines[0] += ["paper: RHD, EPE", "paper: 3DHP, MPJPE"]
+        lines += [[name, "reported", *[""] * 6, *map(str, errors)] for name, errors in REPORTED.items()]
     return lines
 
 
@@ -587,6 +628,7 @@ def main(arguments=None) -> int:
     add("--source-test", default="datasets/hands/source_test", help="labelled test folder of the source")
     add("--target-test", default="datasets/hands/target_test", help="labelled test folder of the target")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
+    add("--paper", action="store_true", help="add the paper's numbers and the rows not yet run")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
@@ -612,7 +654,7 @@ def main(arguments=None) -> int:
             print(f"measuring {path.parent}", flush=True)
             results.append(measure(path, tests, device))
     print()
-    for lines in (pretraining_table(results), table(results)): print(show_table(lines, a.markdown))
+    for lines in (pretraining_table(results), table(results, a.paper)): print(show_table(lines, a.markdown))
     if not a.table and paths and a.pictures != "none":
         draw_all(paths, results, tests, Path(a.pictures or Path(a.runs[0]) / "pictures"), device)
     return 0

@@ -27,10 +27,12 @@ class Settings:
     out: str = ""                 # run folder; default runs/PRESET/VARIANT-seedSEED
     init: str = "auto"    # pre-training run, or a public weights file; "": scratch; auto: by variant and seed
     source: str = "datasets/hands/source_train"     # data-set folder with keypoints
-    target: str = "datasets/hands/target_train"     # data-set folder, images only (not opened where lam is 0)
+    target: str = "datasets/hands/target_train"     # data-set folder, images only (opened for lam or adapt)
     validation: str = "datasets/hands/source_val"  # labelled *source* images, to watch the training; "": none
     labels: int = 0               # labelled source images to use, the first so many; 0: all
     lam: float = 100.0            # lambda_attn of Eq. 7 (paper Sec. 7: 100 hands, 10 humans); 0: without AR
+    adapt: str = ""               # method to compare with: ddc, dan or dann, of micro-batches; "": none
+    adapt_weight: float = 1.0     # its trade-off (as published: DDC 0.25, DAN 1, DANN 1)
     sigma: float = 2.0          # standard deviation of the target Gaussians, voxels (ours; the field's value)
     image: int = 256              # side of the network's crop, px (paper Sec. 7)
     patch: int = 16               # side of a patch, px (paper: ViT-B/16)
@@ -77,8 +79,12 @@ VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-trai
     "no-ar": dict(lam=0.0),                     # "w/o AR": shares the pre-training of "full"
     "source-only": dict(lam=0.0), "source-only-mae": dict(lam=0.0), "source-only-no-xc": dict(lam=0.0),
     "oracle": dict(init="", lam=0.0, validation=""),   # the labelled target as source: a lower bound
+    "ddc": dict(init="", lam=0.0, adapt="ddc", adapt_weight=0.25),   # from scratch; below: from MAE weights
+    "dan": dict(init="", lam=0.0, adapt="dan"), "dann": dict(init="", lam=0.0, adapt="dann"),
+    "mae-ddc": dict(lam=0.0, adapt="ddc", adapt_weight=0.25),
+    "mae-dan": dict(lam=0.0, adapt="dan"), "mae-dann": dict(lam=0.0, adapt="dann"),
 }
-PRETRAINED_BY = {"no-ar": "full"}
+PRETRAINED_BY = {"no-ar": "full", "mae-ddc": "mae", "mae-dan": "mae", "mae-dann": "mae"}
 SKELETON = ("joints", "bones", "root", "depth_range")  # what a model has to remember of its labels
 
 
@@ -98,16 +104,28 @@ def finetuning_batch(s: Settings, step: int, own: slice, source, target, labels:
     return data.normalise(x_s), centres, valid, data.normalise(x_t)
 
 
-def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device, dtype):
-    """L_kpt of Eq. (5) and L_attn of Eq. (6) for one share of a batch."""
+def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device, dtype, compare=None):
+    """L_kpt of Eq. (5) and L_attn of Eq. (6) for one share of a batch; in its place the loss of `compare`."""
     with u.autocast(device, dtype):
-        features, a_E = model(x_s, x_t)                                              # (b, C, S, S), (b, L, N)
+        features, a_E, *phi = model(x_s, x_t, compare is not None)       # (b, C, S, S), (b, L, N), 2 x (b, D)
         heatmaps = None if s.expanded else head.heatmaps(features)                  # Eq. (4), (b, K, S, S, S)
     if s.expanded: L_kpt = u.keypoint_loss_expanded(features, head.conv, centres, valid, s.sigma)    # Eq. (5)
     else: L_kpt = u.keypoint_loss(heatmaps, centres, valid, s.sigma)                                 # Eq. (5)
     if x_t is None: return L_kpt, torch.zeros((), device=device)
+    if compare is not None: return L_kpt, compare(*map(u.gather_features, phi))
     with torch.no_grad(), u.autocast(device, dtype): a_A = f_A.attention_maps(x_t)    # the same augmented x_t
     return L_kpt, u.attention_loss(a_E, a_A)                                                         # Eq. (6)
+
+
+def comparison(s: Settings, discriminator, p: float):
+    """The loss of (phi_s, phi_t) that --adapt names, at progress p in 0..1 of the training, or None."""
+    if s.adapt == "dann": return lambda phi_s, phi_t: u.dann_loss(phi_s, phi_t, discriminator, u.dann_ramp(p))
+    return {"ddc": u.ddc_loss, "dan": u.dan_loss, "": None}[s.adapt]
+
+
+def second_term(s: Settings) -> tuple[str, float]:
+    """Name and weight of what stands beside L_kpt in Eq. (7): L_attn, or the loss of a comparison method."""
+    return (f"L_{s.adapt}", s.adapt_weight) if s.adapt else ("L_attn", s.lam)
 
 
 @torch.no_grad()
@@ -148,7 +166,8 @@ def build(s: Settings, keypoints: int, rank: int, device):
     f_A = copy.deepcopy(encoder).eval().requires_grad_(False).to(device) if s.lam else None
     if s.sync_bn and device.type != "cuda": raise u.InputError("--sync-bn: SyncBatchNorm exists on CUDA only")
     if s.sync_bn: head = torch.nn.SyncBatchNorm.convert_sync_batchnorm(head)
-    return u.PoseEstimator(encoder, head).to(device), f_A
+    discriminator = u.DomainDiscriminator(s.width) if s.adapt == "dann" else None
+    return u.PoseEstimator(encoder, head, discriminator).to(device), f_A
 
 
 def optimiser_groups(s: Settings, estimator) -> list[dict]:
@@ -156,6 +175,7 @@ def optimiser_groups(s: Settings, estimator) -> list[dict]:
     encoder, lowest = estimator.encoder, s.layer_decay ** (s.depth + 1)
     parts = [(estimator.head, 1.0), (encoder.norm, 1.0), (encoder.patch_embed, lowest)]
     parts += [(block, s.layer_decay ** (s.depth + 1 - i)) for i, block in enumerate(encoder.blocks, 1)]
+    if estimator.discriminator is not None: parts.append((estimator.discriminator, 1.0))
     groups = [g | {"scale": scale} for part, scale in parts for g in u.parameter_groups(part, s.weight_decay)]
     groups.append({"params": [encoder.cls_token], "weight_decay": 0.0, "scale": lowest})
     return [g for g in groups if g["params"]]
@@ -167,13 +187,16 @@ def complete(s: Settings) -> None:
     s.out = s.out or f"runs/{s.preset}/{s.variant}-seed{s.seed}"
     if s.init == "auto":
         s.init = f"runs/{s.preset}/pretrain-{PRETRAINED_BY.get(s.variant, s.variant)}-seed{s.seed}"
+    if s.adapt not in ("", "ddc", "dan", "dann"):
+        raise u.InputError(f"--adapt {s.adapt!r}: choose ddc, dan or dann")
+    if s.adapt and s.lam: raise u.InputError("--adapt stands in the place of L_attn in Eq. (7): give --lam 0")
     if s.lam and not s.init: raise u.InputError("--lam > 0 needs a pre-trained f^A: give --init, or --lam 0")
 
 
 def open_data(s: Settings):
     """Source with labels, target (images only), validation (None where not asked for); their checksums."""
     source = data.Dataset(s.source, "keypoints", "intrinsics")
-    target = data.Dataset(s.target) if s.lam else None
+    target = data.Dataset(s.target) if s.lam or s.adapt else None
     validation = data.Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
     if validation is not None: data.same_skeleton(validation, source.meta)
     facts = {name: d.fingerprint for name, d in (("source", source), ("target", target)) if d is not None}
@@ -183,7 +206,8 @@ def open_data(s: Settings):
 def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, source, target, validation,
                device, world) -> bool:
     """f^E and f^H by Eq. (7). Returns False if stopped."""
-    head, parts = estimator.head, {"encoder": estimator.encoder, "head": estimator.head}
+    second, lam = second_term(s)
+    head, parts = estimator.head, dict(estimator.named_children())  # f^E, f^H and DANN's discriminator
     optimiser = torch.optim.AdamW(optimiser_groups(s, estimator), lr=s.lr, betas=(0.9, 0.999), fused=True)
     labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
     steps = max(1, round(s.epochs * labels / s.batch))
@@ -197,7 +221,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     def make(step, own): return finetuning_batch(s, step, own, source, target, labels, head.side, device)
     trial, first = copy.deepcopy(estimator), make(0, shares[0])
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: sum(pose_losses(
-        s, trial, trial.head, f_A, *first, device, dtype)).backward())  # on a copy: timing leaves no trace
+        s, trial, trial.head, f_A, *first, device, dtype, comparison(s, trial.discriminator, 0))).backward())
     if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)):
         estimator.compile()
         if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
@@ -210,9 +234,10 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
         rate = u.cosine_rate(step, steps, s.warmup, s.lr)
         for group in optimiser.param_groups: group["lr"] = rate * group["scale"]
         optimiser.zero_grad(set_to_none=True)
+        compare = comparison(s, estimator.discriminator, step / steps)
         for batch in u.micro_steps(model, shares_of_batch):
-            L_kpt, L_attn = pose_losses(s, model, head, f_A, *batch, device, dtype)
-            L_HPE = u.hpe_loss(L_kpt, L_attn, s.lam)                                     # Eq. (7)
+            L_kpt, L_attn = pose_losses(s, model, head, f_A, *batch, device, dtype, compare)
+            L_HPE = u.hpe_loss(L_kpt, L_attn, lam)                                       # Eq. (7)
             scaler.scale(L_HPE / len(shares)).backward()
             sums += torch.stack([L_kpt.detach(), L_attn.detach(), torch.ones_like(L_kpt)]) / len(shares)
         scaler.step(optimiser)
@@ -227,7 +252,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
             if run.rank == 0: print(text, flush=True)
         if done % s.save_every == 0 or done == steps or stopping:
             mean = u.mean_over_processes(sums.clone())
-            u.check_finite(done, L_kpt=float(mean[0]), L_attn=float(mean[1]))
+            u.check_finite(done, **{"L_kpt": float(mean[0]), second: float(mean[1])})
             run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done, steps=steps,
                      sums=mean, skeleton=skeleton, scaler=scaler.state_dict(),
                      seconds=state["seconds"] + time.perf_counter() - begin)
@@ -237,9 +262,10 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
 
 def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int, sums, rate: float) -> None:
     """Log the mean of each term of Eq. (7) since the last time, and their ratio; sums start again at 0."""
-    L_kpt, L_attn, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
-    u.check_finite(done, L_kpt=L_kpt, L_attn=L_attn)
-    shown = {"L_kpt": L_kpt, "L_attn": L_attn, "lam L_attn / L_kpt": s.lam * L_attn / L_kpt}
+    (second, lam), (L_kpt, L_second, _) = second_term(s), (u.mean_over_processes(sums) / sums[2]).tolist()
+    losses = {"L_kpt": L_kpt, second: L_second}
+    u.check_finite(done, **losses)
+    shown = losses | {f"lam {second} / L_kpt": lam * L_second / L_kpt}
     run.log(stage="finetuning", step=done, lr=rate, **shown)
     progress.show(done, shown, final=done == steps)
     sums.zero_()
@@ -251,7 +277,7 @@ def main(arguments=None) -> int:
     complete(s)
     rank, world, device = u.setup_distributed(s.device)
     if s.threads: torch.set_num_threads(s.threads)
-    data.ensure_benchmark([s.source, s.target if s.lam else "", s.validation], rank)
+    data.ensure_benchmark([s.source, s.target if s.lam or s.adapt else "", s.validation], rank)
     stop = u.StopSignal()
     source, target, validation, facts = open_data(s)
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)

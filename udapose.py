@@ -13,6 +13,7 @@ labels, while the class token's attention on target images is held to that of th
     Eq. (5)  heatmap regression                        keypoint_loss, keypoint_loss_expanded
     Eq. (6)  attention regularisation                  attention_loss, class_attention
     Eq. (7)  the sum of both                           hpe_loss
+    DDC, DAN, DANN (Table 1), for comparison           ddc_loss, dan_loss, dann_loss
 
 Letters in the shape comments:
     B images in a batch     N patches of an image         V visible patches, (1 - r) N
@@ -422,15 +423,23 @@ class KeypointHead(nn.Module):
 
 
 class PoseEstimator(nn.Module):
-    """f^E and f^H of the fine-tuning stage in one forward pass: what DistributedDataParallel wraps."""
+    """f^E and f^H of the fine-tuning stage in one forward pass: what DistributedDataParallel wraps.
 
-    def __init__(self, encoder: Encoder, head: KeypointHead):
+    DANN's discriminator, where there is one, is trained with them.
+    """
+
+    def __init__(self, encoder: Encoder, head: KeypointHead, discriminator: nn.Module | None = None):
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head, self.discriminator = encoder, head, discriminator
 
-    def forward(self, source: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Source images (B, 3, H, W) to head features (B, C, S, S); target images to a_cls^E (B, L, N)."""
-        features = self.head.features(self.encoder(source))
+    def forward(self, source: Tensor, target: Tensor | None = None, compare: bool = False) -> tuple:
+        """Source images (B, 3, H, W) to head features (B, C, S, S); target images to a_cls^E (B, L, N).
+
+        With `compare`: features, None, and the mean patch tokens (B, D) of source and target.
+        """
+        tokens = self.encoder(source)                                      # (B, 1 + N, D)
+        features = self.head.features(tokens)
+        if compare: return features, None, mean_patch_token(tokens), mean_patch_token(self.encoder(target))
         return features, None if target is None else self.encoder.attention_maps(target)
 
     def heatmaps(self, images: Tensor) -> Tensor:
@@ -502,6 +511,88 @@ def attention_loss(a_E: Tensor, a_A: Tensor) -> Tensor:
 def hpe_loss(L_kpt: Tensor, L_attn: Tensor, lambda_attn: float) -> Tensor:
     """Eq. (7), Sec. 3.2:  L_HPE = L_kpt + lambda_attn L_attn; lambda_attn: 100 hands, 10 humans."""
     return L_kpt + lambda_attn * L_attn                                                  # Eq. (7)
+
+
+# ==========================================================================================================
+# Comparison methods, Sec. 4.2 and Table 1, on the mean patch token phi (B, D) of f^E: the paper does not say
+# on which feature. Their loss takes the place of L_attn in Eq. (7), so that all else is equal.
+# ==========================================================================================================
+def mean_patch_token(tokens: Tensor) -> Tensor:
+    """phi (B, D), float32: the mean of an image's patch tokens (B, 1 + N, D), class token left out."""
+    return tokens[:, 1:].float().mean(dim=1)                               # (B, D)
+
+
+class ScaleGradient(torch.autograd.Function):
+    """x forwards, and `factor` times the gradient backwards. With -lambda it is DANN's reversal layer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]: return ctx.factor * gradient, None
+
+
+def gather_features(phi: Tensor) -> Tensor:
+    """phi (b, D) of every process in one (B, D): DDC and DAN are no sums over images, as DANN is.
+
+    Every process then has the whole loss, but a way back to f^E through its own rows only. As
+    DistributedDataParallel takes the mean of the gradients where a sum is due, these count `world` times; the
+    discriminator has its whole gradient on each process, and the mean is right.
+    """
+    if not distributed(): return phi
+    rows = [torch.empty_like(phi) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(rows, phi.detach().contiguous())
+    rows[torch.distributed.get_rank()] = ScaleGradient.apply(phi, float(len(rows)))
+    return torch.cat(rows)                                                 # (B, D)
+
+
+def ddc_loss(phi_s: Tensor, phi_t: Tensor) -> Tensor:
+    """DDC (Tzeng et al. 2014):  |mean phi_s - mean phi_t|², means over the batches (B, D), sum over D."""
+    return (phi_s.mean(dim=0) - phi_t.mean(dim=0)).square().sum()
+
+
+def dan_loss(phi_s: Tensor, phi_t: Tensor) -> Tensor:
+    """DAN (Long et al. 2015), multi-kernel MMD²:  mean k(s, s') + mean k(t, t') - 2 mean k(s, t),
+
+        k(a, b) = sum_u exp(-|a - b|² / (2 alpha_u sigma²)),  alpha_u = 2^-3, 2^-2, .. 2^1,
+
+    sigma² the mean of |a - b|² over all pairs of phi_s and phi_t (B, D) together: it follows the features'
+    scale, detached, for it is no way to lower the loss. The means are over all B² pairs, s with itself too:
+    this biased estimate is never negative and 0 for equal batches, uses every pair where the linear-time one
+    takes B / 2, and lies above the unbiased one by 2 * 5 / B at most. All kernels have weight 1, as in most
+    public code; DAN can also learn the weights.
+    """
+    B, phi = len(phi_s), torch.cat([phi_s, phi_t])                         # (2B, D)
+    d2 = torch.cdist(phi, phi, compute_mode="donot_use_mm_for_euclid_dist").square()     # (2B, 2B), exact
+    sigma2 = d2.detach().mean().clamp(min=1e-12)
+    k = sum(torch.exp(-d2 / (2 * 2.0 ** u * sigma2)) for u in range(-3, 2))              # (2B, 2B)
+    return k[:B, :B].mean() + k[B:, B:].mean() - 2 * k[:B, B:].mean()
+
+
+class DomainDiscriminator(nn.Sequential):
+    """DANN's domain classifier of two layers: phi (B, D) to a logit (B, 1), above 0 for the source.
+
+    1024 hidden units, as in public code; no BatchNorm, which would make it depend on the micro-batch.
+    """
+
+    def __init__(self, width: int, hidden: int = 1024):
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+
+def dann_loss(phi_s: Tensor, phi_t: Tensor, discriminator: nn.Module, ramp: float) -> Tensor:
+    """DANN (Ganin & Lempitsky 2015):  (mean -log d(phi_s) + mean -log(1 - d(phi_t))) / 2,  d in 0..1.
+
+    The discriminator learns to lower it; f^E, behind the reversal layer, to raise it, `ramp` times as hard.
+    """
+    logit_s, logit_t = (discriminator(ScaleGradient.apply(phi, -ramp)) for phi in (phi_s, phi_t))   # (B, 1)
+    return (F.softplus(-logit_s).mean() + F.softplus(logit_t).mean()) / 2    # softplus(-l) = -log sigmoid(l)
+
+
+def dann_ramp(p: float) -> float:
+    """DANN's lambda = 2 / (1 + exp(-10 p)) - 1 at progress p in 0..1: a poor discriminator is not obeyed."""
+    return 2 / (1 + math.exp(-10 * p)) - 1
 
 
 # ==========================================================================================================
