@@ -317,11 +317,14 @@ def prefetch(batches, device: torch.device):
     def work() -> None:
         try:
             with torch.cuda.stream(side):                                  # does nothing for None
-                for item in batches: put((item, side and side.record_event()))
+                for item in batches:
+                    put((item, side and side.record_event()))
+                    if stop.is_set(): return
             put((None, StopIteration()))
         except BaseException as error: put((None, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while True:
             item, event = box.get()
@@ -329,7 +332,9 @@ def prefetch(batches, device: torch.device):
             if isinstance(event, BaseException): raise event
             if event is not None: hand_over(item, event)
             yield item
-    finally: stop.set()
+    finally:
+        stop.set()
+        thread.join()  # a thread inside torch while Python shuts down would abort the process
 
 
 def hand_over(item, event) -> None:
@@ -427,7 +432,7 @@ def denormalise(images: Tensor) -> Tensor:
 def copy_ahead(array: np.ndarray, device: torch.device) -> Tensor:
     """The array as a tensor on the device; pinned first on CUDA, so that the copy does not wait."""
     x = torch.from_numpy(array)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x
 
 
 def load_images(dataset: Dataset, rows: np.ndarray, device: torch.device,
@@ -914,9 +919,9 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
 # A reader is a function (root, own options with defaults) -> (number of samples or an upper bound, generator
 # of Samples). It refuses early what it can; its generator opens the files of labels one sequence at a time,
 # and never a picture. A line in READERS puts it on the command line. All readers share everything else.
-BOX, MARGIN = 1.5, 1.25  # network's crop: so many times the joints' box; stored crop: so many times that crop
+MARGIN = 1.25  # the stored crop: so many times the network's, which is "box" times the joints' box
 SAMPLES_A_JOB = 16
-HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": BOX}
+HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": 1.5}
 HUMAN_JOINTS = ["pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
                 "spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist",
                 "right_shoulder", "right_elbow", "right_wrist"]            # Human3.6M's 17, in its order
@@ -957,7 +962,8 @@ def reading(path: Path, what: str):
     try: yield
     except (InputError, Missing): raise
     except ImportError as error:
-        raise InputError(f"{path}: to read it, first: pip install {error.name.partition('.')[0]}") from error
+        library = (error.name or str(error)).partition(".")[0]
+        raise InputError(f"{path}: to read it, first: pip install {library}") from error
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
         wrong = f"broken {what}: {first_line(error)}" if os.path.exists(path) else "missing"
         raise InputError(f"{path}: {wrong}; give a whole {what}") from error
@@ -1326,7 +1332,7 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     """A row of each array; Missing, "kind: what is wrong", where the sample has to be left out."""
     if sample.keypoints is None:
         image, _, _ = open_sample(root, sample, side, 0)
-        size = np.array(image.shape[1::-1])
+        size = np.array(image.shape[1::-1])  # the crop: the square at its centre
         return {"images": crop_square(image, (size - size.min()) / 2, size.min(), side)}
     held = sample.keypoints if sample.around is None else np.vstack([sample.keypoints, sample.around])
     window = crop_window(to_uv(held, sample.intrinsics), skeleton["box"])

@@ -531,8 +531,9 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, 
 
 
 # ---------------------------------------------------------------- your own picture
-def square_around(box: list[float] | None, size: tuple[int, int], name: str) -> tuple[np.ndarray, float]:
-    """Corner (2,) and width, px, of the square to crop: around box x y w h as in training; None: the middle.
+def square_around(box: list[float] | None, size: tuple[int, int], name: str,
+                  times: float) -> tuple[np.ndarray, float]:
+    """Corner (2,) and width, px, of the square to crop: `times` box x y w h; None: the middle.
 
     Raises InputError for a box that is not inside the picture.
     """
@@ -541,7 +542,7 @@ def square_around(box: list[float] | None, size: tuple[int, int], name: str) -> 
     if not (x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= W and y + h <= H):  # NaN fails as well
         raise u.InputError(f"{name}: --box {x:g} {y:g} {w:g} {h:g} is not inside the picture, {W} x {H} px; "
                            "give left, top, width, height in its pixels")
-    width = max(w, h) * (data.BOX if box else 1)
+    width = max(w, h) * (times if box else 1)
     return np.array([x + w / 2, y + h / 2]) - width / 2, width
 
 
@@ -567,7 +568,8 @@ def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, de
     picture, _ = data.open_picture(Path(photo))                                          # (H, W, 3) uint8
     H, W, _ = picture.shape
     if min(H, W) < 16: raise u.InputError(f"{photo}: {W} x {H} px; give a picture of at least 16 x 16 px")
-    square = square_around(box, (W, H), photo)
+    kind = data.HUMAN if known["joints"] == data.HUMAN_JOINTS else data.HAND
+    square = square_around(box, (W, H), photo, kind["box"])
     crop, panel = (data.crop_square(picture, *square, pixels) for pixels in (side, CELL))
     x = data.normalise(torch.tensor(crop, device=device).permute(2, 0, 1)[None].float() / 255)
     attention, heatmaps = estimator.encoder.attention_maps(x)[0].mean(dim=0), estimator.heatmaps(x)

@@ -5,6 +5,7 @@ windows of larger pictures (so that some crops reach beyond), a dot of its finge
 """
 import json
 import shutil
+import threading
 import sys
 from pathlib import Path
 
@@ -712,6 +713,15 @@ def test_prefetch():
         yield 1
         raise InputError("no such row")
     with refused("no such row"): list(data.prefetch(failing(), torch.device("cpu")))
+
+
+def test_prefetch_ends_with_its_reader():
+    """A loop that stops early leaves no thread at work: one inside torch would abort a process that exits."""
+    made, before = [], threading.active_count()
+    batches = data.prefetch((made.append(i) or i for i in range(10 ** 6)), torch.device("cpu"))
+    assert next(batches) == 0
+    batches.close()
+    assert threading.active_count() == before and len(made) < 10
 
 
 def test_augmentation_ranges():

@@ -241,14 +241,14 @@ def test_what_is_no_picture_is_refused_in_one_line(kind, runs, tmp_path, monkeyp
                                  (0, 0, float("nan"), 9), (0, 0, float("inf"), 9)])
 def test_a_bad_box_is_refused(box):
     with pytest.raises(u.InputError, match=r"photo.png: --box .* not inside the picture, 60 x 40 px; give"):
-        e.square_around(list(box), (60, 40), "photo.png")
+        e.square_around(list(box), (60, 40), "photo.png", 1.5)
 
 
 def test_the_square_is_that_of_training():
     for box, expected in (([10, 20, 20, 8], [5, 9]), ([10, 2, 8, 20], [-1, -3])):  # around (20, 24), (14, 12)
-        corner, width = e.square_around(box, (60, 40), "")
+        corner, width = e.square_around(box, (60, 40), "", 1.5)
         assert width == 1.5 * 20 and corner.tolist() == expected
-    corner, width = e.square_around(None, (60, 40), "")
+    corner, width = e.square_around(None, (60, 40), "", 1.5)
     assert width == 40 and corner.tolist() == [10, 0]
 
 

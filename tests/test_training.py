@@ -211,7 +211,8 @@ def test_sigterm_saves_and_the_same_command_continues(sets, pretrained, tmp_path
     with pytest.raises(u.InputError, match="another run is at work"):  # the folder is locked meanwhile
         train_pretrain.main(command[2:])
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 130, process.stderr.read()
+    try: assert process.wait(timeout=60) == 130, process.stderr.read()
+    finally: process.kill()
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     state = u.read_checkpoint(tmp_path / "run/checkpoint.pt")
     assert state["step"] >= log[-1]["step"] > 0 and state["step"] < state["steps"]
