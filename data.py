@@ -262,10 +262,14 @@ def batch_rows(count: int, seed: int, purpose: str, step: int, batch: int) -> np
     return np.array([epoch_permutation(count, seed, purpose, int(p // count))[p % count] for p in places])
 
 
-def prefetch(batches):
-    """The same batches; a thread prepares the next while one is trained on. Its errors come through."""
+def prefetch(batches, device: torch.device):
+    """The same batches; a thread prepares the next while one is trained on. Its errors come through.
+
+    On CUDA the thread works in a stream of its own, so that copies and augmentation overlap with training.
+    """
     box: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def put(item) -> None:
         while not stop.is_set():
@@ -274,18 +278,28 @@ def prefetch(batches):
 
     def work() -> None:
         try:
-            for item in batches: put((item, None))
+            with torch.cuda.stream(side):                                  # does nothing for None
+                for item in batches: put((item, side and side.record_event()))
             put((None, StopIteration()))
         except BaseException as error: put((None, error))
 
     threading.Thread(target=work, daemon=True).start()
     try:
         while True:
-            item, error = box.get()
-            if isinstance(error, StopIteration): return
-            if error is not None: raise error
+            item, event = box.get()
+            if isinstance(event, StopIteration): return
+            if isinstance(event, BaseException): raise event
+            if event is not None: hand_over(item, event)
             yield item
     finally: stop.set()
+
+
+def hand_over(item, event) -> None:
+    """Let the current CUDA stream wait for `event`, and let it own the tensors of item, lists in lists."""
+    torch.cuda.current_stream().wait_event(event)
+    for part in item:
+        if isinstance(part, Tensor): part.record_stream(torch.cuda.current_stream())
+        elif part is not None: hand_over(part, event)
 
 
 # ==========================================================================================================
@@ -337,7 +351,7 @@ def transform_intrinsics(A: Tensor, intrinsics: Tensor) -> Tensor:
 
 def warp(images: Tensor, A: Tensor, side: int) -> Tensor:
     """Stored crops (B, C, H, H) through A (B, 2, 3) to (B, C, side, side), bilinear; edge pixels repeat."""
-    H, back = images.shape[-1], torch.linalg.inv(A[:, :, :2])              # (B, 2, 2) crop px -> stored px
+    H, back = images.shape[-1], torch.linalg.inv_ex(A[:, :, :2])[0]        # (B, 2, 2) crop px -> stored px
     middle = back @ ((side - 1) / 2 - A[:, :, 2:])                  # (B, 2, 1) stored px of the crop's centre
     # grid_sample's own units, in both images: -1 .. 1 from the first pixel's outer edge to the last one's
     theta = torch.cat([back * (side / H), (2 * middle + 1) / H - 1], dim=2)              # (B, 2, 3)
@@ -372,12 +386,17 @@ def denormalise(images: Tensor) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
+def copy_ahead(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on the device; pinned first on CUDA, so that the copy does not wait."""
+    x = torch.from_numpy(array)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def load_images(dataset: Dataset, rows: np.ndarray, device: torch.device,
                 masks: np.ndarray | None = None) -> Tensor:
     """Rows of the stored images as (B, 3, H, H) in 0..1, or with `masks` (n, H, H) as a fourth channel."""
-    x = torch.from_numpy(dataset.images[rows]).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    if masks is not None:
-        x = torch.cat([x, torch.from_numpy(masks[rows]).to(device, non_blocking=True)[:, None]], dim=1)
+    x = copy_ahead(dataset.images[rows], device).permute(0, 3, 1, 2)
+    if masks is not None: x = torch.cat([x, copy_ahead(masks[rows], device)[:, None]], dim=1)
     return x.float() / 255                                                               # (B, 3 or 4, H, H)
 
 

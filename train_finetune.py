@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import udapose as u
@@ -39,6 +38,7 @@ class Settings:
     depth: int = 12               # blocks of f^E (Table 7)
     heads: int = 12               # heads of f^E (ViT-B)
     head_channels: int = 256      # channels of f^H (Table 7)
+    sync_bn: bool = False         # statistics of f^H's BatchNorm over all processes (CUDA only)
     batch: int = 128              # source images a step, and as many target images (paper Sec. 7)
     micro_batch: int = 0          # images a process holds at once; 0: its whole share (gradients accumulate)
     epochs: float = 50            # passes over the labelled source images (paper Sec. 7)
@@ -51,7 +51,9 @@ class Settings:
     seed: int = 0                 # of everything random
     device: str = "auto"          # auto, cpu, cuda
     threads: int = 0              # CPU threads of a process; 0: torch's choice
-    precision: str = "auto"       # auto (timed at start-up), float32, bfloat16
+    precision: str = "auto"       # auto (timed at start-up), float32, bfloat16, float16
+    compile: str = "auto"         # torch.compile: on, off; auto: on CUDA, in runs of 2000 steps and more
+    checkpointing: bool = False   # recompute the encoder's blocks in the backward pass: less memory, slower
     validate_every: int = 250     # steps between measurements on the validation set
     save_every: int = 200         # steps between checkpoints: what a kill can lose
     log_every: int = 50           # steps between lines of log.jsonl
@@ -108,15 +110,16 @@ def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device,
 
 
 @torch.no_grad()
-def validate(s: Settings, estimator, dataset, device, dtype) -> float:
-    """EPE (MPJPE for humans) on labelled source images, mm, with the root's true depth."""
+def validate(s: Settings, estimator, dataset, rank: int, world: int, device, dtype) -> float:
+    """EPE (MPJPE for humans) on labelled source images, mm, with the root's true depth; on all processes."""
     estimator.eval()
-    errors = []
-    for rows in data.chunks(len(dataset)):
+    total = torch.zeros(2, dtype=torch.float64)                                # sum and number of the errors
+    for rows in data.chunks(len(dataset))[rank::world]:
         predicted, truth = data.predict(estimator, dataset, rows, s.image, device, dtype)   # (b, K, 3) mm
-        errors.append(u.joint_errors(predicted, truth, dataset.meta["root"]).cpu())
+        errors = u.joint_errors(predicted, truth, dataset.meta["root"]).double().cpu()      # (b, K) mm
+        total += torch.stack([errors.nansum(), errors.isfinite().sum()])
     estimator.train()
-    return float(torch.cat(errors).nanmean())
+    return float(torch.div(*u.mean_over_processes(total)))
 
 
 # ==========================================================================================================
@@ -140,7 +143,10 @@ def build(s: Settings, keypoints: int, rank: int, device):
         other = [f"{k} {v} there, {getattr(s, k)} here" for k, v in theirs.items() if v != getattr(s, k)]
         if other: raise u.InputError(f"{s.init}: another architecture: {', '.join(other)}")
         u.load_parts(path, state, encoder=encoder)
+    encoder.checkpointing = s.checkpointing
     f_A = copy.deepcopy(encoder).eval().requires_grad_(False).to(device) if s.lam else None
+    if s.sync_bn and device.type != "cuda": raise u.InputError("--sync-bn: SyncBatchNorm exists on CUDA only")
+    if s.sync_bn: head = torch.nn.SyncBatchNorm.convert_sync_batchnorm(head)
     return u.PoseEstimator(encoder, head).to(device), f_A
 
 
@@ -202,24 +208,28 @@ def main(arguments=None) -> int:
     trial, first = copy.deepcopy(estimator), make(0, shares[0])
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: sum(pose_losses(
         s, trial, trial.head, f_A, *first, device, dtype)).backward())  # on a copy: timing leaves no trace
+    if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)):
+        estimator.compile()
+        if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
     if rank == 0: print(f"fine-tuning: {steps} steps of {s.batch}, {labels} labels, {dtype}", flush=True)
 
     # ---- loop ----------------------------------------------------------------------------------------------
-    model = DistributedDataParallel(estimator) if world > 1 else estimator
+    model, scaler = u.parallel(estimator, world), u.grad_scaler(device, dtype, state)
     estimator.train()
     progress = u.Progress("fine-tuning", steps, s.batch, start, rank)
     batches = ([make(i, own) for own in shares] for i in range(start, steps))
-    for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches)):
+    for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches, device)):
         rate = u.cosine_rate(step, steps, s.warmup, s.lr)
         for group in optimiser.param_groups: group["lr"] = rate * group["scale"]
         optimiser.zero_grad(set_to_none=True)
         for batch in u.micro_steps(model, shares_of_batch):
             L_kpt, L_attn = pose_losses(s, model, head, f_A, *batch, device, dtype)
             L_HPE = u.hpe_loss(L_kpt, L_attn, s.lam)                                     # Eq. (7)
-            (L_HPE / len(shares)).backward()
+            scaler.scale(L_HPE / len(shares)).backward()
             sums += torch.stack([L_kpt.detach(), L_attn.detach(), torch.ones_like(L_kpt)]) / len(shares)
-        optimiser.step()
-        done, stopping = step + 1, stop.requested(device)
+        scaler.step(optimiser)
+        scaler.update()
+        done, stopping = step + 1, stop.requested()
         if done % s.log_every == 0 or done == steps:
             L_kpt, L_attn, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
             u.check_finite(done, L_kpt=L_kpt, L_attn=L_attn)
@@ -227,15 +237,16 @@ def main(arguments=None) -> int:
             run.log(stage="finetuning", step=done, lr=rate, **shown)
             progress.show(done, shown, final=done == steps)
             sums.zero_()
-        if validation is not None and rank == 0 and (done % s.validate_every == 0 or done == steps):
-            epe = validate(s, estimator, validation, device, dtype)
+        if validation is not None and (done % s.validate_every == 0 or done == steps):
+            epe = validate(s, estimator, validation, rank, world, device, dtype)
             run.log(stage="finetuning", step=done, source_val_epe=epe)
-            print(f"fine-tuning  {done}/{steps} | EPE on source validation {epe:.2f} mm", flush=True)
+            if rank == 0: print(f"fine-tuning  {done}/{steps} | EPE on source validation {epe:.2f} mm", flush=True)
         if done % s.save_every == 0 or done == steps or stopping:
             mean = u.mean_over_processes(sums.clone())
             u.check_finite(done, L_kpt=float(mean[0]), L_attn=float(mean[1]))
             run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done, steps=steps,
-                     sums=mean, skeleton=skeleton, seconds=state["seconds"] + time.perf_counter() - begin)
+                     sums=mean, skeleton=skeleton, scaler=scaler.state_dict(),
+                     seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return 130
     if rank == 0: print(f"finished: {run.folder}; now: python evaluate.py {run.folder}", flush=True)
     return 0

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import udapose as u
@@ -59,7 +58,9 @@ class Settings:
     seed: int = 0                 # of everything random
     device: str = "auto"          # auto, cpu, cuda
     threads: int = 0              # CPU threads of a process; 0: torch's choice
-    precision: str = "auto"       # auto (timed at start-up), float32, bfloat16
+    precision: str = "auto"       # auto (timed at start-up), float32, bfloat16, float16
+    compile: str = "auto"         # torch.compile: on, off; auto: on CUDA, in runs of 2000 steps and more
+    checkpointing: bool = False   # recompute the encoder's blocks in the backward pass: less memory, slower
     save_every: int = 200         # steps between checkpoints: what a kill can lose
     log_every: int = 50           # steps between lines of log.jsonl
 
@@ -130,8 +131,8 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     torch.manual_seed(s.seed)
     net = u.UNet(s.seg_channels).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(u.parameter_groups(net, 1e-4), lr=s.seg_lr)
-    own = u.share_of_batch(s.seg_batch, 0, run.rank, world)[0]
-    state = run.resume("segmentation.pt", optimiser, {"segmentation": net}, "segmentation")
+    own, parts = u.share_of_batch(s.seg_batch, 0, run.rank, world)[0], {"segmentation": net}
+    state = run.resume("segmentation.pt", optimiser, parts, "segmentation")
     start, begin = state["step"], time.perf_counter()
     if start == s.seg_steps: return net.eval()
 
@@ -139,50 +140,65 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     dtype = run.decide_dtype("segmentation_precision", s.precision, device,
                              lambda dtype: segmentation_loss(trial, *first, device, dtype).backward())
     if run.rank == 0: print(f"f^S: {s.seg_steps} steps of {s.seg_batch} images, {dtype}", flush=True)
-    model = DistributedDataParallel(net) if world > 1 else net
+    model, scaler = u.parallel(net, world), u.grad_scaler(device, dtype, state)
     progress = u.Progress("f^S", s.seg_steps, s.seg_batch, start, run.rank)
     steps = range(start, s.seg_steps)
     batches = (segmentation_batch(s, i, own, source, unconstrained, device) for i in steps)
-    for step, batch in zip(steps, data.prefetch(batches)):
+    for step, batch in zip(steps, data.prefetch(batches, device)):
         for group in optimiser.param_groups: group["lr"] = u.cosine_rate(step, s.seg_steps, 50, s.seg_lr)
         loss = segmentation_loss(model, *batch, device, dtype)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        done, stopping = step + 1, stop.requested(device)
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        done, stopping = step + 1, stop.requested()
         if done % s.log_every == 0 or done == s.seg_steps:
             value = float(u.mean_over_processes(loss.detach().clone()))
             run.log(stage="segmentation", step=done, L_seg=value)
             progress.show(done, {"L_seg": value}, final=done == s.seg_steps)
         if done % s.save_every == 0 or done == s.seg_steps or stopping:
             u.check_finite(done, L_seg=float(loss.detach()))
-            run.save("segmentation.pt", s, optimiser, {"segmentation": net}, stage="segmentation", step=done,
-                     steps=s.seg_steps, seconds=state["seconds"] + time.perf_counter() - begin)
+            run.save("segmentation.pt", s, optimiser, parts, stage="segmentation", step=done, steps=s.seg_steps,
+                     scaler=scaler.state_dict(), seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return None
     return net.eval()
 
 
 @torch.no_grad()
-def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, rank: int, device, dtype) -> None:
-    """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored images, once, into the run."""
-    if rank == 0 and not path.exists():
-        n, H = dataset.images.shape[:2]
-        seen = round(s.image * dataset.meta["margin"])  # f^S learned with this many pixels to the stored crop
-        masks, progress = np.empty((n, H, H), np.uint8), u.Progress("target masks", n, 1)
-        for i in range(0, n, 64):
-            rows = np.arange(i, min(i + 64, n))
-            x = data.normalise(data.load_images(dataset, rows, device))
-            x = F.interpolate(x, size=seen, mode="bilinear", antialias=True)             # (64, 3, seen, seen)
-            with u.autocast(device, dtype): logits = net(x.contiguous(memory_format=torch.channels_last))
-            soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
-            masks[rows] = (255 * soft[:, 0]).round().byte().cpu().numpy()
-            progress.show(i + len(rows), final=i + len(rows) == n)
-        share = (masks >= 128).mean(axis=(1, 2))                                         # (n,)
-        failed = ((share < 0.01) | (share > 0.90)).mean()
+def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Run, world: int, device,
+                  dtype) -> None:
+    """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored images, once, into the run.
+
+    Every process writes its rows of one file, which gets its name when all are done.
+    """
+    if u.from_rank_0(path.exists()): return
+    (n, H), part = dataset.images.shape[:2], path.with_name("target_masks.part.npy")
+    with u.writing(part):
+        if run.rank == 0: np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))     # the header, and holes
+        u.wait_for_all()
+        mine, file = np.array_split(np.arange(n), world)[run.rank], open(part, "r+b")
+        file.seek(np.load(part, mmap_mode="r").offset + mine[0] * H * H)
+    seen = round(s.image * dataset.meta["margin"])  # f^S learned with this many pixels to the stored crop
+    progress = u.Progress("target masks", len(mine), world, rank=run.rank)
+    share = np.zeros(n, np.float32)                                                      # of foreground
+    for i in range(0, len(mine), 64):
+        rows = mine[i:i + 64]
+        x = data.normalise(data.load_images(dataset, rows, device))
+        x = F.interpolate(x, size=seen, mode="bilinear", antialias=True)                 # (64, 3, seen, seen)
+        with u.autocast(device, dtype): logits = net(x.contiguous(memory_format=torch.channels_last))
+        soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
+        masks = (255 * soft[:, 0]).round().byte().cpu().numpy()                          # (64, H, H)
+        share[rows] = (masks >= 128).mean(axis=(1, 2))
+        with u.writing(part): file.write(masks.tobytes())
+        progress.show(i + len(rows), final=i + len(rows) == len(mine))
+    with u.writing(part): file.close()
+    share = u.mean_over_processes(torch.from_numpy(share)) * world                       # also waits for all
+    failed = ((share < 0.01) | (share > 0.90)).float().mean()
+    if run.rank == 0:
+        part.rename(path)
         print(f"target masks: {100 * share.mean():.0f} % foreground; {100 * failed:.1f} % are under 1 % or "
               "over 90 %, and keep their backgrounds", flush=True)
-        u.write_atomically(path, lambda part: np.save(open(part, "wb"), masks))
-    u.wait_for_rank_0()
+    u.wait_for_all()
 
 
 # ==========================================================================================================
@@ -227,7 +243,8 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     torch.manual_seed(s.seed)
     encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
     decoder = u.Decoder(encoder.grid, s.patch, s.width, s.decoder_width, s.decoder_depth, s.decoder_heads)
-    mae, parts = u.MaskedAutoencoder(encoder, decoder).to(device), {"encoder": encoder, "decoder": decoder}
+    encoder.checkpointing, parts = s.checkpointing, {"encoder": encoder, "decoder": decoder}
+    mae = u.MaskedAutoencoder(encoder, decoder).to(device)
     groups = u.parameter_groups(mae, s.weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
     state = run.resume("checkpoint.pt", optimiser, parts, "pretraining")
@@ -242,19 +259,21 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     trial, first = copy.deepcopy(mae), pretraining_batch(s, 0, shares[0], domains, unconstrained, device)
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: reconstruction_loss(
         s, trial, *first, device, dtype)[0].backward())  # on a copy, so that timing leaves no trace
+    if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)): mae.compile()
     if run.rank == 0: print(f"MAE: {steps} steps of {s.batch} images, {dtype}, {device}", flush=True)
-    model = DistributedDataParallel(mae) if world > 1 else mae
+    model, scaler = u.parallel(mae, world), u.grad_scaler(device, dtype, state)
     progress = u.Progress("MAE", steps, s.batch, start, run.rank)
-    for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches)):
+    for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches, device)):
         rate = u.cosine_rate(step, steps, round(s.warmup * steps), s.lr)
         for group in optimiser.param_groups: group["lr"] = rate
         optimiser.zero_grad(set_to_none=True)
         for batch in u.micro_steps(model, shares_of_batch):
             L_WMAE, pixel = reconstruction_loss(s, model, *batch, device, dtype)
-            (L_WMAE / len(shares)).backward()
+            scaler.scale(L_WMAE / len(shares)).backward()
             sums += torch.stack([L_WMAE.detach(), pixel, torch.ones_like(pixel)]) / len(shares)
-        optimiser.step()
-        done, stopping = step + 1, stop.requested(device)
+        scaler.step(optimiser)
+        scaler.update()
+        done, stopping = step + 1, stop.requested()
         if done % s.log_every == 0 or done == steps:
             L_WMAE, pixel, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
             u.check_finite(done, L_WMAE=L_WMAE)
@@ -265,7 +284,8 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
             mean = u.mean_over_processes(sums.clone())
             u.check_finite(done, L_WMAE=float(mean[0]))
             run.save("checkpoint.pt", s, optimiser, parts, stage="pretraining", step=done, steps=steps,
-                     sums=mean, seconds=state["seconds"] + time.perf_counter() - begin)
+                     sums=mean, scaler=scaler.state_dict(),
+                     seconds=state["seconds"] + time.perf_counter() - begin)
         if stopping: return None
     return steps, state["seconds"] + time.perf_counter() - begin
 
@@ -297,7 +317,7 @@ def main(arguments=None) -> int:
         net = train_segmentation(s, run, stop, source, unconstrained, device, world)
         if net is None: return 130
         dtype = getattr(torch, run.config["segmentation_precision"])
-        predict_masks(s, net, target, run.folder / "target_masks.npy", rank, device, dtype)
+        predict_masks(s, net, target, run.folder / "target_masks.npy", run, world, device, dtype)
         target_masks = data.open_masks(run.folder / "target_masks.npy", target)
 
     # ---- f^E and f^D ---------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 # not in the paper: the input statistics of MAE and of almost every public ViT, so that their weights fit.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -203,6 +205,7 @@ class Encoder(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(self.grid, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LN_EPS)  # not in the paper: as every pre-norm transformer
+        self.checkpointing = False  # True: recompute blocks in the backward pass, for a third of the memory
         initialise_transformer(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -221,14 +224,19 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W), normalised, to tokens (B, 1 + V, D): F_MAE with `visible`, F_img without."""
         x = self.embed(images, visible)
-        for block in self.blocks: x, _ = block(x)
+        for block in self.blocks: x, _ = self.run(block, x)
         return self.norm(x)
+
+    def run(self, block: Block, x: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """block(x, attention); with `checkpointing`, only x is kept for the backward pass."""
+        if not (self.checkpointing and torch.is_grad_enabled()): return block(x, attention)
+        return checkpoint(block, x, attention, use_reentrant=False)
 
     def attention_maps(self, images: Tensor) -> Tensor:
         """a_cls of every block on the unmasked image, Table 8: (B, L, N). The last block does no more."""
         x, maps = self.embed(images), []
         for block in self.blocks[:-1]:
-            x, row = block(x, attention=True)
+            x, row = self.run(block, x, attention=True)
             maps.append(row)
         maps.append(self.blocks[-1].only_class_attention(x))
         return torch.stack(maps, dim=1)                                    # (B, L, N)
@@ -677,7 +685,7 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     if cuda and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; choose --device cpu")
     if "RANK" not in os.environ: return 0, 1, torch.device("cuda" if cuda else "cpu")
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     local = int(os.environ["LOCAL_RANK"])
     if cuda: torch.cuda.set_device(local)
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -703,9 +711,9 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def wait_for_rank_0() -> None:
-    """Returns once every process has come here."""
-    if distributed(): torch.distributed.barrier()
+def wait_for_all() -> None:
+    """Returns once every process has come here. On the CPU: no GPU waits."""
+    if distributed(): torch.distributed.all_reduce(torch.zeros(1))
 
 
 def check_finite(step: int, **losses: float) -> None:
@@ -733,6 +741,11 @@ def share_of_batch(batch: int, micro_batch: int, rank: int, world: int) -> list[
     return [slice(rank * own + i, rank * own + i + micro) for i in range(0, own, micro)]
 
 
+def parallel(model: nn.Module, world: int) -> nn.Module:
+    """The model, or DistributedDataParallel of it: gradients are averaged while the backward pass runs."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+
+
 def micro_steps(model: nn.Module, batches: list):
     """Each micro-batch of a step in turn; gradients travel between processes with the last one only."""
     for i, batch in enumerate(batches):
@@ -741,14 +754,18 @@ def micro_steps(model: nn.Module, batches: list):
 
 
 def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
-    """float32 or bfloat16, by timing `one_pass(dtype)`, a forward and backward pass of this very model.
+    """float32, or a 16-bit type for the products where `one_pass(dtype)` is faster with it.
 
-    A matrix product alone misleads: narrow models lose to casts what they gain in products.
+    one_pass is a forward and backward pass of this very model: a matrix product alone misleads, for narrow
+    models lose to casts what they gain in products. A GPU older than bfloat16 is offered float16.
     """
-    if wanted in ("float32", "bfloat16"): return wanted
-    if wanted != "auto": raise InputError(f"precision {wanted!r}: choose auto, float32 or bfloat16")
+    if wanted in ("float32", "bfloat16", "float16"): return wanted
+    if wanted != "auto":
+        raise InputError(f"precision {wanted!r}: choose auto, float32, bfloat16 or float16")
+    short = "bfloat16"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False): short = "float16"
     seconds = {}
-    for name in ("float32", "bfloat16"):
+    for name in ("float32", short):
         laps = []
         for _ in range(6):
             start = time.perf_counter()
@@ -756,12 +773,25 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
             if device.type == "cuda": torch.cuda.synchronize()
             laps.append(time.perf_counter() - start)
         seconds[name] = min(laps[1:])  # the first lap warms up
-    return ("bfloat16" if seconds["bfloat16"] < 0.9 * seconds["float32"] else "float32")
+    return short if seconds[short] < 0.9 * seconds["float32"] else "float32"
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
     """Context in which products are taken in dtype; nothing changes for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def grad_scaler(device: torch.device, dtype: torch.dtype, state: dict) -> torch.amp.GradScaler:
+    """Scales the loss so that float16 gradients do not vanish; for the other types it does nothing."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state.get("scaler"): scaler.load_state_dict(state["scaler"])
+    return scaler
+
+
+def wants_compile(wanted: str, device: torch.device, steps: int) -> bool:
+    """Whether torch.compile pays: it takes a minute at the start, and gains next to nothing on a CPU."""
+    if wanted not in ("auto", "on", "off"): raise InputError(f"--compile {wanted!r}: choose auto, on or off")
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and steps >= 2000)
 
 
 def cosine_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -788,10 +818,10 @@ class StopSignal:
         if self.number: raise KeyboardInterrupt
         self.number = number
 
-    def requested(self, device: torch.device) -> bool:
-        """True on every process as soon as one of them was told to stop."""
+    def requested(self) -> bool:
+        """True on every process as soon as one of them was told to stop. On the CPU: no GPU waits for it."""
         if distributed():
-            flag = torch.tensor([self.number], device=device)
+            flag = torch.tensor([self.number])
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.number = int(flag)
         return self.number != 0
@@ -818,17 +848,26 @@ class Progress:
               flush=True)
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Context in which a failure to write becomes an InputError that names the file."""
+    try: yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        kept = "the previous one is intact" if path.exists() else "nothing was saved"
+        raise InputError(f"{path}: could not be written ({first_line(error)}); {kept}") from error
+
+
 def write_atomically(path: Path, write) -> None:
     """`write(temporary)`, flush to disk, rename: a reader sees the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".part")
     try:
-        write(temporary)
-        with open(temporary, "rb") as file: os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        with writing(path):
+            write(temporary)
+            with open(temporary, "rb") as file: os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except InputError:
         with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
-        kept = "the previous one is intact" if path.exists() else "nothing was saved"
-        raise InputError(f"{path}: could not be written ({first_line(error)}); {kept}") from error
+        raise
 
 
 def file_checksum(path: str | Path) -> str:

@@ -715,12 +715,12 @@ def test_batch_rows():
 
 
 def test_prefetch():
-    assert list(data.prefetch(iter(range(7)))) == list(range(7))
+    assert list(data.prefetch(iter(range(7)), torch.device("cpu"))) == list(range(7))
 
     def failing():
         yield 1
         raise InputError("no such row")
-    with refused("no such row"): list(data.prefetch(failing()))
+    with refused("no such row"): list(data.prefetch(failing(), torch.device("cpu")))
 
 
 def test_augmentation_ranges():

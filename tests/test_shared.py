@@ -438,9 +438,9 @@ def test_the_first_signal_asks_and_the_second_stops(number):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         stop = u.StopSignal()
-        assert not stop.requested(torch.device("cpu")) and signal.getsignal(number) == stop.note
+        assert not stop.requested() and signal.getsignal(number) == stop.note
         signal.raise_signal(number)
-        assert stop.requested(torch.device("cpu"))
+        assert stop.requested()
         with pytest.raises(KeyboardInterrupt): signal.raise_signal(number)
     finally:
         for n, handler in handlers.items(): signal.signal(n, handler)

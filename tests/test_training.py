@@ -1,6 +1,7 @@
 """The two training scripts on a tiny data set: resume, processes, variants, what is not opened, refusals."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def same_but_for_sums(a: dict, b: dict) -> bool:
 def stop_after(monkeypatch, steps: int) -> None:
     """As Ctrl-C would, once `steps` steps are done: the loop saves and main returns 130."""
     calls = iter(range(10 ** 6))
-    monkeypatch.setattr(u.StopSignal, "requested", lambda self, device: next(calls) + 1 >= steps)
+    monkeypatch.setattr(u.StopSignal, "requested", lambda self: next(calls) + 1 >= steps)
 
 
 def test_pretraining_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch):
@@ -122,6 +123,40 @@ def test_bfloat16_trains_and_measures(sets, pretrained, tmp_path):
     assert 5 < [r for r in log if "source_val_epe" in r][-1]["source_val_epe"] < 300
 
 
+def test_float16_scales_its_gradients_and_resumes_bitwise(sets, tmp_path, monkeypatch):
+    """Loss scaling belongs to the state of a run: without it a resumed run would start at 65536 again."""
+    half = ["--precision", "float16", "--lam", "0"]
+    assert finetune(sets, tmp_path / "whole", "", *half) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert finetune(sets, tmp_path / "run", "", *half) == 130
+    assert finetune(sets, tmp_path / "run", "", *half) == 0
+    ours, theirs = (u.read_checkpoint(tmp_path / run / "checkpoint.pt") for run in ("run", "whole"))
+    assert ours["scaler"] == theirs["scaler"] and ours["scaler"]["scale"] < 65536
+    assert same(weights(tmp_path / "run", "encoder", "head"), weights(tmp_path / "whole", "encoder", "head"))
+
+
+def test_checkpointing_changes_memory_alone(sets, pretrained, finetuned, tmp_path):
+    kept, stored = [], torch.autograd.graph.saved_tensors_hooks
+    encoder = u.Encoder((48, 48), 8, 16, 4, 2)
+    for encoder.checkpointing in (False, True):
+        kept.append(0)
+        def keep(x): kept[-1] += x.numel(); return x
+        with stored(keep, lambda x: x): encoder(torch.rand(2, 3, 48, 48)).sum().backward()
+    assert kept[1] < kept[0] / 3
+    finetune(sets, tmp_path / "run", str(pretrained), "--checkpointing")
+    assert same(weights(tmp_path / "run", "encoder", "head"), weights(finetuned, "encoder", "head"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_pretraining_is_the_same(sets, tmp_path):
+    base = plain_mae(sets) + ["--epochs", "0.5", "--compile"]
+    for switch in ("on", "off"): assert train_pretrain.main(base + [switch, "--out", str(tmp_path / switch)]) == 0
+    assert json.loads((tmp_path / "on/config.json").read_text())["compile"] is True
+    one, two = (weights(tmp_path / run, "encoder", "decoder") for run in ("on", "off"))
+    assert same_but_for_sums(one, two)
+
+
 def test_seed_changes_everything_random(sets, finetuned, pretrained, tmp_path):
     finetune(sets, tmp_path / "run", str(pretrained), "--seed", "1")
     assert not same(weights(tmp_path / "run", "head"), weights(finetuned, "head"))
@@ -150,14 +185,17 @@ def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
     assert not same(ours, theirs), "this test compares two different orders of summation"
 
 
+def torchrun(script: str, *arguments: str) -> None:
+    """The script on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(ROOT / script), *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_processes_give_the_same_pretraining(sets, tmp_path):
     """torchrun with two processes; without f^S, whose BatchNorm sees one process's images only."""
     base = plain_mae(sets) + ["--epochs", "1"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                "29617"]
-    command = [*torchrun, str(ROOT / "train_pretrain.py"), *base, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun("train_pretrain.py", *base, "--out", str(tmp_path / "two"))
     assert train_pretrain.main(base + ["--out", str(tmp_path / "one")]) == 0
     one, two = (weights(tmp_path / run, "encoder", "decoder") for run in ("one", "two"))
     assert same_but_for_sums(one, two)
@@ -276,7 +314,7 @@ def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     (["--masks", "some"], "choose both, source or none"),
     (["--batch", "16", "--micro-batch", "5"], "does not divide"),
     (["--heads", "5"], "not divisible by the number of heads"),
-    (["--precision", "int8"], "choose auto, float32 or bfloat16"),
+    (["--precision", "int8"], "choose auto, float32, bfloat16 or float16"),
     (["--target-masks", "nowhere.npy"], "nowhere.npy: no readable masks"),
     (["--out", "/dev/null/run"], "cannot hold a run"),
 ])
