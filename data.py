@@ -114,6 +114,8 @@ def read_meta(folder: Path) -> dict:
     if missing: raise InputError(f"{folder}/meta.json: lacks {', '.join(sorted(missing))}")
     if meta["format"] != FORMAT:
         raise InputError(f"{folder}/meta.json: format {meta['format']}; this code reads {FORMAT}")
+    if set(meta.get("compare") or []) - set(range(len(meta["joints"]))):
+        raise InputError(f"{folder}/meta.json: compare {meta['compare']}; give indices of its joints")
     return {"margin": 1.25, "split": "", "origin": ""} | meta
 
 
@@ -426,6 +428,13 @@ def same_skeleton(dataset: Dataset, skeleton: dict) -> None:
     for key in ("joints", "root", "depth_range"):
         if dataset.meta[key] != skeleton[key]:
             raise InputError(f"{dataset.folder}: {key} is {dataset.meta[key]}, the model has {skeleton[key]}")
+
+
+def compared(meta: dict) -> list[int]:
+    """Joints over which errors are averaged: `compare` of meta.json; else all, but of a human not the root,
+    whose error is 0 by definition: hands' EPE counts the wrist by custom, MPJPE here does not the pelvis."""
+    body = meta["joints"] == HUMAN_JOINTS
+    return meta.get("compare") or [i for i in range(len(meta["joints"])) if not body or i != meta["root"]]
 
 
 def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device,
