@@ -237,11 +237,12 @@ def table(results: list[dict], error: str = "EPE", rigid: bool = False) -> list[
 
 
 def error_notes(results: list[dict]) -> list[str]:
-    """What the MPJPE of these runs is taken over, and the protocol of their test sets, each said once."""
+    """The joints that errors are taken over, where not all, and the protocol of the test sets, each once."""
     notes: dict[str, list] = {}                                            # what is said: of which domains
     for r, domain in ((r, domain) for r in results for domain in ("target", "source")):
         names, protocol = (r[domain].get(key, "") for key in ("compared", "protocol"))
-        if not names or not protocol and r["metric"] == "EPE": continue
+        every = len(names) == len(r[domain].get("per_joint", names))       # all joints, as hands: nothing to say
+        if every and not protocol: continue
         note = f"{r['metric']} over {len(names)} joints, roots aligned: {', '.join(names)}"
         notes.setdefault("\n  ".join(filter(None, (note, protocol))), []).append(domain)
     return [f"{', '.join(dict.fromkeys(domains))} {note}" for note, domains in notes.items()]
