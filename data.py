@@ -30,10 +30,13 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
 import zlib
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -46,8 +49,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
 from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back_project, decode_heatmaps,
-                     from_rank_0, from_voxels, project, random_generator, run_script, write_atomically,
-                     write_json)
+                     first_line, from_rank_0, from_voxels, project, random_generator, run_script,
+                     write_atomically, write_json)
 
 FORMAT = 1
 ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of each array of a data set
@@ -74,9 +77,11 @@ class Dataset:
         self.check("masks", (n, H, H))
         self.check("keypoints", (n, len(self.meta["joints"]), 3))
         self.check("intrinsics", (n, 3, 3))
-        if self.keypoints is not None and np.isinf(self.keypoints).any():
-            row = int(np.isinf(self.keypoints).any(axis=(1, 2)).argmax())
-            raise InputError(f"{self.folder}/keypoints.npy: row {row} is infinite; write NaN for no label")
+        for i in range(0, n if self.keypoints is not None else 0, 65536):      # memory stays flat
+            infinite = np.isinf(self.keypoints[i:i + 65536]).any(axis=(1, 2))
+            if infinite.any():
+                raise InputError(f"{self.folder}/keypoints.npy: row {i + int(infinite.argmax())} is "
+                                 "infinite; write NaN for no label")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -168,8 +173,9 @@ class Writer:
         seen = self.state["rows"] + len(skipped)
         too_many = len(skipped) > limit * seen and (final or seen >= 200)
         if not too_many and (self.state["rows"] or not final): return
-        (most, count), = collections.Counter(map(kind, skipped)).most_common(1) or [("", 0)]
-        first = next((text for text in skipped if kind(text) == most), "there is none")
+        if not seen: raise InputError(f"{self.folder}: not one sample; mend the flags, remove {self.part}")
+        (most, count), = collections.Counter(map(kind, skipped)).most_common(1)
+        first = next(text for text in skipped if kind(text) == most)
         raise InputError(f"{self.folder}: {len(skipped)} of {seen} samples left out, {count} for {most!r} "
                          f"({first}). Mend it, remove {self.part}, run again")
 
@@ -192,26 +198,28 @@ class Writer:
         (self.folder / "state.json").unlink()
 
 
-def build_dataset(folder: str | Path, meta: dict, jobs: list, work, workers: int = 0, images_a_job: int = 1,
-                  max_skipped: float = 0.05) -> None:
+def build_dataset(folder: str | Path, meta: dict, jobs, count: int, work, workers: int = 0,
+                  images_a_job: int = 1, max_skipped: float = 0.05) -> None:
     """Write work(job) for every job, in order, to a data-set folder, on several processes.
 
-    work(job) returns (arrays, skipped). The result does not depend on the number of workers, nor on how often
-    it was interrupted: a killed run goes on from its last save, a few hundred rows back. InputError, naming
-    the commonest reason, where more than `max_skipped` of the samples are left out: then not they are at
-    fault.
+    `jobs` is an iterable, of `count` jobs at most; few of them are held at a time. work(job) returns (arrays,
+    skipped). The result does not depend on the number of workers, nor on how often it was interrupted: a
+    killed run goes on from its last save, a few hundred rows back. InputError, naming the commonest reason,
+    where more than `max_skipped` of the samples are left out: then not they are at fault.
     """
-    writer, workers = Writer(folder, meta), workers or os.cpu_count() or 1
-    start = writer.state["jobs"]
-    progress = Progress(f"{Path(folder).name}", len(jobs), images_a_job, start, every=5)
+    writer, workers = Writer(folder, meta), workers or max(2, os.cpu_count() or 1)
+    start = done = writer.state["jobs"]
+    progress = Progress(f"{Path(folder).name}", count, images_a_job, start, every=5)
     try:
-        for done, (arrays, skipped) in enumerate(ordered_results(work, jobs[start:], workers), start + 1):
+        jobs = itertools.islice(jobs, start, None)
+        for done, (arrays, skipped) in enumerate(ordered_results(work, jobs, workers), start + 1):
             writer.append(arrays, skipped)
             writer.check_skipped(max_skipped)
             if done % max(1, 512 // images_a_job) == 0: writer.save()
             progress.show(done)
         writer.check_skipped(max_skipped, final=True)
-        progress.show(len(jobs), final=True)
+        progress.steps = done  # `count` may have been too many
+        progress.show(done, final=True)
         writer.finish()
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError, InputError): writer.save()  # ValueError: closed already
@@ -221,24 +229,55 @@ def build_dataset(folder: str | Path, meta: dict, jobs: list, work, workers: int
         raise
 
 
-def ordered_results(work, jobs: list, workers: int):
-    """work(job) for each job, in order, computed a little ahead by several processes."""
-    if workers == 1 or len(jobs) < 4: yield from map(work, jobs); return
-    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
-    with concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker) as pool:
-        waiting, rest = collections.deque(), iter(jobs)
+def ordered_results(work, jobs, workers: int):
+    """work(job) for each of an iterable of jobs, in order, computed a little ahead by several processes.
+
+    One worker is this process itself. Of several, one that dies, in a C library as a rule, leaves an
+    InputError that names the item of the job, or the job, that kills it.
+    """
+    if workers == 1: yield from map(work, jobs); return
+    jobs, waiting = iter(jobs), collections.deque()                        # of (job, its future result)
+    first = list(itertools.islice(jobs, workers))
+    with process_pool(workers) as pool:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is the parent's
-        waiting.extend(pool.submit(work, job) for job in itertools.islice(rest, workers))
+        waiting.extend((job, pool.submit(work, job)) for job in first)
         signal.signal(signal.SIGINT, handler)
         try:
-            for job in rest:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) >= 4 * workers: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise InputError("a worker process died; the same command goes on where it stopped") from error
+            for job in jobs:
+                waiting.append((job, pool.submit(work, job)))
+                if len(waiting) >= 4 * workers: yield waiting[0][1].result(); waiting.popleft()
+            while waiting: yield waiting[0][1].result(); waiting.popleft()
+        except BrokenProcessPool as error:
+            raise InputError(f"a worker process died at {culprit(work, [job for job, _ in waiting])}; mend "
+                             "that, and the same command goes on where it stopped") from error
         finally:
-            for future in waiting: future.cancel()
+            for _, future in waiting: future.cancel()
+
+
+def process_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+    return concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker)
+
+
+def culprit(work, jobs: list) -> str:
+    """The first of the jobs, or of their items if they are lists, that kills a process which does it alone.
+
+    A pool does not tell which of its processes died, nor of what: so the jobs in question are done again.
+    """
+    alone = [[item] for job in jobs for item in job] if isinstance(jobs[0], list) else jobs
+    with process_pool(1) as pool:
+        for job in alone:
+            if isinstance(pool.submit(work, job).exception(), BrokenProcessPool):
+                return str(job[0] if isinstance(job, list) else job)
+    return "a moment that does not come again (out of memory? give fewer --workers)"
+
+
+def in_a_process(function, path: Path, *arguments):
+    """function(path, *arguments) in a process of its own: a C library that dies of it is an InputError."""
+    with process_pool(1) as pool:
+        try: return pool.submit(function, path, *arguments).result()
+        except BrokenProcessPool as error:
+            raise InputError(f"{path}: kills the process that reads it: broken? Download it again") from error
 
 
 def quiet_worker() -> None:
@@ -252,9 +291,9 @@ def quiet_worker() -> None:
 # ==========================================================================================================
 # Batches
 # ==========================================================================================================
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def epoch_permutation(count: int, seed: int, purpose: str, epoch: int) -> np.ndarray:
-    """The order (count,) of an epoch."""
+    """The order (count,) of an epoch: 8 bytes an image, all that grows in memory with a data set."""
     return random_generator(seed, purpose, epoch).permutation(count)
 
 
@@ -472,15 +511,16 @@ def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
 # ==========================================================================================================
 # The embedded benchmark: hands and bodies rendered by round cones, in two domains
 # ==========================================================================================================
+BOX, MARGIN = 1.5, 1.25  # network's crop: so many times the joints' box; stored crop: so many times that crop
 HAND_JOINTS = ["wrist"] + [f"{name}_{i}" for name in ("thumb", "index", "middle", "ring", "little")
                            for i in (1, 2, 3, 4)]                          # a finger: palm -> tip
 HAND_BONES = [(0 if i % 4 == 1 else i - 1, i) for i in range(1, 21)]       # (parent, child)
-HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0}
+HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": BOX}
 HUMAN_JOINTS = ["pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
                 "spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist",
                 "right_shoulder", "right_elbow", "right_wrist"]             # in Human3.6M's order
 HUMAN_BONES = list(zip((0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15), range(1, 17)))  # (parent, child)
-HUMAN = {"joints": HUMAN_JOINTS, "bones": HUMAN_BONES, "root": 0, "depth_range": 2000.0}
+HUMAN = {"joints": HUMAN_JOINTS, "bones": HUMAN_BONES, "root": 0, "depth_range": 2000.0, "box": 1.25}
 
 # The hand at rest, one row a finger: the back of a right hand faces the camera, fingers up (-y), thumb left
 # (-x), palm away (+z). First joint and bones in mm (wrist to middle fingertip: 184); angles in degrees.
@@ -580,11 +620,13 @@ DOMAINS["target_shifted"] = dict(  # the target once more, as no training image 
     wall=[(60, 110, 120), (180, 90, 50), (110, 120, 60), (140, 90, 130), (205, 190, 170)],
     light_angle=(35, 75), light_tint=0.20, clouds=(0.03, 0.12), grain=(0.03, 0.07), shapes=7,
     shape_size=(0.04, 0.20), stripes=0.7, limbs=1, limb_aspect=(0.2, 0.5), balance=0.10)
+# Bodies turn to the camera, more or less: at 48 px nothing but a few pixels of face tells a front from a back,
+# and a small model that has to do so exchanges left and right in four images of ten.
 CLOTHES = dict(  # sleeves end at 0 the shoulder, 1 the elbow, 2 the wrist; trousers' legs alike
     shirt=[(225, 225, 225), (130, 130, 140), (60, 80, 130), (45, 45, 50), (150, 60, 60)], sleeve=(0.4, 1.9),
     trousers=[(55, 70, 110), (45, 45, 50), (170, 155, 125)], leg=(0.6, 2.4), cloth_jitter=0.08, pattern=0.0,
     shoes=[(40, 40, 45), (225, 225, 225), (100, 70, 50)], hair=[(40, 30, 25), (90, 60, 40), (190, 160, 110)],
-    roll=(-8, 8), pitch=(-8, 15), yaw=(-150, 150), floor=[(150, 140, 130), (110, 90, 70), (90, 90, 95)])
+    roll=(-8, 8), pitch=(-8, 15), yaw=(-60, 60), floor=[(150, 140, 130), (110, 90, 70), (90, 90, 95)])
 OTHER_CLOTHES = dict(
     shirt=[(200, 60, 50), (230, 180, 60), (60, 140, 90), (60, 120, 190), (150, 80, 160), (235, 235, 225),
            (40, 40, 45)], sleeve=(0.2, 1.9), cloth_jitter=0.2, pattern=0.5,
@@ -592,7 +634,7 @@ OTHER_CLOTHES = dict(
     shoes=[(200, 60, 60), (60, 90, 160), (230, 230, 230), (60, 50, 40)],
     hair=[(25, 20, 20), (150, 150, 150), (150, 80, 45), (230, 205, 150)],
     decoys=[(200, 60, 50), (60, 120, 190), (120, 60, 50), (148, 98, 72), (250, 226, 214), (50, 60, 80)],
-    roll=(-12, 12), pitch=(0, 30), yaw=(-70, 230),
+    roll=(-12, 12), pitch=(0, 30), yaw=(-30, 90),
     floor=[(100, 110, 70), (140, 110, 90), (80, 70, 90), (180, 170, 150)])
 HUMAN_DOMAINS = {
     "source": DOMAINS["source"] | CLOTHES, "target": DOMAINS["target"] | OTHER_CLOTHES,
@@ -735,12 +777,12 @@ def place(rng, points, joints, distance, look):
     return points + (centre - points[:, :joints].mean(1))[:, None]            # (B, P, 3) mm, camera
 
 
-def crop_intrinsics(joints, side):
+def crop_intrinsics(joints, side, box):
     """Pinhole K (B, 3, 3) in stored pixels for joints (B, K, 3) mm. The wide picture's focal length cancels:
-    the square box of the joints, seen on the plane z = 1, is to fill 1 / (1.5 * 1.25) of the stored image."""
+    the square box of the joints, seen on the plane z = 1, is to fill 1 / (box * MARGIN) of the stored image."""
     flat = joints[..., :2] / joints[..., 2:]
     low, high = flat.min(1), flat.max(1)                                   # (B, 2)
-    focal = side / (1.5 * 1.25 * (high - low).max(1))
+    focal = side / (box * MARGIN * (high - low).max(1))
     matrix = focal[:, None, None] * np.float32(np.diag([1, 1, 0])) + np.float32(np.diag([0, 0, 1]))
     matrix[:, :2, 2] = (side - 1) / 2 - focal[:, None] * (low + high) / 2  # pixel centres are integers
     return matrix                                                          # (B, 3, 3)
@@ -971,7 +1013,7 @@ def render(kind, rng, domain, count, side):
     look, joints = kind.domains[domain], len(kind.skeleton["joints"])
     points, girth = kind.pose(rng, count)
     points = place(rng, points, joints, kind.distance, look)
-    intrinsics = crop_intrinsics(points[:, :joints], side)
+    intrinsics = crop_intrinsics(points[:, :joints], side, kind.skeleton["box"])
     points, worn, tone, cloths = kind.dress(rng, points, side, look)
     layers = rasterise(kind.cones, kind.blend, points, girth, worn, intrinsics, side)
     figure = shade(rng, layers, kind.blend, tone, cloths, look)
@@ -1033,11 +1075,12 @@ def make_benchmark(kind: str, root: str | Path, side: int = 60, workers: int = 0
             there = np.load(Path(root) / name / "images.npy", mmap_mode="r").shape[1]
             if there != side: raise InputError(f"{root}/{name}: exists with {there} px; remove it")
             continue
-        meta = {"name": f"{kind} {domain or 'unconstrained'}", "split": name.split("_")[-1], "margin": 1.25,
-                **KINDS[kind].skeleton, "origin": f"rendered by this project, {side} px"}
+        skeleton = {k: v for k, v in KINDS[kind].skeleton.items() if k != "box"}
+        meta = {"name": f"{kind} {domain or 'unconstrained'}", "split": name.split("_")[-1], "margin": MARGIN,
+                **skeleton, "origin": f"rendered by this project, {side} px"}
         if not domain: meta |= {"joints": [], "bones": []}
         jobs = [(kind, name, i, side) for i in range(-(-count // CHUNK))]
-        build_dataset(Path(root) / name, meta, jobs, render_chunk, workers, CHUNK)
+        build_dataset(Path(root) / name, meta, jobs, len(jobs), render_chunk, workers, CHUNK)
 
 
 def ensure_benchmark(folders: list[str], rank: int) -> None:
@@ -1056,53 +1099,146 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
 # ==========================================================================================================
 # Readers of public data sets: a publisher's files -> Samples -> checked -> cropped -> a data-set folder
 # ==========================================================================================================
-# A reader is a function (root, own options with defaults) -> list of Samples. It opens the files of labels,
-# not the pictures; a line in READERS puts it on the command line. All readers share everything else.
-BOX, MARGIN = 1.5, 1.25  # network's crop: so many times the joints' box; stored crop: so many times that crop
+# A reader is a function (root, own options with defaults) -> (number of samples or an upper bound, generator
+# of Samples). It refuses early what it can; its generator opens the files of labels one sequence at a time,
+# and never a picture. A line in READERS puts it on the command line. All readers share everything else.
 SAMPLES_A_JOB = 16
 
 
 class Sample(NamedTuple):
-    """One picture as its publisher ships it; files are named relative to ROOT."""
-    image: str
+    """One picture, or one frame of a video, as its publisher ships it; files are named relative to ROOT."""
+    image: str                            # picture file, or video file if `frame` is given
     keypoints: np.ndarray | None = None   # (K, 3) mm, camera; NaN: not labelled. None: no labels at all
     intrinsics: np.ndarray | None = None  # (3, 3) px of the whole picture, pixel centres at integers
-    mask: str | None = None               # foreground where its grey value (palette index) is ..
-    foreground: int = 128                 # .. so much or more
+    mask: str | None = None               # picture file, or .mat file (then `mask_key` says what in it)
+    foreground: tuple = (128, 255)        # foreground: grey value, palette index, label in this closed range
     uv: np.ndarray | None = None          # (K, 2) px: the publisher's own 2D labels, where there are any
-    size: tuple | None = None             # (width, height) px of every picture of this publisher
+    size: tuple | None = None             # (width, height) px, where the publisher fixes it
+    frame: int | None = None              # number of the frame in the video `image`, from 0
+    mask_key: str | int | None = None     # .mat v5: name of the variable; v7.3: index into the cell 'Masks'
+    left: bool = False                    # a left hand: picture, mask, labels, camera become a right hand
+    distortion: np.ndarray | None = None  # (5,) k1 k2 p1 p2 k3 (OpenCV's formula); undone in the crop
+    tolerance: float = 2.0                # px that projected keypoints may lie from `uv`
+    around: np.ndarray | None = None      # (n, 3) mm, camera: points, no joints, that the crop holds as well
+
+    def __str__(self) -> str:
+        return self.image if self.frame is None else f"{self.image} frame {self.frame}"
 
 
-def open_picture(path: Path, least: int = 0, foreground: int | None = None) -> np.ndarray:
-    """Any picture file as (H, W, 3) uint8, turned as its EXIF says; grey, palette, CMYK, 16 bit become RGB.
+class Missing(Exception):
+    """A sample has no picture or no mask, as now and then at the end of a video: it is left out, counted."""
 
-    `least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if both sides keep so many pixels. With
-    `foreground` it is a mask, (H, W) bool: True where the grey value (or palette index) is that or more.
-    """
-    try:
-        with Image.open(path) as image:
-            if foreground is not None:
-                return np.asarray(image if image.mode in "PL" else image.convert("L")) >= foreground
-            if least: image.draft("RGB", (least, least))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:  # what lies under it is arbitrary: white instead
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return np.asarray(image.convert("RGB"))
+
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def reading(path: Path, what: str):
+    """Whatever goes wrong while a file is read becomes one line that names it."""
+    try: yield
+    except (InputError, Missing): raise
+    except ImportError as error:
+        raise InputError(f"{path}: to read it, first: pip install {error.name.partition('.')[0]}") from error
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"{path}: broken picture: {error}; give a whole PNG or JPEG file") from error
+        wrong = f"broken {what}: {first_line(error)}" if os.path.exists(path) else "missing"
+        raise InputError(f"{path}: {wrong}; give a whole {what}") from error
 
 
-def open_sample(root: Path, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
-    """Picture (H, W, 3) uint8 and mask (H, W) bool or None, of the sizes that they must have."""
-    image = open_picture(root / sample.image)
-    mask = open_picture(root / sample.mask, foreground=sample.foreground) if sample.mask else None
-    width, height = sample.size or image.shape[1::-1]
-    for name, array in ((sample.image, image), (sample.mask, mask)):
-        if array is not None and (found := array.shape[1::-1]) != (width, height):
-            raise InputError(f"{root / name}: {found[0]} x {found[1]} px, expected {width} x {height}")
-    return image, mask
+def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarray, tuple[int, int]]:
+    """Any picture file as (h, w, 3) uint8, turned as its EXIF says, and its own size (W, H); grey, palette,
+    CMYK and 16 bit become RGB.
+
+    If `width` px of it (0: its shorter side) are to become `side` px, a JPEG is decoded at 1/2, 1/4 or 1/8 of
+    its size where that leaves as many pixels: a quarter of the time, or less.
+    """
+    with reading(path, "picture"), Image.open(path) as image:
+        size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
+        share = side / (width or min(size))
+        if side: image.draft("RGB", [math.ceil(share * length) for length in image.size])
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:  # what lies under it is arbitrary: white instead
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return np.asarray(image.convert("RGB")), size
+
+
+class Video:
+    """The frames of a video by their number, whatever a seek lands on: a frame is told by its time.
+
+    It stays open, so that frames in order are decoded once each. Videos whose packets bear no true times
+    (AVI with frames out of order) are decoded from their beginning, and counted.
+    """
+
+    def __init__(self, path: Path):
+        import av
+        self.container = av.open(str(path))
+        self.stream = self.container.streams.video[0]
+        self.stream.codec_context.thread_count = 1  # there are other workers
+        packets = [(p.pts, p.pts if p.dts is None else p.dts, p.is_keyframe)
+                   for p in self.container.demux(self.stream) if p.size and not p.is_discard]
+        self.count, times = len(packets), [time for time, _, _ in packets]
+        if self.count < 0.9 * self.stream.frames:
+            raise ValueError(f"it ends after {self.count} of {self.stream.frames} frames")
+        late = self.stream.codec_context.has_b_frames                      # frames come out of order
+        self.timed = None not in times and not (late and times == sorted(times))
+        self.number = {time: i for i, time in enumerate(sorted(times))} if self.timed else {}
+        self.keys = sorted((self.number[t], start) for t, start, key in packets if key and self.timed)
+        self.begin = min(start for _, start, _ in packets) if self.timed else 0
+        self.next = math.inf                                               # number of the next frame decoded
+
+    def frame(self, number: int) -> np.ndarray:
+        """Frame `number` from 0 as (H, W, 3) uint8; Missing beyond the end."""
+        if number >= self.count: raise Missing(f"frame: the video has {self.count}")
+        key, time = max((key for key in self.keys if key[0] <= number), default=(0, self.begin))
+        if not key <= self.next <= number:
+            self.container.seek(time, stream=self.stream)
+            self.frames, self.next = self.container.decode(self.stream), key
+        here = -1
+        for frame in self.frames:
+            here = self.number.get(frame.pts, -1) if self.timed else self.next
+            self.next = here + 1
+            if here >= number: break
+        if here != number: raise ValueError(f"frame {number} cannot be decoded")
+        return frame.to_ndarray(format="rgb24")
+
+
+open_video = lru_cache(maxsize=2)(Video)  # in each worker
+
+
+def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None) -> np.ndarray:
+    """A mask as (H, W) bool: True where the value lies in the closed range; `key` as Sample.mask_key."""
+    with reading(path, "mask"):
+        if key is None:
+            with Image.open(path) as image:
+                values = np.asarray(image if image.mode in "PL" else image.convert("L"))
+        elif isinstance(key, str): values = read_mat(path, key)[key]
+        else:
+            import h5py
+            with h5py.File(path) as file:
+                cell = file["Masks"]                                       # (F, 1) of references
+                empty = key >= len(cell) or not cell[key, 0] or "MATLAB_empty" in file[cell[key, 0]].attrs
+                if empty: raise Missing(f"mask: {path.name} has none for this frame")
+                values = file[cell[key, 0]][()].T                          # (H, W)
+        return (values >= foreground[0]) & (values <= foreground[1])
+
+
+def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
+    """Picture (h, w, 3) uint8, its mask (H, W) bool or None, and the picture's own size (W, H).
+
+    Picture and mask must have the size that the publisher says; a JPEG of which `width` px become `side` px
+    may be decoded smaller, (h, w).
+    """
+    path, mask = root / sample.image, None
+    if sample.frame is None: image, size = open_picture(path, side, width)
+    else:
+        with reading(path, "video"): image = open_video(path).frame(sample.frame)
+        size = image.shape[1::-1]
+    if sample.mask: mask = open_mask(root / sample.mask, sample.foreground, sample.mask_key)
+    expected = tuple(sample.size or size)
+    for name, found in ((sample.image, size), (sample.mask, expected if mask is None else mask.shape[1::-1])):
+        if found != expected: raise InputError(f"{root / name}: {found[0]} x {found[1]} px, expected "
+                                               f"{expected[0]} x {expected[1]}")
+    return image, mask, size
 
 
 def need_files(root: Path, names: list[str], layout: str) -> None:
@@ -1122,6 +1258,74 @@ def read_json_array(path: Path, *shape: int) -> np.ndarray:
         raise InputError(f"{path}: not a whole JSON array ({error})") from error
     if array.shape[1:] != shape: raise InputError(f"{path}: shape {array.shape}, expected {('n', *shape)}")
     return array
+
+
+def read_mat(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Variables of a MATLAB file of version 5 as scipy gives them: MATLAB's axes, two at least."""
+    with reading(path, "MATLAB file"):
+        from scipy.io import loadmat, whosmat
+        found = loadmat(path, variable_names=names)
+        return named(path, found if set(names) <= set(found) else [v[0] for v in whosmat(path)], names)
+
+
+def read_h5(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Variables of a MATLAB file of version 7.3, an HDF5 file: MATLAB's axes in reverse, (F, .., ..)."""
+    return in_a_process(read_h5_here, path, *names)
+
+
+def read_h5_here(path: Path, *names: str) -> dict[str, np.ndarray]:
+    with reading(path, "MATLAB 7.3 file"):
+        import h5py
+        with h5py.File(path) as file: return {k: v[()] for k, v in named(path, file, names).items()}
+
+
+def read_cdf(path: Path, name: str) -> np.ndarray:
+    """One variable of a CDF file."""
+    with reading(path, "CDF file"):
+        import cdflib
+        file = cdflib.CDF(path)
+        if name not in (there := file.cdf_info().zVariables): named(path, there, [name])
+        return np.asarray(file.varget(name))
+
+
+def named(path: Path, variables, names) -> dict:
+    """Those of the variables of a file; InputError if one is not there."""
+    for name in set(names) - set(variables):
+        there = ", ".join(k for k in variables if not k.startswith(("_", "#")))
+        raise InputError(f"{path}: has no variable {name!r}, but {there or 'none'}")
+    return {name: variables[name] for name in names}
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Admits numpy arrays in plain containers: what a pickle names may be called, so it finds no other."""
+
+    def find_class(self, module: str, name: str):
+        known = {"_reconstruct": np.ndarray((0,)).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
+                 "scalar": np.float64().__reduce__()[0], "_frombuffer": np.ndarray((0,)).__reduce_ex__(5)[0],
+                 "encode": lambda text, encoding: text.encode("latin1")}   # bytes in pickles of protocol 2
+        if module.split(".")[0] == ("_codecs" if name == "encode" else "numpy") and name in known:
+            return known[name]
+        raise InputError(f"{self.path}: names {module}.{name}, no array: refused, nothing of it was run")
+
+
+def read_pickle(path: Path):
+    """A pickle of python 2 or 3 that holds numpy arrays, plain containers, numbers, str and bytes only.
+
+    InputError where it holds anything else: a pickle can run any command, and these come from a download.
+    """
+    with reading(path, "pickle"), open(path, "rb") as file:
+        unpickler = ArraysOnly(file, encoding="latin1")  # python 2's str, whose arrays' bytes they are too
+        unpickler.path = path
+        return unpickler.load()
+
+
+def pinhole_of(points: np.ndarray, uv: np.ndarray) -> np.ndarray:
+    """Intrinsics (3, 3) px, without skew, that project points (n, 3) mm, camera, nearest to uv (n, 2) px."""
+    good, K = np.isfinite(points).all(axis=1) & np.isfinite(uv).all(axis=1), np.eye(3)
+    for axis in (0, 1):
+        slope = points[good, axis] / points[good, 2]
+        K[axis, axis], K[axis, 2] = np.polyfit(slope, uv[good, axis], 1)   # u = f x / z + c
+    return K
 
 
 # ---------------------------------------------------------------- the checks: None, or "kind: what is wrong"
@@ -1145,9 +1349,33 @@ def hand_fault(keypoints: np.ndarray) -> str | None:
         return "handedness: fingers bend away from the palm: mirrored, a left hand, fingers in reverse order?"
 
 
-def projection_fault(keypoints, uv, size, mask=None, published=None) -> str | None:
+def body_fault(keypoints: np.ndarray) -> str | None:
+    """Joints (17, 3) mm of HUMAN, judged by a thigh's length and by the sides: unit, order, handedness.
+
+    A knee bends one way: thigh x shin points from the right hip to the left one; in a mirror image, or where
+    left and right are exchanged, it points back. So do elbows, but for the turn of the shoulder: they count
+    less. Straight limbs do not tell.
+    """
+    hinges = keypoints[[[1, 2, 3], [4, 5, 6], [14, 15, 16], [11, 12, 13]]]  # (4, 3, 3) mm: knees, elbows
+    bones = np.diff(hinges, axis=1)                                        # (4, 2, 3) mm
+    length = np.linalg.norm(bones, axis=-1)                                # (4, 2) mm
+    for thigh in length[:2, 0]:
+        if thigh < 250 or thigh > 600:                                     # not where it is NaN
+            return f"bone: {thigh:.3g} mm from hip to knee, not a human's 250 to 600: another unit?"
+    hips, shoulders = keypoints[4] - keypoints[1], keypoints[11] - keypoints[14]  # (3,) right -> left
+    wide = np.linalg.norm(hips) * np.linalg.norm(shoulders) + 1e-9
+    if hips @ shoulders / wide < -0.5:
+        return "order: shoulders and hips point opposite ways: left and right exchanged in arms or legs?"
+    across = hips / (np.linalg.norm(hips) + 1e-9)
+    bend = np.cross(bones[:, 0], bones[:, 1]) @ across / (length.prod(axis=1) + 1e-9)  # sine of the angle
+    if np.nansum(bend * [1, 1, -0.3, -0.3]) < -0.3:
+        return "handedness: knees bend forwards: mirrored, or left and right exchanged?"
+
+
+def projection_fault(keypoints, uv, size, mask=None, published=None, tolerance=2.0) -> str | None:
     """Joints (K, 3) mm, their uv (K, 2) px in a picture of `size` (width, height): before the camera, in the
-    picture, at the publisher's own 2D labels (K, 2), on the mask (H, W) bool as they are, not mirrored."""
+    picture, within `tolerance` px of the publisher's own 2D labels (K, 2) where there are any, on the mask
+    (H, W) bool as they are, not mirrored."""
     valid = np.isfinite(keypoints).all(axis=1)
     if valid.sum() < 2: return f"projection: {valid.sum()} joints have labels"
     if (keypoints[valid, 2] <= 0).any(): return "projection: a joint lies behind the camera"
@@ -1155,7 +1383,8 @@ def projection_fault(keypoints, uv, size, mask=None, published=None) -> str | No
     inside, extent = ((uv >= -0.5) & (uv <= size - 0.5)).all(axis=1), np.ptp(uv, axis=0).max()
     if inside.mean() < 0.5: return f"projection: {inside.sum()} of {len(uv)} joints fall on the picture"
     if not 8 <= extent <= 2 * size.max(): return f"projection: the joints' box is {extent:.1f} px wide"
-    if published is not None and (apart := np.abs(uv - published[valid]).max()) > max(2, 0.03 * extent):
+    apart = 0 if published is None else np.fmax.reduce(np.abs(uv - published[valid]), axis=None)
+    if apart > tolerance:
         return f"projection: {apart:.1f} px from the publisher's 2D labels: camera, order or lens distortion?"
     if mask is not None:
         u, v = np.clip(np.round(uv), 0, size - 1).astype(int).T
@@ -1164,14 +1393,29 @@ def projection_fault(keypoints, uv, size, mask=None, published=None) -> str | No
             return f"projection: {share:.0%} of the joints on the mask, mirrored {mirrored:.0%}: flipped?"
 
 
-def fault_of(keypoints, uv, size, mask=None, published=None) -> str | None:
-    hand = hand_fault(keypoints) if len(keypoints) == len(HAND_JOINTS) else None
-    return hand or projection_fault(keypoints, uv, size, mask, published)
+def fault_of(joints: list[str], keypoints, uv, size, mask=None, published=None, tolerance=2.0,
+             left: bool = False) -> str | None:
+    """What is impossible about the labels of one sample, a skeleton of these joints, or None."""
+    right = keypoints * [-1, 1, 1] if left else keypoints
+    fault = hand_fault(right) if joints == HAND_JOINTS else \
+        body_fault(right) if joints == HUMAN_JOINTS else None
+    return fault or projection_fault(keypoints, uv, size, mask, published, tolerance)
 
 
-def to_uv(keypoints: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """`project` for one sample: (K, 3) mm, camera, and (3, 3) px -> (K, 2) px."""
-    return project(torch.tensor(keypoints)[None], torch.tensor(intrinsics)[None])[0].numpy()
+def to_uv(keypoints: np.ndarray, intrinsics: np.ndarray, distortion: np.ndarray | None = None) -> np.ndarray:
+    """One sample's (K, 3) mm, camera, and intrinsics (3, 3) -> (K, 2) px, through a lens with distortion."""
+    xy = keypoints[:, :2] / keypoints[:, 2:]
+    return distort(xy, distortion) @ intrinsics[:2, :2].T + intrinsics[:2, 2]
+
+
+def distort(xy: np.ndarray, distortion: np.ndarray | None) -> np.ndarray:
+    """Points (.., 2) of the plane z = 1 -> where a lens with k1 k2 p1 p2 k3 shows them, (.., 2)."""
+    if distortion is None: return xy
+    (k1, k2, p1, p2, k3), (x, y) = distortion, (xy[..., 0], xy[..., 1])
+    square = x * x + y * y
+    radial = 1 + square * (k1 + square * (k2 + square * k3))
+    return np.stack([x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
+                     y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y], axis=-1)
 
 
 # ---------------------------------------------------------------- the crop
@@ -1186,51 +1430,102 @@ def crop_square(pixels: np.ndarray, corner: np.ndarray, width: float, side: int)
     low, high = np.floor(corner).astype(int) - reach, np.ceil(corner + width).astype(int) + reach
     rows, columns = (np.arange(low[i], high[i]).clip(0, pixels.shape[1 - i] - 1) for i in (1, 0))
     x, y = corner - low
-    patch = Image.fromarray(pixels[rows[:, None], columns])
+    part = pixels[rows[0]:rows[-1] + 1].take(columns, axis=1).take(rows - rows[0], axis=0)
+    patch = Image.fromarray(part)  # fancy indexing by rows and columns at once is many times slower
     return np.asarray(patch.resize((side, side), Image.Resampling.BILINEAR, (x, y, x + width, y + width)))
 
 
-def crop_sample(sample: Sample, image, mask, uv: np.ndarray, side: int) -> dict[str, np.ndarray]:
-    """A row of each array: the square around the valid joints' uv (K, 2) px, and the intrinsics of it."""
-    low, high = np.nanmin(uv, axis=0), np.nanmax(uv, axis=0)               # (2,) px
-    width = BOX * MARGIN * (high - low).max()
-    corner, s = (low + high) / 2 + 0.5 - width / 2, side / width
-    to_crop = np.diag([s, s, 1.0])
-    to_crop[:2, 2] = (0.5 - corner) * s - 0.5                              # u' = (u + 0.5 - corner) s - 0.5
-    row = {"images": crop_square(image, corner, width, side), "keypoints": np.float32(sample.keypoints),
-           "intrinsics": np.float32(to_crop @ sample.intrinsics)}
-    return row if mask is None else row | {"masks": crop_square(mask * np.uint8(255), corner, width, side)}
+def crop_window(uv: np.ndarray, box: float) -> tuple[np.ndarray, float]:
+    """The square around the labelled joints' uv (K, 2) px: its corner (x, y) and width, as `crop_square`."""
+    low, high = np.fmin.reduce(uv), np.fmax.reduce(uv)                     # (2,) px
+    width = box * MARGIN * (high - low).max()
+    return (low + high) / 2 + 0.5 - width / 2, width
 
 
-def convert(root: Path, side: int, job: list[Sample]) -> tuple[dict[str, np.ndarray], list[str]]:
+def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample: Sample) -> np.ndarray:
+    """`crop_square` of the picture as a lens without distortion would have taken it.
+
+    The part in question is shrunk to about two pixels for each of the crop's, as `crop_square` does it; from
+    there each half pixel of the crop fetches its colour; then 2 x 2 are averaged. The lens is computed at
+    65 x 65 places, and linear between: that is exact to a few hundredths of a pixel.
+    """
+    K, fine = sample.intrinsics, 2 * side
+    places = np.linspace(0.5, fine - 0.5, 65) * width / fine - 0.5
+    u, v = np.meshgrid(corner[0] + places, corner[1] + places)             # (65, 65) px, undistorted
+    xy = (np.stack([u, v], axis=-1) - K[:2, 2]) @ np.linalg.inv(K[:2, :2]).T    # (65, 65, 2) at z = 1
+    uv = distort(xy, sample.distortion) @ K[:2, :2].T + K[:2, 2] + 0.5     # (65, 65, 2) px from the edge
+    seen = np.clip(uv, 0, pixels.shape[1::-1])
+    low = seen.min(axis=(0, 1))
+    extent = (seen.max(axis=(0, 1)) - low).max() + 1e-6
+    patch = crop_square(pixels, low, extent, math.ceil(extent * min(1, fine / width))).copy()
+    patch = torch.from_numpy(patch.reshape(*patch.shape[:2], -1)).permute(2, 0, 1)[None].float()
+    grid = torch.from_numpy((uv - low) * (2 / extent) - 1).permute(2, 0, 1)[None].float()  # -1 .. 1
+    grid = F.interpolate(grid, (fine, fine), mode="bilinear", align_corners=True)  # (1, 2, 2 side, 2 side)
+    found = F.grid_sample(patch, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    found = F.avg_pool2d(found, 2)[0].permute(1, 2, 0).round().byte()      # (side, side, C)
+    return found.numpy().reshape(side, side, *pixels.shape[2:])
+
+
+def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[str, np.ndarray]:
+    """A row of each array: the window (corner, width) of the picture (h, w, 3), which may have been decoded
+    smaller than its own size (W, H), of its mask (H, W), and the intrinsics; a left hand as a right one."""
+    corner, width = window
+    s, shrunk = side / width, max(1, round(size[0] / image.shape[1]))      # 1, 2, 4 or 8 px of it in a pixel
+    K = np.diag([s, s, 1.0])
+    K[:2, 2] = (0.5 - corner) * s - 0.5                                    # u' = (u + 0.5 - corner) s - 0.5
+    row = {"keypoints": np.float32(sample.keypoints), "intrinsics": np.float32(K @ sample.intrinsics)}
+    for name, pixels, n in (("images", image, shrunk), ("masks", mask, 1)):
+        if pixels is None: continue
+        pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
+        row[name] = crop_square(pixels, corner / n, width / n, side) if sample.distortion is None else \
+            crop_undistorted(pixels, corner, width, side, sample)
+    if sample.left:
+        row = {k: row[k][:, ::-1] if k in ("images", "masks") else row[k] for k in row}
+        row["keypoints"] = row["keypoints"] * np.float32([-1, 1, 1])
+        row["intrinsics"][0, 1:] *= -1                                     # skew and cx -> side - 1 - cx
+        row["intrinsics"][0, 2] += side - 1
+    return row
+
+
+def convert(root: Path, side: int, skeleton: dict, job: list[Sample]) -> tuple[dict, list[str]]:
     """A job of `build_dataset`: rows of samples that pass the checks; "FILE: kind: what is wrong" of others.
 
     A broken picture that has labels stops the conversion (the download is broken); any other is left out.
     """
     rows, skipped = [], []
     for sample in job:
-        if sample.keypoints is None:
-            try: image = open_picture(root / sample.image, side)
-            except InputError as error: skipped.append(str(error)); continue
-            size = np.array(image.shape[1::-1])
-            rows.append({"images": crop_square(image, (size - size.min()) / 2, size.min(), side)})
-            continue
-        image, mask = open_sample(root, sample)
-        uv = to_uv(sample.keypoints, sample.intrinsics)                    # (K, 2) px
-        fault = fault_of(sample.keypoints, uv, image.shape[1::-1], mask, sample.uv)
-        if fault: skipped.append(f"{sample.image}: {fault}")
-        else: rows.append(crop_sample(sample, image, mask, uv, side))
+        try: rows.append(convert_sample(root, side, skeleton, sample))
+        except Missing as reason: skipped.append(f"{sample}: {reason}")
+        except InputError as error:
+            if sample.keypoints is not None: raise
+            skipped.append(str(error))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}, skipped
+
+
+def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dict[str, np.ndarray]:
+    """A row of each array; Missing, "kind: what is wrong", where the sample has to be left out."""
+    if sample.keypoints is None:
+        image, _, _ = open_sample(root, sample, side, 0)
+        size = np.array(image.shape[1::-1])
+        return {"images": crop_square(image, (size - size.min()) / 2, size.min(), side)}
+    held = sample.keypoints if sample.around is None else np.vstack([sample.keypoints, sample.around])
+    window = crop_window(to_uv(held, sample.intrinsics), skeleton["box"])
+    image, mask, size = open_sample(root, sample, side, window[1] if np.isfinite(window[1]) else 0)
+    uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)     # (K, 2) px
+    fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, mask, sample.uv, sample.tolerance,
+                     sample.left)
+    if fault: raise Missing(fault)
+    return crop_sample(sample, image, mask, size, window, side)
 
 
 # ---------------------------------------------------------------- the readers
 
-FREIHAND = {  # split: its folder, pictures of a sample, folder of masks, least grey value of a hand, archive
-    "train": ("training", 4, "mask", 128, "FreiHAND_pub_v2"),
-    "evaluation": ("evaluation", 1, "segmap", 1, "FreiHAND_pub_v2_eval")}
+FREIHAND = {  # split: its folder, pictures of a sample, folder of masks, grey values of a hand, archive
+    "train": ("training", 4, "mask", (128, 255), "FreiHAND_pub_v2"),
+    "evaluation": ("evaluation", 1, "segmap", (1, 255), "FreiHAND_pub_v2_eval")}
 
 
-def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> list[Sample]:
+def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> tuple[int, Iterator[Sample]]:
     """FreiHAND v2 (Zimmermann et al., ICCV 2019): right hands, 224 x 224 px, our joint order, metres, camera.
 
     train: n = 32,560 labels and masks (hand and forearm, JPEG noise) of 4 n pictures: picture i + n v shows
@@ -1250,24 +1545,592 @@ def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> l
                          f"pictures in {part}/rgb, where {copies} x {n} belong: an incomplete download?")
     masked = split == "train" or (root / part / masks).is_dir()
     suffix = "png" if (root / part / masks / f"{0:08d}.png").exists() else "jpg"
-    samples = [Sample(f"{part}/rgb/{i + n * int(v):08d}.jpg", xyz[i], K[i], size=(224, 224),
-                      mask=f"{part}/{masks}/{i:08d}.{suffix}" if masked else None, foreground=foreground)
-               for i in range(n) for v in (versions if copies > 1 else "0")]
-    need_files(root, [file for s in samples for file in (s.image, s.mask) if file], layout)
-    return samples
+    copies = versions if copies > 1 else "0"
+    need_files(root, (f"{part}/rgb/{i + n * int(v):08d}.jpg" for v in copies for i in range(n)), layout)
+    if masked: need_files(root, (f"{part}/{masks}/{i:08d}.{suffix}" for i in range(n)), layout)
+
+    def samples():
+        for i, v in itertools.product(range(n), copies):
+            mask = f"{part}/{masks}/{i:08d}.{suffix}" if masked else None
+            image = f"{part}/rgb/{i + n * int(v):08d}.jpg"
+            yield Sample(image, xyz[i], K[i], mask, foreground, size=(224, 224))
+    return n * len(copies), samples()
 
 
-def read_photos(root: Path) -> list[Sample]:
+# ---------------------------------------------------------------- hands
+
+LITTLE_FIRST = [0] + [4 * f + k for f in (4, 3, 2, 1, 0) for k in (1, 2, 3, 4)]  # ours = raw[these], in STB
+TIP_FIRST = [0] + [4 * f + k for f in (0, 1, 2, 3, 4) for k in (4, 3, 2, 1)]     # and in each hand of RHD
+STB_WRIST = {"ring": (13, 2.0), "middle": (9, 2.2)}  # wrist = knuckle + factor (palm - knuckle)
+STB = {  # camera: its pictures, each with (fx, fy, cx, cy) px, and the rotation vector and shift (mm) of
+    # d = R c + t: from points c in the frame of the picture's camera to points d in the labels' frame
+    "bb": [("BB_left", (822.79041, 822.79041, 318.47345, 250.31296), (0, 0, 0), (0, 0, 0)),
+           ("BB_right", (822.79041, 822.79041, 318.47345, 250.31296), (0, 0, 0), (120.054, 0, 0))],
+    "sk": [("SK_color", (607.92271, 607.88192, 314.78337, 236.42484), (0.00531, -0.01196, 0.00301),
+            (-24.0381, -0.4563, -1.2326))]}
+
+
+def one_of(flag: str, value: str, *choices: str) -> None:
+    """InputError unless the value of --flag is one of the choices."""
+    if value not in choices: raise InputError(f"--{flag} {value!r}: give {' or '.join(choices)}")
+
+
+def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])                 # (3, 3) px
+
+
+def rotation_by(vector) -> np.ndarray:
+    """Rotation matrix (3, 3) about `vector` (3,) by its length in radians."""
+    x, y, z = vector
+    return torch.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)).numpy()
+
+
+def read_stb(root: Path, split: str = "train", camera: str = "bb",
+             wrist: str = "ring") -> tuple[int, Iterator[Sample]]:
+    """STB, the stereo hand pose benchmark (Zhang et al., ICIP 2017): left hands, 640 x 480 px, mm.
+
+    --split test: B1Counting and B1Random; train: B2 to B6. --camera bb: left and right picture of the stereo
+    pair, labels in the left camera's frame; sk: the colour picture beside the depth camera, in whose frame
+    the labels d are: c = R^T (d - t). Raw fingers go from little to thumb. Raw joint 0 is the palm's centre;
+    --wrist says how it becomes a wrist: ring, ring_1 + 2 (palm - ring_1), which most code does, or middle,
+    middle_1 + 2.2 (palm - middle_1). No 2D labels, no lens distortion, no masks.
+    """
+    for flag, value, choices in (("split", split, ("train", "test")), ("camera", camera, STB),
+                                 ("wrist", wrist, STB_WRIST)): one_of(flag, value, *choices)
+    layout = ("ROOT has images/B1Counting/BB_left_0.png .. and labels/B1Counting_BB.mat .., B1 to B6, "
+              "Counting and Random; a zip without a folder in it is to be unpacked into one")
+    sequences = [f"B{i}{kind}" for i in ([1] if split == "test" else [2, 3, 4, 5, 6])
+                 for kind in ("Counting", "Random")]
+    need_files(root, [f"labels/{name}_{camera.upper()}.mat" for name in sequences], layout)
+
+    def joints(name: str) -> np.ndarray:
+        path = root / f"labels/{name}_{camera.upper()}.mat"
+        raw = read_mat(path, "handPara")["handPara"]                       # (3, 21, n) mm
+        if raw.ndim != 3 or raw.shape[:2] != (3, 21):
+            raise InputError(f"{path}: handPara is {raw.shape}, not (3, 21, n)")
+        hands, (knuckle, factor) = raw.transpose(2, 1, 0)[:, LITTLE_FIRST], STB_WRIST[wrist]  # (n, 21, 3) mm
+        hands[:, 0] = hands[:, knuckle] + factor * (hands[:, 0] - hands[:, knuckle])
+        return hands
+
+    counts = {name: len(joints(name)) for name in sequences}
+    need_files(root, [f"images/{name}/{kind}_{i}.png" for name, n in counts.items()
+                      for kind, *_ in STB[camera] for i in range(n)], layout)
+
+    def samples() -> Iterator[Sample]:
+        for name in sequences:
+            for i, hand in enumerate(joints(name)):
+                for kind, lens, turn, shift in STB[camera]:
+                    there = (hand - shift) @ rotation_by(turn)             # (21, 3) rows: R^T of columns
+                    yield Sample(f"images/{name}/{kind}_{i}.png", there, pinhole(*lens), size=(640, 480),
+                                 left=True)
+    return sum(counts.values()) * len(STB[camera]), samples()
+
+
+def more_left(path: Path) -> bool:
+    """Whether an index mask of RHD shows more of the left hand (2 .. 17) than of the right (18 .. 33)."""
+    with reading(path, "mask"), Image.open(path) as mask:
+        if mask.mode not in "LP": raise ValueError(f"{mask.mode}, not one index a pixel")
+        pixels = mask.histogram()
+    return sum(pixels[2:18]) > sum(pixels[18:34])
+
+
+def read_rhd(root: Path, split: str = "train") -> tuple[int, Iterator[Sample]]:
+    """RHD, rendered hand poses (Zimmermann & Brox, ICCV 2017), version 2: 320 x 320 px, metres, camera frame.
+
+    --split train or evaluation. Each picture has labels of both hands of a person, 0-20 left, 21-41 right,
+    fingers from tip to palm, and 2D labels. Of the two that with more pixels in the mask is taken, as the
+    publisher's code does: so this reader alone looks into masks. All 21 joints are used, hidden ones too. A
+    mask is an index: 0 background, 1 person, 2-17 left hand, 18-33 right hand.
+    """
+    one_of("split", split, "train", "evaluation")
+    part = "training" if split == "train" else split
+    layout = f"ROOT is RHD_published_v2 with {part}/anno_{part}.pickle, {part}/color and mask/00000.png .."
+    path, shapes = root / part / f"anno_{part}.pickle", {"xyz": (42, 3), "uv_vis": (42, 3), "K": (3, 3)}
+    need_files(root, [f"{part}/anno_{part}.pickle"], layout)
+    labels = read_pickle(path)                                             # {number: {"xyz": array, ..}}
+    with reading(path, "file of labels"):
+        for i in sorted(labels):
+            if (found := {key: labels[i][key].shape for key in shapes}) != shapes:
+                raise ValueError(f"sample {i} has {found}, not {shapes}")
+    need_files(root, [f"{part}/{kind}/{i:05d}.png" for kind in ("color", "mask") for i in labels], layout)
+
+    def samples() -> Iterator[Sample]:
+        for i in sorted(labels):
+            label, mask = labels[i], f"{part}/mask/{i:05d}.png"
+            left = more_left(root / mask)
+            rows = np.array(TIP_FIRST) + (0 if left else 21)               # (21,)
+            yield Sample(f"{part}/color/{i:05d}.png", 1000.0 * label["xyz"][rows], np.float64(label["K"]),
+                         mask, (2, 17) if left else (18, 33), label["uv_vis"][rows, :2], (320, 320),
+                         left=left)
+    return len(labels), samples()
+
+
+PAN_TEST = "171204_pose3"
+
+
+def pan_cameras(path: Path, views: str) -> dict[str, tuple]:
+    """HD cameras of a calibration file, or those numbered in `views`: name "00_07" -> size (width, height),
+    K (3, 3) px, distortion (5,), and R (3, 3), t (3,) mm from the dome's frame to the camera's."""
+    with reading(path, "calibration"):
+        found = {c["name"]: (tuple(c["resolution"]), np.array(c["K"], float), np.array(c["distCoef"], float),
+                             np.array(c["R"], float), 10 * np.array(c["t"], float).reshape(3))  # cm -> mm
+                 for c in json.loads(path.read_text())["cameras"] if c["type"] == "hd"}
+    wanted = [f"00_{view.strip():>02}" for view in views.split(",")] if views else sorted(found)
+    if missing := set(wanted) - set(found):
+        raise InputError(f"{path}: has no HD view {min(missing)}; mend --views")
+    return {name: found[name] for name in wanted}
+
+
+def pan_hands(path: Path, score: float, error: float) -> list[tuple[bool, np.ndarray]]:
+    """Hands of a frame: (is it a left one, (21, 3) mm, dome). Left out are people without an identity, and
+    hands with a joint that is not valid, below `score`, or off the views by more than `error` px."""
+    with reading(path, "file of labels"):
+        people = [person for person in json.loads(path.read_text())["people"] if person["id"] != -1]
+        hands = [(side, p[side]) for p in people for side in ("left_hand", "right_hand") if p.get(side)]
+        return [(side == "left_hand", 10 * np.array(hand["landmarks"], float).reshape(21, 3))  # cm -> mm
+                for side, hand in hands
+                if np.min(hand["validity"]) == 1 and np.min(hand["averageScore"]) >= score
+                and np.max(hand["averageReproError"]) <= error]
+
+
+def in_view(keypoints: np.ndarray, K: np.ndarray, distortion: np.ndarray, size: tuple) -> bool:
+    """Whether all joints (n, 3) mm, camera, lie in a picture of `size` (width, height). A lens's polynomial
+    folds what is far outside back into it: so without the lens they may lie a quarter of it beside it."""
+    straight, uv, size = to_uv(keypoints, K), to_uv(keypoints, K, distortion), np.array(size)
+    return bool((keypoints[:, 2] > 0).all() and ((uv >= 0) & (uv <= size - 1)).all()
+                and ((straight >= -size / 4) & (straight <= 1.25 * size)).all())
+
+
+def read_pan(root: Path, split: str = "train", stride: int = 30, views: str = "", score: float = 0.3,
+             error: float = 20.0) -> tuple[int, Iterator[Sample]]:
+    """PAN, hands of the CMU Panoptic Studio (Joo et al., TPAMI 2017): 31 HD views, 1920 x 1080 px, cm, dome.
+
+    --split test: the sequence 171204_pose3; train: all others in ROOT. Of the frames (29.97 a second) those
+    whose number divides by --stride, in the --views given (as 0,7,30; empty: all), from hdImgs if that is
+    there, else from hdVideos. Both hands of everyone, our joint order, if all 21 joints are valid, of --score
+    at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px and more.
+    A hand may be hidden in a view. No 2D labels, no masks.
+    """
+    one_of("split", split, "train", "test")
+    if stride < 1: raise InputError(f"--stride {stride}: give 1 or more")
+    layout = ("ROOT has SEQ/calibration_SEQ.json, SEQ/hdHand3d/handRecon3D_hd00000000.json .. (hdHand3d.tar) "
+              "and SEQ/hdImgs/00_00/00_00_00000000.jpg .. or SEQ/hdVideos/hd_00_00.mp4 ..")
+    frames = {folder.parent.name: sorted(int(file.stem[-8:]) for file in folder.glob("handRecon3D_hd*.json"))
+              for folder in sorted(root.glob("*/hdHand3d"))}
+    frames = {name: [i for i in numbers if i % stride == 0] for name, numbers in frames.items()
+              if (name == PAN_TEST) == (split == "test")}
+    if not any(frames.values()): raise InputError(f"{root}: no labels of split {split}. {layout}")
+    need_files(root, [f"{name}/calibration_{name}.json" for name in frames], layout)
+    cameras = {name: pan_cameras(root / name / f"calibration_{name}.json", views) for name in frames}
+
+    def hands(name: str, i: int) -> list:
+        return pan_hands(root / name / f"hdHand3d/handRecon3D_hd{i:08d}.json", score, error)
+
+    def shot(name: str, view: str, i: int) -> tuple[str, int | None]:
+        if not (root / name / "hdImgs").is_dir(): return f"{name}/hdVideos/hd_{view}.mp4", i
+        return f"{name}/hdImgs/{view}/{view}_{i:08d}.jpg", None
+
+    for name, view in ((name, view) for name in frames for view in cameras[name]):
+        need_files(root, [shot(name, view, i)[0] for i in frames[name]], layout)
+
+    def samples() -> Iterator[Sample]:
+        for name in frames:
+            seen = [(i, *hand) for i in frames[name] for hand in hands(name, i)]
+            for view, (size, K, distortion, R, t) in cameras[name].items():  # a video in its order
+                for i, left, points in seen:
+                    there = points @ R.T + t                               # (21, 3) mm, camera
+                    if not in_view(there, K, distortion, size): continue
+                    image, frame = shot(name, view, i)
+                    yield Sample(image, there, K, size=size, frame=frame, left=left, distortion=distortion)
+
+    most = {name: max((len(hands(name, i)) for i in frames[name][::100]), default=0) for name in frames}
+    return sum(len(frames[name]) * len(cameras[name]) * max(2, most[name]) for name in frames), samples()
+
+
+GAN_FILES = {"joint2D": 42, "joint_pos_global": 63, "crop_params": 3}      # numbers in each
+
+
+def gan_numbers(path: Path, count: int) -> np.ndarray:
+    """The numbers (count,) of a text file: one line, separated by commas."""
+    with reading(path, "file of labels"):
+        numbers = np.array(path.read_text().strip().strip(",").split(","), float)
+        if len(numbers) != count: raise ValueError(f"{len(numbers)} numbers, not {count}")
+        return numbers
+
+
+def read_gan(root: Path, split: str = "train", share: float = 0.1,
+             seed: int = 0) -> tuple[int, Iterator[Sample]]:
+    """GAN, GANerated Hands (Mueller et al., CVPR 2018): left hands, crops of 256 px, mm, camera, our order.
+
+    There is no official split. A folder (up to 1,024 neighbouring frames) is --split test with probability
+    --share, by a draw from --seed and its own name, else train. All joints are labelled, hidden or not, and
+    have 2D labels. A crop is a square at (u, v) of a picture of 640 x 480 px scaled to 256 px; whether
+    crop_params gives the factor or its inverse is told by which puts the joints on the 2D labels. No masks.
+    """
+    one_of("split", split, "train", "test")
+    layout = ("ROOT is GANeratedHands_Release with data/noObject/0001/0001_color_composed.png, and beside it "
+              "0001_joint2D.txt, 0001_joint_pos_global.txt, 0001_crop_params.txt; so too data/withObject")
+    need_files(root, ["data/noObject", "data/withObject"], layout)
+    folders = sorted(f"data/{path.parent.name}/{path.name}" for path in root.glob("data/*Object/*"))
+    folders = [name for name in folders
+               if (random_generator(seed, f"gan {name}").random() < share) == (split == "test")
+               and (root / name).is_dir()]
+
+    def frames(folder: str) -> list[str]:
+        end = "_color_composed.png"
+        return sorted(f"{folder}/{file.removesuffix(end)}" for file in os.listdir(root / folder)
+                      if file.endswith(end))
+
+    count = 0
+    for starts in map(frames, folders):
+        need_files(root, [f"{start}_{kind}.txt" for start in starts for kind in GAN_FILES], layout)
+        count += len(starts)
+    if not count: raise InputError(f"{root}: no pictures in split {split} of share {share}. {layout}")
+
+    def samples() -> Iterator[Sample]:
+        for start in (start for folder in folders for start in frames(folder)):
+            uv, points, (u, v, scale) = (gan_numbers(root / f"{start}_{kind}.txt", n)
+                                         for kind, n in GAN_FILES.items())
+            if not scale > 0: raise InputError(f"{root / start}_crop_params.txt: scale {scale}")
+            uv, points = uv.reshape(21, 2), points.reshape(21, 3)          # px of the crop; mm, camera
+            views = [pinhole(617.173 * s, 617.173 * s, (315.453 - u) * s, (242.259 - v) * s)
+                     for s in (scale, 1 / scale)]
+            K = min(views, key=lambda K: np.abs(to_uv(points, K) - uv).max())
+            yield Sample(f"{start}_color_composed.png", points, K, uv=uv, size=(256, 256), left=True)
+    return count, samples()
+
+
+# ---------------------------------------------------------------- bodies
+
+# Where our 17 joints stand in the publisher's own list; -1: nowhere.
+H36M_JOINTS = [0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27]    # of 32, some of them twice
+SMPL_JOINTS = [0, 2, 5, 8, 1, 4, 7, 6, 12, -1, -1, 16, 18, 20, 17, 19, 21]     # of 24: no nose, no head top
+MIRRORED_SMPL = [0, 1, 4, 7, 2, 5, 8, 6, 12, -1, -1, 17, 19, 21, 16, 18, 20]   # left for right
+OPENPOSE_JOINTS = [-1, 8, 9, 10, 11, 12, 13, -1, 1, -1, -1, 5, 6, 7, 2, 3, 4]  # of 18
+MPI_JOINTS = {"train": [4, 23, 24, 25, 18, 19, 20, 3, 5, 6, 7, 9, 10, 11, 14, 15, 16],  # of 28
+              "test": [14, 8, 9, 10, 11, 12, 13, 15, 1, 16, 0, 5, 6, 7, 2, 3, 4]}       # of 17
+H36M_SUBJECTS = {"train": ("S1", "S5", "S6", "S7", "S8"), "test": ("S9", "S11")}
+MPI_FRAMES = dict(zip((f"S{subject}/Seq{sequence}" for subject in range(1, 9) for sequence in (1, 2)), (
+    6416, 12430, 6502, 6081, 12488, 12283, 6171, 6675, 12820, 12312, 6188, 6145, 6239, 6320, 6468, 6054)))
+SURREAL_CAMERA = np.array([[600.0, 0, 160], [0, 600, 120], [0, 0, 1]])         # px
+SURREAL_AXES = np.array([[0.0, 0, -1], [0, 1, 0], [-1, 0, 0]])                 # world -> camera, a reflection
+ALL_BUT_ROOT = {  # indices of the joints over which errors are averaged, and what to say with the number
+    "compare": list(range(1, 17)),
+    "protocol": "16 joints; the pelvis is aligned and does not count (if it did: 16/17 of the error)"}
+MPI_COMPARED = ALL_BUT_ROOT | {
+    "protocol": ALL_BUT_ROOT["protocol"] + "; it lies above Human3.6M's, which adds to every joint's error"}
+SMPL_COMPARED = {
+    "compare": [1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 14, 15, 16],
+    "protocol": "13 joints of SMPL (hips, knees, ankles, neck, shoulders, elbows, wrists) from its pelvis; "
+                "hips and pelvis are not Human3.6M's: not comparable with Table 2, on regressed joints"}
+
+
+def body_joints(joints: np.ndarray, places: list) -> np.ndarray:
+    """The publisher's joints (K, C) in our order, (17, C) float64; NaN where `places` has -1."""
+    return np.vstack([joints, np.full((1, joints.shape[1]), np.nan)])[places]
+
+
+def head_top(smpl: np.ndarray) -> np.ndarray:
+    """About the top of the head, (1, 3), of SMPL's joints (24, 3): no label, but the crop has to hold it."""
+    return smpl[15:16] + 0.7 * (smpl[15:16] - smpl[9:10])
+
+
+def read_positions(path: Path, axes: int) -> np.ndarray:
+    """Human3.6M's file of positions, (1, F, 32 * axes) in a CDF, as (F, 32, axes) float64."""
+    pose = read_cdf(path, "Pose")
+    if pose.ndim != 3 or pose.shape[::2] != (1, 32 * axes) or not np.isfinite(pose).all():
+        raise InputError(f"{path}: Pose {pose.shape}; not (1, frames, {32 * axes}) finite numbers")
+    return pose.reshape(-1, 32, axes).astype(float)
+
+
+def lens_of(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The camera `name` that takes points (.., 3) mm, camera, to uv (.., 2) px, by least squares.
+
+    Returns intrinsics (3, 3) px and distortion (5,) k1 k2 p1 p2 k3; InputError if it misses by half a pixel.
+    With r2 = x x + y y, u = fx (x (1 + k1 r2 + k2 r2^2 + k3 r2^3) + 2 p1 x y + p2 (r2 + 2 x x)) + cx is
+    linear in fx, cx and fx times k, p; v has fy times the same k, p. In these few pixels fy is
+    taken to be fx: Human3.6M's are a thousandth apart.
+    """
+    step = points.size // 60000 | 1                                        # odd: of 32 joints all get a turn
+    points, uv = points.reshape(-1, 3)[::step], uv.reshape(-1, 2)[::step]
+    x, y = (points[:, :2] / points[:, 2:]).T                               # (n,)
+    r2, none, one = x * x + y * y, np.zeros(len(x)), np.ones(len(x))
+    bent = np.array([[x * r2, y * r2], [x * r2 ** 2, y * r2 ** 2], [2 * x * y, r2 + 2 * y * y],
+                     [r2 + 2 * x * x, 2 * x * y], [x * r2 ** 3, y * r2 ** 3]])                 # (5, 2, n)
+    columns = np.array([[x, none], [one, none], [none, y], [none, one], *bent]).reshape(9, -1).T  # (2 n, 9)
+    solution = np.linalg.lstsq(columns, uv.T.ravel(), rcond=None)[0]
+    fx, cx, fy, cy = solution[:4]
+    apart = np.quantile(np.abs(columns @ solution - uv.T.ravel()), 0.99)
+    if apart > 0.5:
+        raise InputError(f"{name}: no lens takes its 3D to its 2D positions, {apart:.1f} px remain; are "
+                         "these one download's files, D3_Positions_mono and D2_Positions?")
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), solution[4:] * 2 / (fx + fy)
+
+
+def read_h36m(root: Path, split: str = "train", stride: int = 5,
+              masks: str = "yes") -> tuple[int, Iterator[Sample]]:
+    """Human3.6M (Ionescu et al., PAMI 2014): videos of 1000 x 1000 (1002) px, 50 frames a second.
+
+    train: subjects 1, 5, 6, 7, 8; test: 9, 11; of every video each `stride`-th frame. Millimetres, camera
+    (the positions called mono; mono_universal is another body), 17 of the publisher's 32 joints. Frame i of a
+    video is pose i. Intrinsics and lens are not in these files: they are fitted to the publisher's 3D and 2D
+    positions, for each subject and camera. Masks (ground_truth_bs) are what pre-training needs of its source;
+    --masks no goes without. Left out: "_ALL", no action; S11's Directions, camera 54138969, corrupt.
+    """
+    if split not in H36M_SUBJECTS or stride < 1 or masks not in ("yes", "no"):
+        raise InputError(f"--split {split} --stride {stride} --masks {masks}: train or test, 1 .., yes or no")
+    layout = ("ROOT holds S1/Videos/*.mp4, S1/MyPoseFeatures/D3_Positions_mono/*.cdf and D2_Positions/*.cdf "
+              "(or S1/Poses_.. for both), S1/MySegmentsMat/ground_truth_bs/*.mat (or --masks no), S5 ..")
+
+    def place(subject: str, kind: str) -> str:  # as unpacked, or one folder for each download
+        here, there = f"{subject}/MyPoseFeatures/{kind}", f"{subject}/Poses_{kind}"
+        return there if (root / there).is_dir() else here
+
+    def positions(subject: str, name: str) -> tuple:  # (F, 32, 3) mm, camera; (F, 32, 2) px
+        points = read_positions(root / place(subject, "D3_Positions_mono") / f"{name}.cdf", 3)
+        uv = read_positions(root / place(subject, "D2_Positions") / f"{name}.cdf", 2)
+        return points[:len(uv)], uv[:len(points)]
+
+    videos, lenses, longest = {}, {}, 0
+    for subject in H36M_SUBJECTS[split]:
+        kinds = {f"{subject}/Videos": ".mp4", place(subject, "D3_Positions_mono"): ".cdf"}
+        found = {path.stem for folder, end in kinds.items() for path in (root / folder).glob(f"*{end}")}
+        kinds[place(subject, "D2_Positions")] = ".cdf"
+        if masks == "yes": kinds[f"{subject}/MySegmentsMat/ground_truth_bs"] = ".mat"
+        names = sorted(name for name in found if not name.startswith("_ALL")
+                       and (subject, name) != ("S11", "Directions.54138969")) or ["Directions.54138969"]
+        need_files(root, [f"{folder}/{name}{end}" for folder, end in kinds.items() for name in names], layout)
+        for name in names: videos.setdefault((subject, name.rpartition(".")[2]), []).append(name)
+    for (subject, camera), names in videos.items():
+        some = [positions(subject, name) for name in names[::max(1, len(names) // 4)]]
+        longest = max(longest, *(len(uv) for _, uv in some))
+        points, uv = (np.concatenate(parts) for parts in zip(*some))       # (n, 32, 3) mm, (n, 32, 2) px
+        lenses[subject, camera] = lens_of(points, uv, f"{root / subject}, camera {camera}")
+
+    def samples() -> Iterator[Sample]:
+        for (subject, camera), names in videos.items():
+            for name in names:
+                points, uv = (part[:, H36M_JOINTS] for part in positions(subject, name))
+                mask = f"{subject}/MySegmentsMat/ground_truth_bs/{name}.mat" if masks == "yes" else None
+                K, distortion = lenses[subject, camera]
+                for i in range(0, len(points), stride):
+                    yield Sample(f"{subject}/Videos/{name}.mp4", points[i], K, mask, (1, 255), uv[i], frame=i,
+                                 mask_key=i if mask else None, distortion=distortion, tolerance=1.0)
+    return sum(map(len, videos.values())) * -(-longest // stride), samples()
+
+
+def read_3dpw(root: Path, split: str = "train", stride: int = 1) -> tuple[int, Iterator[Sample]]:
+    """3DPW (von Marcard et al., ECCV 2018): one or two people outdoors, a moving camera, 1920 x 1080 px.
+
+    One sample for each person in each `stride`-th frame in which the camera's pose is valid and the person
+    was detected (the publisher's rule). Joints of the SMPL model, metres, world; cam_poses[i] takes them to
+    the camera of frame i. No joint of SMPL is our nose or head top (NaN), and its pelvis and hips are not
+    Human3.6M's. poses2d is a network's detection: the better half of it only tells whose joints these are.
+    """
+    if split not in ("train", "validation", "test"): raise InputError(f"split {split!r}")
+    if stride < 1: raise InputError(f"--stride {stride}: 1 or more")
+    layout = f"ROOT holds sequenceFiles/{split}/SEQUENCE.pkl and imageFiles/SEQUENCE/image_00000.jpg .."
+    twice = root / "sequenceFiles/sequenceFiles"  # as some unpack it
+    files = sorted(((twice if twice.is_dir() else twice.parent) / split).glob("*.pkl"))
+    if not files: raise InputError(f"{twice.parent / split}: no sequence here. {layout}")
+    need_files(root, [f"imageFiles/{file.stem}/image_00000.jpg" for file in files], layout)
+
+    def samples() -> Iterator[Sample]:
+        for file in files:
+            cameras, K, people = read_sequence(file)
+            images = [f"imageFiles/{file.stem}/image_{i:05d}.jpg" for i in range(len(cameras))]
+            need_files(root, images, f"{file.name} has {len(images)} frames. {layout}")
+            for i, (joints, seen, valid) in itertools.product(range(0, len(images), stride), people):
+                if not valid[i] or not seen[i].any(): continue
+                R, t = cameras[i, :3, :3], cameras[i, :3, 3]               # (3, 3); (3,) mm
+                smpl = joints[i] @ R.T + t                                 # (24, 3) mm, camera
+                keypoints = body_joints(smpl, SMPL_JOINTS)                 # (17, 3)
+                uv = body_joints(np.where(seen[i, 2] > 0, seen[i, :2], np.nan).T, OPENPOSE_JOINTS)
+                apart = np.linalg.norm(uv - (projected := to_uv(keypoints, K)), axis=1)        # (17,) px
+                uv[~(apart <= np.nanmedian(apart))] = np.nan               # its worse half: hidden, mistaken
+                height = np.ptp(projected[np.isfinite(projected[:, 0])], axis=0).max()
+                yield Sample(images[i], keypoints, K, uv=uv, tolerance=max(10.0, 0.15 * height),
+                             around=head_top(smpl))
+
+    frames = (len(os.listdir(root / "imageFiles" / file.stem)) for file in files)
+    return 2 * sum(-(-n // stride) for n in frames), samples()
+
+
+def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
+    """A sequence of 3DPW: world -> camera (F, 4, 4) mm; intrinsics (3, 3) px; for each person joints
+    (F, 24, 3) mm, world, detections (F, 3, 18) u, v, confidence, and whether the camera is known (F,)."""
+    found = read_pickle(path)
+    try:
+        cameras = np.reshape(found["cam_poses"], (-1, 4, 4)).astype(float)
+        cameras[:, :3, 3] *= 1000                                          # m -> mm
+        people = [(1000 * np.reshape(joints, (len(cameras), 24, 3)), np.reshape(seen, (len(cameras), 3, 18)),
+                   np.reshape(valid, len(cameras)))
+                  for joints, seen, valid in zip(found["jointPositions"], found["poses2d"],
+                                                 found["campose_valid"], strict=True)]
+        return cameras, np.reshape(found["cam_intrinsics"], (3, 3)).astype(float), people
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: not a sequence of 3DPW ({error!r}); download it again") from error
+
+
+def read_calibration(path: Path) -> dict[int, tuple]:
+    """MPI-INF-3DHP's camera.calibration: {camera: ((width, height) px, intrinsics (3, 3) px)}.
+
+    By words, not by columns: the numbers are of any length.
+    """
+    cameras = {}
+    try:
+        for part in path.read_text().split("name")[1:]:
+            words = part.split()
+            size, matrix = (words.index(word) + 1 for word in ("size", "intrinsic"))
+            K = np.reshape([float(word) for word in words[matrix:matrix + 16]], (4, 4))[:3, :3]
+            cameras[int(words[0])] = (tuple(int(word) for word in words[size:size + 2]), K)
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: not a camera.calibration ({error}); download it again") from error
+    return cameras
+
+
+def universal(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndarray:
+    """annot3 (F, 17, 3) mm, camera, enlarged so that the poses from the pelvis are those of univ_annot3.
+
+    univ_annot3 is annot3 with each person enlarged to one height, and stands elsewhere: it does not project.
+    This does: who is s times as large and s times as far looks the same. InputError if there is no such s.
+    """
+    own, other = (x - x[:, :1] for x in (points, normalised))
+    s = (own * other).sum() / (own * own).sum()
+    if not np.abs(s * own - other).max() < 1:
+        raise InputError(f"{file}: univ_annot3 is not annot3 enlarged; use --labels annot3")
+    return s * points
+
+
+def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[int, Iterator[Sample]]:
+    """The training half of read_3dhp."""
+    chosen = [int(word) for word in cameras.split(",") if word.strip().isdecimal()]
+    if stride < 1 or not chosen: raise InputError(f"--stride {stride} --cameras {cameras}: 1 or more, 0,1,2")
+    layout = "ROOT holds S1/Seq1/annot.mat, camera.calibration, imageSequence/video_0.avi .., S1/Seq2, S2 .."
+    files = ["annot.mat", "camera.calibration", *(f"imageSequence/video_{c}.avi" for c in chosen)]
+    need_files(root, [f"{name}/{file}" for name in MPI_FRAMES for file in files], layout)
+    calibrated = {name: read_calibration(root / name / "camera.calibration") for name in MPI_FRAMES}
+    for name, known in calibrated.items():
+        if missing := set(chosen) - set(known):
+            raise InputError(f"{root / name}/camera.calibration: has no camera {min(missing)}")
+
+    def samples() -> Iterator[Sample]:
+        for name, frames in MPI_FRAMES.items():  # annot.mat has rows beyond the video's end
+            file, places = root / name / "annot.mat", MPI_JOINTS["train"]
+            keys = {"annot2": 2, "annot3": 3, labels: 3}
+            found = read_mat(file, *keys)
+            for c in chosen:
+                try: uv, points, *other = (np.reshape(found[key][c, 0], (-1, 28, axes))[:frames, places]
+                                           for key, axes in keys.items())
+                except (ValueError, IndexError) as error:
+                    raise InputError(f"{file}: camera {c} has no rows of 28 joints ({error})") from error
+                size, K = calibrated[name][c]
+                points = universal(points, other[0], file) if other else points
+                for i in range(0, len(points), stride):
+                    yield Sample(f"{name}/imageSequence/video_{c}.avi", points[i], K, uv=uv[i], size=size,
+                                 frame=i, tolerance=1.0)
+    return sum(len(range(0, n, stride)) for n in MPI_FRAMES.values()) * len(chosen), samples()
+
+
+def testing_3dhp(root: Path, labels: str) -> tuple[int, Iterator[Sample]]:
+    """The test half of read_3dhp."""
+    base = "mpi_inf_3dhp_test_set/" if (root / "mpi_inf_3dhp_test_set").is_dir() else ""
+    layout = "ROOT holds mpi_inf_3dhp_test_set/TS1/annot_data.mat, imageSequence/img_000001.jpg, .. TS6"
+    files = ("annot_data.mat", "imageSequence/img_000001.jpg")
+    need_files(root, [f"{base}TS{i}/{file}" for i in range(1, 7) for file in files], layout)
+
+    def samples() -> Iterator[Sample]:
+        for name in (f"{base}TS{i}" for i in range(1, 7)):
+            file, axes = root / name / "annot_data.mat", {"annot2": 2, "annot3": 3, "univ_annot3": 3}
+            found = read_h5(file, *axes, "valid_frame")
+            n = found["valid_frame"].size
+            for key, last in axes.items():
+                if found[key].shape != (n, 1, 17, last):
+                    raise InputError(f"{file}: {key} {found[key].shape}, not {(n, 1, 17, last)}")
+            valid = np.flatnonzero(found["valid_frame"].ravel() == 1)      # (V,) rows
+            uv, points, other = (found[key][valid, 0][:, MPI_JOINTS["test"]].astype(float) for key in axes)
+            K = pinhole_of(points.reshape(-1, 3), uv.reshape(-1, 2))
+            points = universal(points, other, file) if labels == "univ_annot3" else points
+            images = [f"{name}/imageSequence/img_{row + 1:06d}.jpg" for row in valid]
+            need_files(root, images, layout)
+            for image, keypoints, seen in zip(images, points, uv):
+                yield Sample(image, keypoints, K, uv=seen, tolerance=5.0)
+    return 2929, samples()
+
+
+def read_3dhp(root: Path, split: str = "train", labels: str = "univ_annot3", stride: int = 10,
+              cameras: str = "0,1,2,4,5,6,7,8") -> tuple[int, Iterator[Sample]]:
+    """MPI-INF-3DHP (Mehta et al., 3DV 2017): train S1 to S8, videos; test TS1 to TS6, valid frames.
+
+    Millimetres, camera; 17 of 28 joints in train, all 17 in test; the pelvis lies above Human3.6M's. labels:
+    univ_annot3 (people enlarged to one height: the official protocol) or annot3 (as they are). The cameras
+    of train are in camera.calibration, that of a test sequence is fitted to annot3 and annot2. stride and
+    cameras (the customary 8 of 14: none at the ceiling) choose from train only, 25 or 50 frames a second.
+    Frame i of a video is row i; img_000001.jpg is row 0. No masks are read: a target needs none.
+    """
+    if split not in MPI_JOINTS or labels not in ("univ_annot3", "annot3"):
+        raise InputError(f"split {split!r}: train or test; labels {labels!r}: univ_annot3 or annot3")
+    return training_3dhp(root, labels, stride, cameras) if split == "train" else testing_3dhp(root, labels)
+
+
+def read_surreal(root: Path, split: str = "train", frames: str = "middle", stride: int = 1,
+                 runs: str = "012") -> tuple[int, Iterator[Sample]]:
+    """SURREAL (Varol et al., CVPR 2017): rendered bodies, 320 x 240 px clips of mostly 100 frames.
+
+    The middle frame of every clip (so is val evaluated), or each `stride`-th with --frames all. Joints of the
+    SMPL model, metres, world; its camera is a mirror (det M = -1): the picture shows the body's left as its
+    right, so their names change places. Nose and head top are NaN; pelvis and hips are not Human3.6M's. Who
+    leaves the picture stays, with half the joints inside. Masks: segm_1 .. segm_T, body parts 1 .. 24.
+    """
+    if split not in ("train", "val", "test"): raise InputError(f"split {split!r}: train, val, test")
+    if frames not in ("middle", "all") or stride < 1 or not runs or set(runs) - set("012"):
+        raise InputError(f"--frames {frames} --stride {stride} --runs {runs}: middle or all, 1 .., 012")
+    base = next((base for base in ("SURREAL/data/cmu", "data/cmu") if (root / base).is_dir()), "cmu")
+    layout = (f"ROOT holds cmu/{split}/run0/SEQUENCE/SEQUENCE_c0001.mp4, SEQUENCE_c0001_info.mat and "
+              "SEQUENCE_c0001_segm.mat, .., run1, run2")
+    ends = (".mp4", "_info.mat", "_segm.mat")
+    clips = sorted({path.relative_to(root).as_posix()[:-len(end)] for run in sorted(runs) for end in ends
+                    for path in (root / base / split / f"run{run}").glob(f"*/*{end}")})
+    if not clips: raise InputError(f"{root / base / split}: no clips here. {layout}")
+    need_files(root, [clip + end for clip in clips for end in ends], layout)
+
+    def samples() -> Iterator[Sample]:
+        for clip in clips:
+            info = read_mat(root / f"{clip}_info.mat", "joints2D", "joints3D", "camLoc")
+            try:  # a clip of one frame lacks the last axis
+                uv, joints = (np.reshape(info[f"joints{n}D"], (n, 24, -1)).astype(float) for n in (2, 3))
+                joints = 1000 * (joints - np.reshape(info["camLoc"], (3, 1, 1)))
+            except ValueError as error:
+                raise InputError(f"{root / clip}_info.mat: no labels of SURREAL ({error})") from error
+            T = joints.shape[2]
+            for i in [T // 2] if frames == "middle" else range(0, T, stride):
+                smpl = (SURREAL_AXES @ joints[:, :, i]).T                  # (24, 3) mm, camera
+                keypoints, seen = (body_joints(found, MIRRORED_SMPL) for found in (smpl, uv[:, :, i].T))
+                yield Sample(f"{clip}.mp4", keypoints, SURREAL_CAMERA, f"{clip}_segm.mat", (1, 255), seen,
+                             (320, 240), i, f"segm_{i + 1}", tolerance=1.0, around=head_top(smpl))
+    return len(clips) * (1 if frames == "middle" else -(-100 // stride)), samples()
+
+
+def read_photos(root: Path) -> tuple[int, Iterator[Sample]]:
     """Any folder of photographs and its subfolders, as ImageNet's validation images, without labels: X_C."""
     kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in kinds)
-    samples = [Sample(file) for file in sorted(files)]
-    if not samples: raise InputError(f"{root}: no photographs here ({', '.join(kinds)})")
-    return samples
+    paths = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in kinds)
+    files = sorted(paths)
+    if not files: raise InputError(f"{root}: no photographs here ({', '.join(kinds)})")
+    return len(files), map(Sample, files)
 
 
 READERS = {  # name on the command line: (reader, skeleton, share of the samples that may be left out)
     "freihand": (read_freihand, HAND, 0.05),
+    "stb": (read_stb, HAND, 0.05),
+    "rhd": (read_rhd, HAND, 0.05),
+    "pan": (read_pan, HAND, 0.05),
+    "gan": (read_gan, HAND, 0.05),
+    "h36m": (read_h36m, HUMAN | ALL_BUT_ROOT, 0.05),
+    "3dpw": (read_3dpw, HUMAN | SMPL_COMPARED, 0.1),
+    "3dhp": (read_3dhp, HUMAN | MPI_COMPARED, 0.05),
+    "surreal": (read_surreal, HUMAN | SMPL_COMPARED, 0.2),
+    "imagenet": (read_photos, HAND | {"joints": [], "bones": []}, 1.0),
     "photos": (read_photos, HAND | {"joints": [], "bones": []}, 1.0),
 }
 
@@ -1275,13 +2138,15 @@ READERS = {  # name on the command line: (reader, skeleton, share of the samples
 def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **options) -> None:
     """ROOT as its publisher ships it -> data-set folder OUT, stored crops of `side` px."""
     reader, skeleton, max_skipped = READERS[name]
-    samples = reader(Path(root), **options)
+    count, samples = reader(Path(root), **options)
     origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
-    jobs = [samples[i:i + SAMPLES_A_JOB] for i in range(0, len(samples), SAMPLES_A_JOB)]
-    build_dataset(out, meta, jobs, partial(convert, Path(root), side), workers, SAMPLES_A_JOB, max_skipped)
-    skipped = read_meta(Path(out))["skipped"]
-    print(f"{out}: {len(samples) - len(skipped)} samples, {len(skipped)} left out", *skipped[:5], sep="\n  ")
+    del meta["box"]
+    jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_A_JOB)), [])
+    build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), partial(convert, Path(root), side, skeleton),
+                  workers, SAMPLES_A_JOB, max_skipped)
+    meta = read_meta(Path(out))
+    print(f"{out}: {meta['rows']} samples, {len(meta['skipped'])} left out", *meta["skipped"][:5], sep="\n  ")
 
 
 # ==========================================================================================================
@@ -1350,7 +2215,8 @@ def check(folder: str) -> None:
     faults = []
     for i, (keypoints, K) in enumerate(zip(dataset.keypoints, dataset.intrinsics)):
         mask = dataset.masks[i] >= 128 if dataset.masks is not None else None
-        if fault := fault_of(keypoints, to_uv(keypoints, K), size, mask): faults.append(f"row {i}: {fault}")
+        fault = fault_of(dataset.meta["joints"], keypoints, to_uv(keypoints, K), size, mask)
+        if fault: faults.append(f"row {i}: {fault}")
     print(f"labels: {len(faults)} of {len(dataset)} rows are impossible", *faults[:5], sep="\n  ")
 
 

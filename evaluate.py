@@ -522,8 +522,10 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, 
 
 
 # ---------------------------------------------------------------- your own picture
-def square_around(box: list[float] | None, size: tuple[int, int], name: str) -> tuple[np.ndarray, float]:
-    """Corner (2,) and width, px, of the square to crop: around box x y w h as in training; None: the middle.
+def square_around(box: list[float] | None, size: tuple[int, int], name: str,
+                  widen: float = data.BOX) -> tuple[np.ndarray, float]:
+    """Corner (2,) and width, px, of the square to crop: `widen` times box x y w h, as in training; None: the
+    middle.
 
     Raises InputError for a box that is not inside the picture.
     """
@@ -532,14 +534,14 @@ def square_around(box: list[float] | None, size: tuple[int, int], name: str) -> 
     if not (x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= W and y + h <= H):  # NaN fails as well
         raise u.InputError(f"{name}: --box {x:g} {y:g} {w:g} {h:g} is not inside the picture, {W} x {H} px; "
                            "give left, top, width, height in its pixels")
-    width = max(w, h) * (data.BOX if box else 1)
+    width = max(w, h) * (widen if box else 1)
     return np.array([x + w / 2, y + h / 2]) - width / 2, width
 
 
 def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tuple[float, str]:
     """Scale of x, y in a photo without intrinsics, and the assumption. uv (K, 2) px, depth (K,) mm.
 
-    Parallel projection, bones as long as in training: k with sum over bones of k² |duv|² + dz² = sum of L².
+    Parallel projection, bones as long as in training: k with sum of k² |duv|² + dz² = sum of L².
     """
     s, known = state["settings"], state["skeleton"]
     a, b = np.array(known["bones"]).T
@@ -555,10 +557,11 @@ def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, de
     """Predict the pose on one's own picture: folder/PHOTO_pose.png with 2D, 3D from two sides, attention."""
     estimator, state = load_estimator(path, device)
     side, known = state["settings"]["image"], state["skeleton"]
-    picture = data.open_picture(Path(photo))                                             # (H, W, 3) uint8
+    picture, _ = data.open_picture(Path(photo))                                          # (H, W, 3) uint8
     H, W, _ = picture.shape
     if min(H, W) < 16: raise u.InputError(f"{photo}: {W} x {H} px; give a picture of at least 16 x 16 px")
-    square = square_around(box, (W, H), photo)
+    widen = data.HUMAN["box"] if metric(known["joints"]) == "MPJPE" else data.BOX
+    square = square_around(box, (W, H), photo, widen)
     crop, panel = (data.crop_square(picture, *square, pixels) for pixels in (side, CELL))
     x = data.normalise(torch.tensor(crop, device=device).permute(2, 0, 1)[None].float() / 255)
     attention, heatmaps = estimator.encoder.attention_maps(x)[0].mean(dim=0), estimator.heatmaps(x)
@@ -633,7 +636,8 @@ def main(arguments=None) -> int:
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice [0]")
     add("--image", help="predict the pose on this picture instead, with the first run named")
-    add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="box around hand or body in --image, px")
+    add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"),
+        help="box around hand or body in --image, px")
     a = parser.parse_args(arguments)
     _, _, device = u.setup_distributed(a.device)
     if a.threads: torch.set_num_threads(a.threads)

@@ -67,9 +67,9 @@ PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=64, save_every=500),
     "paper-hand": dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train",
-                       validation=""),
+                       validation="", micro_batch=64),  # 176 MiB a pair: 11 of a GPU's 24 GiB
     "paper-human": dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train",
-                        validation="", lam=10.0, epochs=100),
+                        validation="", lam=10.0, epochs=100, micro_batch=64),
 }
 TASKS = {  # what the embedded benchmark of bodies changes
     "hand": {},
@@ -188,30 +188,19 @@ def open_data(s: Settings):
     return source, target, validation, facts
 
 
-def main(arguments=None) -> int:
-    """Train f^E and f^H; 0 when finished, 130 when stopped."""
-    s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
-    complete(s)
-    rank, world, device = u.setup_distributed(s.device)
-    if s.threads: torch.set_num_threads(s.threads)
-    data.ensure_benchmark([s.source, s.target if s.lam else "", s.validation], rank)
-    stop = u.StopSignal()
-
-    # ---- data, model, optimiser, run folder ----------------------------------------------------------------
-    source, target, validation, facts = open_data(s)
-    labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
-    estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
-    if s.init: facts["init"] = u.file_checksum(s.init)
+def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, source, target, validation,
+               device, world) -> bool:
+    """f^E and f^H by Eq. (7). Returns False if stopped."""
     head, parts = estimator.head, {"encoder": estimator.encoder, "head": estimator.head}
-    run = u.Run(s.out, s, {"data": facts, "world": world}, rank)
     optimiser = torch.optim.AdamW(optimiser_groups(s, estimator), lr=s.lr, betas=(0.9, 0.999), fused=True)
+    labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
     steps = max(1, round(s.epochs * labels / s.batch))
     state = run.resume("checkpoint.pt", optimiser, parts, "finetuning")
     start, begin = state["step"], time.perf_counter()
-    if start == steps and rank == 0: print(f"finished already: {run.folder}", flush=True)
-    if start == steps: return 0
+    if start == steps and run.rank == 0: print(f"finished already: {run.folder}", flush=True)
+    if start == steps: return True
     sums = state.get("sums", torch.zeros(3)).to(device)  # of L_kpt, L_attn, steps since the last log
-    shares = u.share_of_batch(s.batch, s.micro_batch, rank, world)
+    shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
 
     def make(step, own): return finetuning_batch(s, step, own, source, target, labels, head.side, device)
     trial, first = copy.deepcopy(estimator), make(0, shares[0])
@@ -220,12 +209,10 @@ def main(arguments=None) -> int:
     if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)):
         estimator.compile()
         if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
-    if rank == 0: print(f"fine-tuning: {steps} steps of {s.batch}, {labels} labels, {dtype}", flush=True)
-
-    # ---- loop ----------------------------------------------------------------------------------------------
+    if run.rank == 0: print(f"fine-tuning: {steps} steps of {s.batch}, {labels} labels, {dtype}", flush=True)
     model, scaler = u.parallel(estimator, world), u.grad_scaler(device, dtype, state)
     estimator.train()
-    progress = u.Progress("fine-tuning", steps, s.batch, start, rank)
+    progress = u.Progress("fine-tuning", steps, s.batch, start, run.rank)
     batches = ([make(i, own) for own in shares] for i in range(start, steps))
     for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches, device)):
         rate = u.cosine_rate(step, steps, s.warmup, s.lr)
@@ -240,23 +227,46 @@ def main(arguments=None) -> int:
         scaler.update()
         done, stopping = step + 1, stop.requested()
         if done % s.log_every == 0 or done == steps:
-            L_kpt, L_attn, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
-            u.check_finite(done, L_kpt=L_kpt, L_attn=L_attn)
-            shown = {"L_kpt": L_kpt, "L_attn": L_attn, "lam L_attn / L_kpt": s.lam * L_attn / L_kpt}
-            run.log(stage="finetuning", step=done, lr=rate, **shown)
-            progress.show(done, shown, final=done == steps)
-            sums.zero_()
+            report(s, run, progress, done, steps, sums, rate)
         if validation is not None and (done % s.validate_every == 0 or done == steps):
-            epe = validate(s, estimator, validation, rank, world, device, dtype)
+            epe = validate(s, estimator, validation, run.rank, world, device, dtype)
             run.log(stage="finetuning", step=done, source_val_epe=epe)
-            if rank == 0: print(f"fine-tuning  {done}/{steps} | error on source validation {epe:.2f} mm", flush=True)
+            text = f"fine-tuning  {done}/{steps} | error on source validation {epe:.2f} mm"
+            if run.rank == 0: print(text, flush=True)
         if done % s.save_every == 0 or done == steps or stopping:
             mean = u.mean_over_processes(sums.clone())
             u.check_finite(done, L_kpt=float(mean[0]), L_attn=float(mean[1]))
             run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done, steps=steps,
                      sums=mean, skeleton=skeleton, scaler=scaler.state_dict(),
                      seconds=state["seconds"] + time.perf_counter() - begin)
-        if stopping: return 130
+        if stopping: return False
+    return True
+
+
+def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int, sums, rate: float) -> None:
+    """Log the mean of each term of Eq. (7) since the last time, and their ratio; sums start again at 0."""
+    L_kpt, L_attn, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
+    u.check_finite(done, L_kpt=L_kpt, L_attn=L_attn)
+    shown = {"L_kpt": L_kpt, "L_attn": L_attn, "lam L_attn / L_kpt": s.lam * L_attn / L_kpt}
+    run.log(stage="finetuning", step=done, lr=rate, **shown)
+    progress.show(done, shown, final=done == steps)
+    sums.zero_()
+
+
+def main(arguments=None) -> int:
+    """Train f^E and f^H; 0 when finished, 130 when stopped."""
+    s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
+    complete(s)
+    rank, world, device = u.setup_distributed(s.device)
+    if s.threads: torch.set_num_threads(s.threads)
+    data.ensure_benchmark([s.source, s.target if s.lam else "", s.validation], rank)
+    stop = u.StopSignal()
+    source, target, validation, facts = open_data(s)
+    estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
+    if s.init: facts["init"] = u.file_checksum(s.init)
+    run = u.Run(s.out, s, {"data": facts, "world": world}, rank)
+    finished = train_pose(s, run, stop, estimator, f_A, source, target, validation, device, world)
+    if not finished: return 130
     if rank == 0: print(f"finished: {run.folder}; now: python evaluate.py {run.folder}", flush=True)
     return 0
 

@@ -762,8 +762,8 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
     if wanted in ("float32", "bfloat16", "float16"): return wanted
     if wanted != "auto":
         raise InputError(f"precision {wanted!r}: choose auto, float32, bfloat16 or float16")
-    short = "bfloat16"
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False): short = "float16"
+    old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    short = "float16" if old else "bfloat16"
     seconds = {}
     for name in ("float32", short):
         laps = []

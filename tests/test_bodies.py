@@ -80,10 +80,10 @@ def test_the_mask_is_the_body_around_the_bones(rendered):
     assert iou(uv) > 0.7 > 0.6 > max(iou(59 - uv), iou(uv + 3))
 
 
-def test_the_crop_is_that_of_hands_and_readers(rendered):
+def test_the_crop_is_that_of_the_readers(rendered):
     uv = uv_of(rendered)
     assert np.allclose((uv.min(1) + uv.max(1)) / 2, 29.5, atol=0.01)
-    assert np.allclose((uv.max(1) - uv.min(1)).max(1), 60 / (data.BOX * data.MARGIN), atol=0.01)
+    assert np.allclose((uv.max(1) - uv.min(1)).max(1), 60 / (1.25 * 1.25), atol=0.01)
 
 
 def test_a_body_looks_the_same_at_any_resolution():
@@ -192,9 +192,8 @@ def test_domains_differ_and_poses_do_not():
     source, target = (bodies(domain, 300, 60) for domain in ("source", "target"))
     (down_s, heading_s), (down_t, heading_t) = views(source["keypoints"]), views(target["keypoints"])
     assert down_t.mean() > down_s.mean() + 5
-    behind, aside = np.abs(heading_s) > 165, (heading_t > -120) & (heading_t < -80)
-    assert behind.mean() < 0.02 and aside.mean() < 0.02                      # each lacks what the other has
-    assert (np.abs(heading_t) > 165).mean() > 0.05 and ((heading_s > -120) & (heading_s < -80)).mean() > 0.05
+    assert np.abs(heading_s).max() < 75 and abs(heading_s.mean()) < 8       # never from behind
+    assert 20 < abs(heading_t.mean()) < 40 and (np.abs(heading_t) > 65).mean() > 0.1
     flexion = [angle(bone(a["keypoints"], "left_hip", "left_knee"), bone(a["keypoints"], "left_knee",
                                                                         "left_ankle")) for a in (source, target)]
     assert abs(flexion[0].mean() - flexion[1].mean()) < 8

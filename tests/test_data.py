@@ -214,7 +214,8 @@ def test_box_of_the_valid_joints_only(hands):
     keypoints, K = hands["keypoints"][0].astype(float), hands["intrinsics"][0].astype(float)
     keypoints[[4, 8, 12]] = np.nan
     sample = data.Sample("x.jpg", keypoints, K)
-    row = data.crop_sample(sample, hands["images"][0], None, data.to_uv(keypoints, K), 100)
+    window = data.crop_window(data.to_uv(keypoints, K), 1.5)
+    row = data.crop_sample(sample, hands["images"][0], None, (SIDE, SIDE), window, 100)
     uv = uv_of(row["keypoints"][None], row["intrinsics"][None])[0]
     assert np.isnan(uv[[4, 8, 12]]).all()
     assert np.isclose((np.nanmax(uv, axis=0) - np.nanmin(uv, axis=0)).max(), 100 / 1.875, atol=0.01)
@@ -358,7 +359,7 @@ def small_work(job: int) -> tuple[dict, list]:
 
 
 def build_small(folder: Path, **options) -> None:
-    data.build_dataset(folder, META, list(range(24)), small_work, 1, images_a_job=256, **options)
+    data.build_dataset(folder, META, range(24), 24, small_work, 1, images_a_job=256, **options)
 
 
 class Interruption:
@@ -473,25 +474,15 @@ def skipping(share: float):
 
 def test_the_limit_on_samples_left_out(tmp_path):
     def build(name, share, jobs, **more):
-        data.build_dataset(tmp_path / name, META, jobs, skipping(share), 1, **more)
+        data.build_dataset(tmp_path / name, META, jobs, 10 ** 4, skipping(share), 1, **more)
     seen = []
     with refused("60 of 200 samples left out, 40 .*for 'unit' .0-1.jpg: unit: metres"):
-        build("early", 0.3, iter_list(range(10 ** 4), seen))
+        build("early", 0.3, (seen.append(job) or job for job in range(10 ** 4)))
     assert len(seen) == 20                                                            # not after 10,000
     with refused("9 of 30"): build("late", 0.3, [0, 1, 2])
     build("fine", 0.1, [0] + [-1] * 19)                                               # 1 of 200
     with refused("30 of 30"): build("none", 1.0, [0, 1, 2], max_skipped=1.0)
     assert json.loads((tmp_path / "fine/meta.json").read_text())["skipped"] == ["0-0.jpg: order: tip first?"]
-
-
-class iter_list(list):
-    """A list that notes what was taken from it."""
-    def __init__(self, values, seen): super().__init__(values); self.seen = seen
-
-    def __getitem__(self, what): return iter_list(super().__getitem__(what), self.seen)
-
-    def __iter__(self):
-        for value in super().__iter__(): self.seen.append(value); yield value
 
 
 def test_a_reader_that_changes_its_arrays_is_refused(tmp_path):
@@ -501,7 +492,7 @@ def test_a_reader_that_changes_its_arrays_is_refused(tmp_path):
                                      {"images": rows(2, 5, 5, 3), "masks": rows(1, 5, 5)})):
         jobs = [{"images": rows(1, 5, 5, 3)}, second]
         with refused("data set holds one kind of rows"):
-            data.build_dataset(tmp_path / str(number), META, jobs, lambda job: (job, []), 1)
+            data.build_dataset(tmp_path / str(number), META, jobs, 2, lambda job: (job, []), 1)
 
 
 # ==========================================================================================================
@@ -539,7 +530,7 @@ def test_photos(tmp_path):
 def test_photo_is_cropped_at_its_centre(tmp_path):
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (100, 200))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
-    arrays, _ = data.convert(tmp_path, 100, [data.Sample("ramp.png")])
+    arrays, _ = data.convert(tmp_path, 100, data.HAND, [data.Sample("ramp.png")])
     assert np.array_equal(arrays["images"][0, :, :, 0], ramp[:, 50:150])
 
 

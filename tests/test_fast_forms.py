@@ -5,6 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+import train_finetune
+import train_pretrain
 import udapose as u
 
 close = torch.testing.assert_close
@@ -43,6 +48,25 @@ def test_fused_attention_is_plain_attention():
     y, A = u.plain_attention(q, k, v)
     close(F.scaled_dot_product_attention(q, k, v), y)
     close(A.sum(-1), torch.ones(2, 3, 7))
+
+
+def check_attend(attend, dtype, rtol):
+    """Outputs and gradients against the written form in float64."""
+    q, k, v = (torch.randn(2, 3, 37, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    results = []
+    for form, kind in ((attend, dtype), (lambda q, k, v: u.plain_attention(q, k, v)[0], torch.float64)):
+        leaves = [x.to(dtype).to(kind).requires_grad_() for x in (q, k, v)]      # the same rounded input
+        y = form(*leaves)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for ours, exact in zip(*results):
+        close(ours.double(), exact, rtol=rtol, atol=rtol * float(exact.detach().abs().max()))
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_either_form_of_attention_is_the_written_one(dtype, rtol):
+    for form in (u.attend, F.scaled_dot_product_attention): check_attend(form, dtype, rtol)
+    wrong = lambda q, k, v: u.attend(2 ** 0.5 * q, k, v)  # noqa: E731
+    with pytest.raises(AssertionError): check_attend(wrong, dtype, rtol)
 
 
 def test_class_attention_is_the_class_row_of_plain_attention():
@@ -200,3 +224,34 @@ def test_float32_inside_autocast(name):
     function = float32_functions()[name]
     with torch.autocast("cpu", torch.bfloat16): inside = function()
     close(inside, function())
+
+
+# ==========================================================================================================
+# The operations that tests/benchmark.py divides by time, against torch's own counter
+# ==========================================================================================================
+def counted(compute) -> int:
+    with FlopCounterMode(display=False) as counter: compute()
+    return counter.get_total_flops()
+
+
+def settings(script, *flags: str):
+    return u.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, flags)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper-hand"])
+def test_counted_operations(preset, monkeypatch):
+    """Forward passes are counted; a backward pass is two of them. The fused form escapes torch's counter."""
+    monkeypatch.setattr(u, "attend", lambda q, k, v: u.plain_attention(q, k, v)[0])
+    s = settings(train_pretrain, "--preset", preset)
+    f = settings(train_finetune, "--preset", preset, "--init", "")
+    encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
+    decoder = u.Decoder(encoder.grid, s.patch, s.width, s.decoder_width, s.decoder_depth, s.decoder_heads)
+    mae = u.MaskedAutoencoder(encoder, decoder)
+    head = u.KeypointHead(encoder.grid, f.width, f.head_channels, 21)
+    images, noise = torch.rand(1, 3, s.image, s.image), torch.rand(1, (s.image // s.patch) ** 2)
+    with torch.no_grad():
+        masked = counted(lambda: mae(images, noise, s.mask_ratio))
+        pose, maps = counted(lambda: head(encoder(images))), counted(lambda: encoder.attention_maps(images))
+    assert benchmark.pretraining_flops(s) == pytest.approx(3 * masked, rel=3e-3)  # x^ of the class token
+    assert benchmark.finetuning_flops(f) == pytest.approx(3 * pose + 4 * maps, rel=0.03)  # maps: v as well
+    if preset == "paper-hand": assert benchmark.pretraining_flops(s) == pytest.approx(39.8e9, rel=2e-3)

@@ -199,21 +199,21 @@ def save_as(kind: str, path) -> None:
 @pytest.mark.parametrize("kind", ["grey.png", "palette.png", "rgb.jpg", "cmyk.jpg", "rgba.png", "16bit.png"])
 def test_every_kind_of_picture_is_read_as_rgb(kind, tmp_path):
     save_as(kind, tmp_path / kind)
-    picture = data.open_picture(tmp_path / kind)
+    picture = data.open_picture(tmp_path / kind)[0]
     assert picture.dtype == np.uint8 and picture.shape == (40, 60, 3)
     assert np.abs(picture[..., 1].astype(int) - shades()).max() < 12
 
 
 def test_what_is_transparent_is_white(tmp_path):
     Image.new("RGBA", (20, 20), (9, 9, 9, 0)).save(tmp_path / "clear.png")
-    assert (data.open_picture(tmp_path / "clear.png") == 255).all()
+    assert (data.open_picture(tmp_path / "clear.png")[0] == 255).all()
 
 
 def test_a_turned_picture_lands_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                                             # stored turned by 90 degrees
     Image.fromarray(shades()).convert("RGB").rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif)
-    picture = data.open_picture(tmp_path / "turned.jpg")
+    picture = data.open_picture(tmp_path / "turned.jpg")[0]
     assert picture.shape == (40, 60, 3) and picture[:15].mean() < 60 and picture[25:].mean() > 180
 
 

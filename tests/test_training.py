@@ -151,7 +151,8 @@ def test_checkpointing_changes_memory_alone(sets, pretrained, finetuned, tmp_pat
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_pretraining_is_the_same(sets, tmp_path):
     base = plain_mae(sets) + ["--epochs", "0.5", "--compile"]
-    for switch in ("on", "off"): assert train_pretrain.main(base + [switch, "--out", str(tmp_path / switch)]) == 0
+    for switch in ("on", "off"):
+        assert train_pretrain.main(base + [switch, "--out", str(tmp_path / switch)]) == 0
     assert json.loads((tmp_path / "on/config.json").read_text())["compile"] is True
     one, two = (weights(tmp_path / run, "encoder", "decoder") for run in ("on", "off"))
     assert same_but_for_sums(one, two)
@@ -188,7 +189,8 @@ def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
 def torchrun(script: str, *arguments: str) -> None:
     """The script on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(ROOT / script), *arguments], capture_output=True, text=True, timeout=120)
+    command += [str(ROOT / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -213,6 +215,32 @@ def test_sigterm_saves_and_the_same_command_continues(sets, pretrained, tmp_path
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     state = u.read_checkpoint(tmp_path / "run/checkpoint.pt")
     assert state["step"] >= log[-1]["step"] > 0 and state["step"] < state["steps"]
+
+
+ANONYMOUS = """
+import json, sys, pathlib, re, train_pretrain
+train_pretrain.main(sys.argv[1:])
+print("kB", re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+def test_memory_does_not_grow_with_the_data_set(tmp_path):
+    """Anonymous memory after 8 steps on 1,000 images and on 1,000,000 (a sparse file of 10.8 GB): the order
+    of an epoch takes 8 MB, and a few more go to chance."""
+    kB = {}
+    for count in (1000, 1_000_000):
+        folder = tmp_path / f"sparse{count}"
+        folder.mkdir()
+        np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (count, 60, 60, 3))
+        (folder / "meta.json").write_text(json.dumps({"format": 1, "name": "", "margin": 1.25, **data.HAND}))
+        command = [sys.executable, "-c", ANONYMOUS, *SMALL, "--source", str(folder), "--variant",
+                   "source-only-mae", "--decoder-width", "16", "--decoder-heads", "2", "--batch", "64",
+                   "--epochs", str(8 * 64 / count), "--out", str(tmp_path / f"run{count}")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        kB[count] = int(done.stdout.split("kB")[-1])
+    assert kB[1_000_000] - kB[1000] < 40_000, kB
 
 
 # ---- variants: each switch changes its own term ------------------------------------------------------------
