@@ -620,7 +620,7 @@ DOMAINS["target_shifted"] = dict(  # the target once more, as no training image 
     wall=[(60, 110, 120), (180, 90, 50), (110, 120, 60), (140, 90, 130), (205, 190, 170)],
     light_angle=(35, 75), light_tint=0.20, clouds=(0.03, 0.12), grain=(0.03, 0.07), shapes=7,
     shape_size=(0.04, 0.20), stripes=0.7, limbs=1, limb_aspect=(0.2, 0.5), balance=0.10)
-# Bodies turn to the camera, more or less: at 48 px nothing but a few pixels of face tells a front from a back,
+# Bodies turn to the camera, more or less: at 48 px a few pixels of face are all that tells front from back,
 # and a small model that has to do so exchanges left and right in four images of ten.
 CLOTHES = dict(  # sleeves end at 0 the shoulder, 1 the elbow, 2 the wrist; trousers' legs alike
     shirt=[(225, 225, 225), (130, 130, 140), (60, 80, 130), (45, 45, 50), (150, 60, 60)], sleeve=(0.4, 1.9),
@@ -778,8 +778,8 @@ def place(rng, points, joints, distance, look):
 
 
 def crop_intrinsics(joints, side, box):
-    """Pinhole K (B, 3, 3) in stored pixels for joints (B, K, 3) mm. The wide picture's focal length cancels:
-    the square box of the joints, seen on the plane z = 1, is to fill 1 / (box * MARGIN) of the stored image."""
+    """Pinhole (B, 3, 3) in stored pixels for joints (B, K, 3) mm. The wide picture's focal length cancels:
+    the square around the joints, seen on the plane z = 1, fills 1 / (box * MARGIN) of the stored image."""
     flat = joints[..., :2] / joints[..., 2:]
     low, high = flat.min(1), flat.max(1)                                   # (B, 2)
     focal = side / (box * MARGIN * (high - low).max(1))
