@@ -1,6 +1,7 @@
 """Data: a data set on disk, batches, augmentation, the embedded benchmark, readers of public data sets.
 
-    python data.py hands datasets/hands             render the embedded benchmark (the scripts do so too)
+    python data.py hands datasets/hands             render the embedded benchmark (the scripts do so too);
+    python data.py bodies datasets/bodies           the same with human bodies
     python data.py freihand ROOT OUT --split train  convert a publisher's files into a data-set folder, once
     python data.py photos ROOT OUT                  any folder of photographs (ImageNet's), as X_C
     python data.py show FOLDER PICTURE.png          draw a few samples, with their labels and masks
@@ -118,6 +119,8 @@ def read_meta(folder: Path) -> dict:
     if missing: raise InputError(f"{folder}/meta.json: lacks {', '.join(sorted(missing))}")
     if meta["format"] != FORMAT:
         raise InputError(f"{folder}/meta.json: format {meta['format']}; this code reads {FORMAT}")
+    if set(meta.get("compare") or []) - set(range(len(meta["joints"]))):
+        raise InputError(f"{folder}/meta.json: compare {meta['compare']}; give indices of its joints")
     return {"margin": 1.25, "split": "", "origin": ""} | meta
 
 
@@ -471,6 +474,13 @@ def same_skeleton(dataset: Dataset, skeleton: dict) -> None:
             raise InputError(f"{dataset.folder}: {key} is {dataset.meta[key]}, the model has {skeleton[key]}")
 
 
+def compared(meta: dict) -> list[int]:
+    """Joints over which errors are averaged: `compare` of meta.json; else all, but of a human not the root,
+    whose error is 0 by definition: hands' EPE counts the wrist by custom, MPJPE here does not the pelvis."""
+    body = meta["joints"] == HUMAN_JOINTS
+    return meta.get("compare") or [i for i in range(len(meta["joints"])) if not body or i != meta["root"]]
+
+
 def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device,
             dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Predicted and true keypoints (B, K, 3) mm, camera frame of the crop, with the root's true depth.
@@ -504,11 +514,18 @@ def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
 
 
 # ==========================================================================================================
-# The embedded benchmark: hands rendered by round cones, in two domains
+# The embedded benchmark: hands and bodies rendered by round cones, in two domains
 # ==========================================================================================================
+MARGIN = 1.25  # the stored crop: so many times the network's, which is "box" times the joints' box
 HAND_JOINTS = ["wrist"] + [f"{name}_{i}" for name in ("thumb", "index", "middle", "ring", "little")
                            for i in (1, 2, 3, 4)]                          # a finger: palm -> tip
 HAND_BONES = [(0 if i % 4 == 1 else i - 1, i) for i in range(1, 21)]       # (parent, child)
+HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": 1.5}
+HUMAN_JOINTS = ["pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
+                "spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist",
+                "right_shoulder", "right_elbow", "right_wrist"]             # in Human3.6M's order
+HUMAN_BONES = list(zip((0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15), range(1, 17)))  # (parent, child)
+HUMAN = {"joints": HUMAN_JOINTS, "bones": HUMAN_BONES, "root": 0, "depth_range": 2000.0, "box": 1.25}
 
 # The hand at rest, one row a finger: the back of a right hand faces the camera, fingers up (-y), thumb left
 # (-x), palm away (+z). First joint and bones in mm (wrist to middle fingertip: 184); angles in degrees.
@@ -527,16 +544,58 @@ RADII = np.float32([[13, 10.5, 9.2, 7.2], [10.2, 8.6, 7.4, 6.2], [10.4, 8.9, 7.6
 # Points that only the drawing needs follow the 21 joints, in this order; then (from, to, radii mm, what).
 CARPUS, PALM, WEB, ARM, NAIL = 21, 24, 28, 30, 36
 SKIN, HORN, CLOTH = range(3)
-CONES = [(4 * f + k, 4 * f + k + 1, *RADII[f, k - 1:k + 1], SKIN) for f in range(5) for k in (1, 2, 3)] + [
+HAND_CONES = [
+    (4 * f + k, 4 * f + k + 1, *RADII[f, k - 1:k + 1], SKIN) for f in range(5) for k in (1, 2, 3)] + [
     (CARPUS, PALM, 18, 16.5, SKIN), (CARPUS + 1, PALM + 1, 18, 17, SKIN), (WEB, WEB + 1, 9, 11, SKIN),
     (CARPUS + 1, PALM + 2, 18, 16.5, SKIN), (CARPUS + 2, PALM + 3, 18, 15.5, SKIN), (2, PALM, 6, 8, SKIN),
     (CARPUS, 1, 15, 13, SKIN), (CARPUS, ARM, 18, 19, SKIN), (CARPUS + 2, ARM + 1, 18, 19, SKIN),
     (ARM, ARM + 2, 19, 22, CLOTH), (ARM + 1, ARM + 3, 19, 22, CLOTH),
     (ARM + 2, ARM + 4, 22, 29, CLOTH), (ARM + 3, ARM + 5, 22, 29, CLOTH),
 ] + [(NAIL + f, NAIL + 5 + f, 0.63 * RADII[f, 3], 0.55 * RADII[f, 3], HORN) for f in range(5)]
-BLEND = 2.5         # mm of depth over which surfaces melt into one another
 FINE = 2            # samples per stored pixel and axis
-GROUP = 32          # hands drawn together: few enough for the processor's cache
+GROUP = 32          # hands or bodies drawn together: few enough for the processor's cache
+
+# The body at rest, 1655 mm tall: standing, arms down, facing the camera, so that its right is at -x, its
+# front at -z. A part turns about a joint, in the frame of the part before. A point: its part, mm from there.
+BASIN, WAIST, CHEST, HEAD, THIGH, SHIN, FOOT, UPPER_ARM, FOREARM = range(9)  # right side; + 5: the left
+PIVOT = [0, 0, 7, 8, 1, 2, 3, 14, 15, 4, 5, 6, 11, 12]                     # joint that a part turns about
+SKULL, HIPS, ENDS = 17, 22, 34  # what only the drawing needs follows the joints: head; right and left; cuffs
+BODY = np.zeros((34, 4), np.float32)
+BODY[[0, 7, 8, 9, 10, *range(SKULL, HIPS)]] = [                            # the middle
+    (BASIN, 0, 0, 0), (WAIST, 0, -225, 8), (CHEST, 0, -250, 8), (HEAD, 0, -140, -105), (HEAD, 0, -250, -20),
+    (HEAD, 0, -165, -22), (HEAD, 0, -105, -60), (HEAD, 0, -105, -8),       # skull, chin, neck
+    (HEAD, 0, -190, -4), (HEAD, 0, -100, 16)]                              # hair: crown, nape
+BODY[[1, 2, 3, 14, 15, 16, *range(HIPS, HIPS + 6)]] = [                    # the right side
+    (BASIN, -110, 5, 0), (THIGH, 0, 430, 0), (SHIN, 0, 415, 0),            # hip, knee, ankle
+    (CHEST, -165, -225, 5), (UPPER_ARM, 0, 290, 0), (FOREARM, 0, 255, 0),  # shoulder, elbow, wrist
+    (BASIN, -70, 15, 8), (WAIST, -50, -150, 0), (CHEST, -58, -165, -4),    # flank: hip, waist, breast
+    (FOOT, 0, 45, 35), (FOOT, 0, 55, -135), (FOREARM, 0, 345, -8)]         # heel, toes, knuckles
+LEFT, RIGHT = [4, 5, 6, 11, 12, 13, *range(HIPS + 6, ENDS)], [1, 2, 3, 14, 15, 16, *range(HIPS, HIPS + 6)]
+BODY[LEFT] = BODY[RIGHT] * np.float32([1, -1, 1, 1])
+BODY[LEFT, 0] += 5 * (BODY[LEFT, 0] >= THIGH)
+
+# Degrees, a row an activity, mean and standard deviation: flexion, abduction, turning out of the hip, flexion
+# of the knee; the same of shoulder and elbow; swing of the limbs in walking; lean of the trunk.
+ACTIVITIES = np.float32([
+    [[2, 4, 8, 4, 4, 8, 0, 20, 0, 1], [4, 3, 8, 4, 10, 6, 12, 15, 5, 3]],              # standing
+    [[4, 2, 6, 14, 0, 7, 0, 28, 26, 5], [4, 2, 6, 6, 6, 5, 10, 14, 8, 4]],             # walking
+    [[2, 5, 8, 5, 28, 16, 0, 75, 0, 2], [5, 4, 8, 5, 22, 14, 20, 30, 6, 4]],           # talking
+    [[4, 6, 8, 12, 70, 25, 0, 22, 12, 10], [10, 5, 8, 12, 45, 25, 20, 18, 12, 12]],   # reaching
+    [[2, 6, 8, 4, 150, 20, 0, 30, 0, -2], [5, 5, 8, 5, 20, 15, 20, 30, 8, 5]],         # arms up
+    [[88, 10, 4, 85, 32, 12, 0, 55, 0, -4], [10, 8, 8, 16, 18, 8, 15, 25, 0, 8]],      # sitting
+    [[70, 15, 8, 112, 50, 14, 0, 45, 4, 28], [12, 8, 8, 14, 22, 10, 15, 25, 6, 8]]])   # crouching
+JOINT_LIMITS = np.float32([[-20, -4, -25, 0, -45, 2, -45, 0], [120, 45, 40, 140, 175, 120, 60, 145]])
+
+HAIR, SHIRT, SLEEVE, TROUSERS, LEG, SHOES = range(CLOTH, CLOTH + 6)
+HUMAN_CONES = [(SKULL, SKULL + 1, 80, 50, SKIN), (8, SKULL + 2, 50, 46, SKIN), (14, 11, 44, 44, SHIRT),
+               (SKULL + 3, SKULL + 4, 70, 48, HAIR), (HIPS, HIPS + 6, 80, 80, TROUSERS)] + [
+    cone for flank, end, hip, shoulder in ((HIPS, ENDS, 1, 14), (HIPS + 6, ENDS + 4, 4, 11)) for cone in (
+        (flank, flank + 1, 80, 74, TROUSERS), (flank + 1, flank + 2, 76, 84, SHIRT),
+        (flank + 2, shoulder, 80, 46, SHIRT), (hip, end, 76, 58, TROUSERS), (end, end + 1, 60, 52, LEG),
+        (end + 1, hip + 2, 52, 38, SKIN), (hip + 2, flank + 3, 38, 34, SKIN),
+        (flank + 3, flank + 4, 34, 30, SHOES), (shoulder, end + 2, 44, 38, SHIRT),
+        (end + 2, end + 3, 40, 36, SLEEVE), (end + 3, shoulder + 2, 36, 27, SKIN),
+        (shoulder + 2, flank + 5, 29, 24, SKIN))]
 
 # Every choice of appearance. Colours are 0..255, a pair (a, b) is a uniform range, angles are in degrees, and
 # lengths in parts of the image's side, so that a domain looks alike at any resolution.
@@ -566,6 +625,27 @@ DOMAINS["target_shifted"] = dict(  # the target once more, as no training image 
     wall=[(60, 110, 120), (180, 90, 50), (110, 120, 60), (140, 90, 130), (205, 190, 170)],
     light_angle=(35, 75), light_tint=0.20, clouds=(0.03, 0.12), grain=(0.03, 0.07), shapes=7,
     shape_size=(0.04, 0.20), stripes=0.7, limbs=1, limb_aspect=(0.2, 0.5), balance=0.10)
+# Bodies turn to the camera, more or less: at 48 px a few pixels of face are all that tells front from back,
+# and a small model that has to do so exchanges left and right in four images of ten.
+CLOTHES = dict(  # sleeves end at 0 the shoulder, 1 the elbow, 2 the wrist; trousers' legs alike
+    shirt=[(225, 225, 225), (130, 130, 140), (60, 80, 130), (45, 45, 50), (150, 60, 60)], sleeve=(0.4, 1.9),
+    trousers=[(55, 70, 110), (45, 45, 50), (170, 155, 125)], leg=(0.6, 2.4), cloth_jitter=0.08, pattern=0.0,
+    shoes=[(40, 40, 45), (225, 225, 225), (100, 70, 50)], hair=[(40, 30, 25), (90, 60, 40), (190, 160, 110)],
+    roll=(-8, 8), pitch=(-8, 15), yaw=(-60, 60), floor=[(150, 140, 130), (110, 90, 70), (90, 90, 95)])
+OTHER_CLOTHES = dict(
+    shirt=[(200, 60, 50), (230, 180, 60), (60, 140, 90), (60, 120, 190), (150, 80, 160), (235, 235, 225),
+           (40, 40, 45)], sleeve=(0.2, 1.9), cloth_jitter=0.2, pattern=0.5,
+    trousers=[(90, 100, 70), (120, 60, 50), (200, 190, 180), (50, 60, 80), (30, 30, 35)], leg=(0.3, 2.2),
+    shoes=[(200, 60, 60), (60, 90, 160), (230, 230, 230), (60, 50, 40)],
+    hair=[(25, 20, 20), (150, 150, 150), (150, 80, 45), (230, 205, 150)],
+    decoys=[(200, 60, 50), (60, 120, 190), (120, 60, 50), (148, 98, 72), (250, 226, 214), (50, 60, 80)],
+    roll=(-12, 12), pitch=(0, 30), yaw=(-30, 90),
+    floor=[(100, 110, 70), (140, 110, 90), (80, 70, 90), (180, 170, 150)])
+HUMAN_DOMAINS = {
+    "source": DOMAINS["source"] | CLOTHES, "target": DOMAINS["target"] | OTHER_CLOTHES,
+    "target_shifted": DOMAINS["target_shifted"] | OTHER_CLOTHES | dict(
+        shirt=[(240, 130, 170), (120, 200, 190), (110, 110, 60), (90, 60, 120), (240, 240, 120)], pattern=0.7,
+        trousers=[(160, 140, 60), (70, 110, 120), (130, 130, 140)], roll=(-15, 15), pitch=(5, 40))}
 UNCONSTRAINED = dict(
     skin=[(232, 190, 165), (200, 140, 110), (150, 100, 75), (100, 66, 50), (215, 130, 110)], skin_chance=0.35,
     shapes=5, shape_chance=0.6, shape_size=(0.05, 0.5), shape_aspect=(0.12, 1.0), shape_soft=(0.004, 0.08),
@@ -625,7 +705,7 @@ def sample_forearm(rng, count):
     return along * reach + across * np.float32([-8, 8, -8, 8, -10, 10])[:, None] + np.float32([0, 0, 8])
 
 
-def sample_pose(rng, count):
+def sample_hand(rng, count):
     """Random right hands, wrist at 0 -> points (B, P, 3) mm: 21 joints, then what only the drawing needs; and
     girth (B,), the factor of all radii."""
     digits, inward = sample_fingers(rng, count)                            # (B, 5, 4, 3), (B, 5, 3) mm
@@ -640,6 +720,49 @@ def sample_pose(rng, count):
     return np.concatenate(parts, 1) * size[:, None, None], size * (1 + normal(rng, 0.05, count))
 
 
+def sample_stance(rng, count):
+    """Flexion, abduction and turning out of the 14 parts of a body, rad, (B, 14, 3), within joint limits: an
+    activity's mean and deviation, of which both sides share a part; in walking, left and right swing."""
+    activity = rng.integers(len(ACTIVITIES), size=count)
+    mean, sd = ACTIVITIES[activity].transpose(1, 0, 2)[:, :, None]         # (B, 1, 10) each
+    drawn = mean + sd * (normal(rng, 0.6, count, 1, 10) + normal(rng, 0.8, count, 2, 10))  # (B, 2, 10)
+    phase = uniform(rng, (0, 2 * np.pi), count, 1) + np.float32([0, np.pi])  # (B, 2)
+    stride, lean = drawn[:, :1, 8], drawn[:, 0, 9]
+    drawn[..., 0] += lean[:, None] + stride * np.sin(phase)                # legs stand where the trunk leans
+    drawn[..., 3] += 1.3 * abs(stride) * np.maximum(np.cos(phase), 0)      # the knee bends on the way forward
+    drawn[..., 4] -= 0.8 * stride * np.sin(phase)
+    limbs = np.clip(drawn[..., :8], *JOINT_LIMITS)                         # (B, 2, 8)
+    stance = np.zeros((count, 14, 3), np.float32)
+    stance[:, :4] = normal(rng, 1, count, 4, 3) * np.float32([[0, 2, 0], [5, 5, 7], [5, 5, 7], [10, 6, 25]])
+    stance[:, :3, 0] -= lean[:, None] * np.float32([1, 0.3, 0.3])
+    for side, thigh in enumerate((THIGH, THIGH + 5)):
+        stance[:, thigh], stance[:, thigh + 3] = limbs[:, side, :3], limbs[:, side, 4:7]
+        stance[:, thigh + 1, 0], stance[:, thigh + 4, 0] = -limbs[:, side, 3], limbs[:, side, 7]
+        level = lean - limbs[:, side, 0] + limbs[:, side, 3]               # the ankle bends to level the foot
+        stance[:, thigh + 2, 0] = np.clip(level, -45, 30)
+    return np.radians(stance)
+
+
+def sample_body(rng, count):
+    """Forward kinematics of random bodies, pelvis at 0, as `sample_hand`: points (B, 34, 3) mm, girth (B,).
+    Flexion moves a hanging limb forward; left abduction and turning out are the mirror image of the right."""
+    angles = sample_stance(rng, count).transpose(2, 0, 1)                  # (3, B, 14)
+    angles[1:, :, :9] *= -1
+    # rotation() is Rz Rx Ry of its angles; with the axes in reverse, Rx Rz Ry of the negative ones
+    turn = rotation(*angles.reshape(3, -1)).reshape(count, 14, 3, 3)[..., ::-1, ::-1]
+    size = 1 + normal(rng, 0.035, count, 14)
+    size[:, 9:] = size[:, 4:9]                                             # both sides are equally long
+    part, rest = BODY[:, 0].astype(int), BODY[:, 1:]
+    rest = rest * size[:, part, None]                                      # (B, 34, 3) mm
+    frames, points = turn.copy(), np.zeros((count, 34, 3), np.float32)
+    for p, pivot in enumerate(PIVOT):
+        if p: frames[:, p] = frames[:, part[pivot]] @ turn[:, p]
+        own = np.flatnonzero(part == p)
+        points[:, own] = points[:, pivot, None] + rest[:, own] @ frames[:, p].transpose(0, 2, 1)
+    stature = uniform(rng, (1500, 1950), count) / 1655
+    return points * stature[:, None, None], stature * (1 + normal(rng, 0.1, count))
+
+
 def rotation(roll, pitch, yaw):
     """Matrices (B, 3, 3) = Rz(roll) Rx(pitch) Ry(yaw), radians: roll turns the picture, the others tilt."""
     (cr, cp, cy), (sr, sp, sy) = np.cos([roll, pitch, yaw]), np.sin([roll, pitch, yaw])
@@ -648,23 +771,23 @@ def rotation(roll, pitch, yaw):
     return np.array(rows, np.float32).transpose(2, 0, 1)                   # (B, 3, 3)
 
 
-def place(rng, points, look):
-    """Hands (B, P, 3) mm -> camera frame: turned as the domain's viewpoints say, 400-900 mm away, up to 11
-    degrees off the optical axis in x and in y."""
+def place(rng, points, joints, distance, look):
+    """Points (B, P, 3) mm -> camera frame: turned as the domain's viewpoints say, the mean of the `joints`
+    first ones at a depth within `distance` mm, up to 11 degrees off the optical axis in x and in y."""
     count = len(points)
     angles = [np.radians(uniform(rng, look[key], count)) for key in ("roll", "pitch", "yaw")]
-    depth = uniform(rng, (400, 900), count, 1)
+    depth = uniform(rng, distance, count, 1)
     centre = np.concatenate([uniform(rng, (-0.2, 0.2), count, 2) * depth, depth], 1)  # (B, 3) mm
     points = points @ rotation(*angles).transpose(0, 2, 1)
-    return points + (centre - points[:, :21].mean(1))[:, None]             # (B, P, 3) mm, camera
+    return points + (centre - points[:, :joints].mean(1))[:, None]            # (B, P, 3) mm, camera
 
 
-def crop_intrinsics(joints, side):
-    """Pinhole K (B, 3, 3) in stored pixels for joints (B, 21, 3) mm. The wide picture's focal length cancels:
-    the square box of the joints, seen on the plane z = 1, is to fill 1 / (1.5 * 1.25) of the stored image."""
+def crop_intrinsics(joints, side, box):
+    """Pinhole (B, 3, 3) in stored pixels for joints (B, K, 3) mm. The wide picture's focal length cancels:
+    the square around the joints, seen on the plane z = 1, fills 1 / (box * MARGIN) of the stored image."""
     flat = joints[..., :2] / joints[..., 2:]
     low, high = flat.min(1), flat.max(1)                                   # (B, 2)
-    focal = side / (1.5 * 1.25 * (high - low).max(1))
+    focal = side / (box * MARGIN * (high - low).max(1))
     matrix = focal[:, None, None] * np.float32(np.diag([1, 1, 0])) + np.float32(np.diag([0, 0, 1]))
     matrix[:, :2, 2] = (side - 1) / 2 - focal[:, None] * (low + high) / 2  # pixel centres are integers
     return matrix                                                          # (B, 3, 3)
@@ -697,12 +820,13 @@ def cone_surface(ends, radii, depths, x, y):
     return cover, z + t * dz - height, (x - t * dx) / radius, (y - t * dy) / radius
 
 
-def draw_cone(sums, cone, flat, scale, girth, depth, sleeved):
-    """Adds one of CONES to sums (6, B, G, G), in place and in each image's own window of the G x G samples:
-    weight, weight * normal x, weight * normal y, weight of nail, of sleeve; the last keeps the largest cover.
-    flat (B, P, 2) px, scale (B, P) px per mm, girth (B,), depth (B, P) px, sleeved (B,) 0 or 1."""
+def draw_cone(sums, cone, blend, flat, scale, girth, depth, *worn):
+    """Adds a cone to sums (3 + M + 1, B, G, G), in place and in each image's own window of the G x G samples:
+    weight, weight * normal x, weight * normal y, weight of each of the M materials but skin; the last keeps
+    the largest cover. flat (B, P, 2) px, scale (B, P) px per mm, girth (B,), depth (B, P) px; worn: for each
+    of the M materials (B,), 0 where it is skin after all. Clothes are 15 % wider than the limb."""
     (i, j, ri, rj, what), (count, grid) = cone, sums.shape[1:3]
-    wide = girth * (1 + 0.15 * sleeved if what == CLOTH else 1)
+    wide = girth * (1 + 0.15 * worn[what - 1] if what >= CLOTH else 1)
     ends, radii = flat[:, [i, j]], scale[:, [i, j]] * np.float32([ri, rj]) * wide[:, None]  # px
     low, high = (ends - radii[..., None]).min(1), (ends + radii[..., None]).max(1)  # (B, 2) px
     low, high = (np.clip((v + 0.5) * FINE + m, 0, grid).astype(int) for v, m in ((low, -1), (high, 2)))
@@ -710,32 +834,31 @@ def draw_cone(sums, cone, flat, scale, girth, depth, sleeved):
     low = np.minimum(low, grid - width)                                    # (B, 2) samples, x and y
     x, y = ((low.T[..., None] + np.arange(width) + 0.5) / FINE - 0.5).astype(np.float32)  # (B, w) px each
     cover, z, nx, ny = cone_surface(ends, radii, depth[:, [i, j]], x[:, None], y[..., None])
-    weight = cover * np.exp(np.clip(z * (-1 / BLEND / scale[:, :1, None]), -80, 80))
-    window = sliding_window_view(sums, (width, width), (2, 3), writeable=True)  # (6, B, y, x, w, w)
+    weight = cover * np.exp(np.clip(z * (-1 / blend / scale[:, :1, None]), -80, 80))
+    window = sliding_window_view(sums, (width, width), (2, 3), writeable=True)  # (6.., B, y, x, w, w)
     where = np.arange(count), low[:, 1], low[:, 0]
     window[0][where] += weight
     window[1][where] += weight * nx
     window[2][where] += weight * ny
-    if what != SKIN:
-        window[2 + what][where] += weight * (sleeved[:, None, None] if what == CLOTH else 1)
-    window[5][where] = np.maximum(window[5][where], cover)
+    if what != SKIN: window[2 + what][where] += weight * worn[what - 1][:, None, None]
+    window[-1][where] = np.maximum(window[-1][where], cover)
 
 
-def rasterise(points, girth, sleeved, intrinsics, side):
-    """Draws CONES for points (B, P, 3) mm -> (6, B, S, S) float32, the channels of `draw_cone`.
+def rasterise(cones, blend, points, girth, worn, intrinsics, side):
+    """Draws `cones` for points (B, P, 3) mm -> (3 + M + 1, B, S, S) float32, the channels of `draw_cone`.
 
-    Every sample sums exp(-depth / BLEND) over the cones: a z-buffer whose order does not matter, which melts
-    surfaces that meet and parts those that lie apart. Hands of like size share a group: tight windows."""
-    flat = to_pixels(points, intrinsics)                                     # (B, P, 2) px
+    Every sample sums exp(-depth / blend) over the cones: a z-buffer whose order does not matter, which melts
+    surfaces that meet and parts those that lie apart. Figures of like size share a group: tight windows."""
+    flat = to_pixels(points, intrinsics)                                   # (B, P, 2) px
     scale = intrinsics[:, 0, 0, None] / points[..., 2]                     # (B, P) px per mm
-    depth = (points[..., 2] - points[:, :1, 2]) * scale[:, :1]             # (B, P) px, from the wrist
-    layers = np.empty((6, len(points), side, side), np.float32)
+    depth = (points[..., 2] - points[:, :1, 2]) * scale[:, :1]             # (B, P) px, from the root
+    layers = np.empty((4 + len(worn), len(points), side, side), np.float32)
     for rows in np.array_split(np.argsort(scale[:, 0]), -(-len(points) // GROUP)):
-        sums = np.zeros((6, len(rows), side * FINE, side * FINE), np.float32)
-        for cone in CONES:
-            draw_cone(sums, cone, flat[rows], scale[rows], girth[rows], depth[rows], sleeved[rows])
+        sums = np.zeros((len(layers), len(rows), side * FINE, side * FINE), np.float32)
+        own = [array[rows] for array in (flat, scale, girth, depth, *worn)]
+        for cone in cones: draw_cone(sums, cone, blend, *own)
         sums = sum(sums[..., k::FINE, :] for k in range(FINE))             # ten times faster than mean()
-        layers[:, rows] = sum(sums[..., k::FINE] for k in range(FINE)) / FINE ** 2  # (6, b, S, S)
+        layers[:, rows] = sum(sums[..., k::FINE] for k in range(FINE)) / FINE ** 2  # (4 + M, b, S, S)
     return layers
 
 
@@ -748,28 +871,29 @@ def smooth_noise(rng, count, channels, cells, side):
     return blend @ rng.standard_normal((count, channels, cells + 1, cells + 1), np.float32) @ blend.T
 
 
-def shade(rng, layers, tone, cloth, look):
-    """Layers (6, B, S, S), colours of skin or glove and of the sleeve (B, 3) -> picture (B, 3, S, S) of the
-    hand: ambient + diffuse + some specular light; darker where a neighbour lies 3 mm nearer the camera."""
+def shade(rng, layers, blend, tone, cloths, look):
+    """Layers (4 + M, B, S, S), colours of skin or glove (B, 3) and of the M - 1 clothes, each (B, 3, S, S) or
+    (B, 3, 1, 1) -> picture (B, 3, S, S): ambient + diffuse + some specular light; darker where a neighbour
+    lies nearer the camera, by 3 mm in a hand."""
     count, side = layers.shape[1], layers.shape[-1]
     total = np.maximum(layers[0], 1e-35)
-    nx, ny, nail, sleeve = layers[1:5] / total                             # (B, S, S) each
+    nx, ny, nail, *worn = layers[1:-1] / total                             # (B, S, S) each
     tilt = np.radians(uniform(rng, look["light_angle"], count, 1, 1))
     turn = uniform(rng, (0, 2 * np.pi), count, 1, 1)
     facing = (nx * np.sin(tilt) * np.cos(turn) + ny * (np.sin(tilt) * np.sin(turn) - 0.2)  # rather from above
               + np.sqrt(np.maximum(1 - nx ** 2 - ny ** 2, 0)) * np.cos(tilt))
     facing = np.maximum(facing, 0)                                         # (B, S, S)
-    depth = np.where(layers[0] > 1e-30, -BLEND * np.log(total), 150)       # mm, the void lies far back
+    depth = np.where(layers[0] > 1e-30, -blend * np.log(total), 60 * blend)  # mm, the void lies far back
     reach = max(round(side / 30), 1)
-    hidden = sum(np.clip((depth - np.roll(depth, shift, axis) - 3) / 40, 0, 0.5)
+    hidden = sum(np.clip((depth - np.roll(depth, shift, axis) - 1.2 * blend) / (16 * blend), 0, 0.5)
                  for axis in (1, 2) for shift in (-reach, reach))
     light, ambient = (uniform(rng, look[key], count, 1, 1, 1) * (1 + normal(rng, tint, count, 3, 1, 1))
                       for key, tint in (("light", look["light_tint"]), ("ambient", look["light_tint"] / 2)))
     bright = ambient + light * facing[:, None]                             # (B, 3, S, S)
     mottle = 1 + 0.04 * smooth_noise(rng, count, 1, 8, side)
     albedo = tone[..., None, None] * (mottle + np.float32([0.35, 0.22, 0.22])[:, None, None] * nail[:, None])
-    albedo += sleeve[:, None] * (cloth[..., None, None] - albedo)
-    shine = uniform(rng, look["shine"], count, 1, 1) * facing ** 12 * (1 - sleeve)
+    for share, cloth in zip(worn, cloths): albedo += share[:, None] * (cloth - albedo)
+    shine = uniform(rng, look["shine"], count, 1, 1) * facing ** 12 * (1 - sum(worn))
     return (albedo * bright + shine[:, None]) * (1 - 0.45 * np.minimum(hidden, 1))[:, None]
 
 
@@ -793,9 +917,13 @@ def paint_shape(rng, canvas, colour, chance, size, aspect, soft, stripes=0.0, ro
 
 
 def background(rng, count, side, look):
-    """What lies behind the hand, (B, 3, S, S) in 0..1: a wall, clouds and grain on it, shapes, and limbs of
-    skin colour that are nobody's hand."""
+    """What lies behind the figure, (B, 3, S, S) in 0..1: a wall, for bodies a floor, clouds and grain on
+    them, shapes, and limbs of the colour of skin (or clothes) that are nobody's."""
     canvas = pick(rng, look["wall"], look["wall_jitter"], count)[..., None, None]
+    if "floor" in look:
+        floor = pick(rng, look["floor"], look["wall_jitter"], count)[..., None, None]
+        down = np.float32(np.arange(side) / side)[:, None] - uniform(rng, (0.45, 0.9), count, 1, 1, 1)
+        canvas = canvas + np.clip(down / 0.02 + 0.5, 0, 1) * (floor - canvas)  # (B, 3, S, 1)
     for key, cells in (("clouds", 3), ("grain", 16)):
         grey, colour = (smooth_noise(rng, count, channels, cells, side) for channels in (1, 3))
         canvas = canvas + uniform(rng, look[key], count, 1, 1, 1) * (grey + 0.5 * colour)
@@ -805,8 +933,8 @@ def background(rng, count, side, look):
         paint_shape(rng, canvas, colour, look["shape_chance"] * busy, look["shape_size"], (0.2, 1.0),
                     look["shape_soft"], look["stripes"])
     for _ in range(look["limbs"]):
-        paint_shape(rng, canvas, pick(rng, look["skin"], 0.1, count), look["limb_chance"], (0.15, 0.5),
-                    look["limb_aspect"], look["shape_soft"], rounded=1.0)
+        paint_shape(rng, canvas, pick(rng, look.get("decoys", look["skin"]), 0.1, count),
+                    look["limb_chance"], (0.15, 0.5), look["limb_aspect"], look["shape_soft"], rounded=1.0)
     return canvas
 
 
@@ -827,24 +955,82 @@ def develop(rng, image, look):
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)  # (B, S, S, 3)
 
 
-def render_hands(rng, domain, count, side):
-    """Labelled images of one of DOMAINS: images (B, S, S, 3) uint8; masks (B, S, S) uint8, 255 on a hand and
-    its bare forearm, 0 elsewhere and on a sleeve; keypoints (B, 21, 3) and intrinsics (B, 3, 3), float32."""
-    look = DOMAINS[domain]
-    points, girth = sample_pose(rng, count)
-    points = place(rng, points, look)
-    intrinsics = crop_intrinsics(points[:, :21], side)
+def dress_hand(rng, points, side, look):
+    """What a hand wears -> points (B, P, 3) as given; worn, 0 or 1 for nails and sleeve, (B,) each; colour of
+    the skin (B, 3), and of the sleeve (B, 3, 1, 1)."""
+    count = len(points)
     sleeved = (rng.random(count) < look["sleeve"]).astype(np.float32)
-    layers = rasterise(points, girth, sleeved, intrinsics, side)
-    gloved = rng.random((count, 1)) < look["glove"]
+    gloved = rng.random((count, 1)) < look["glove"]                        # a glove hides the nails
     skin, glove = pick(rng, look["skin"], look["skin_jitter"], count), pick(rng, look["gloves"], 0.1, count)
-    layers[3] *= ~gloved[..., None]                                        # a glove hides the nails
-    hand = shade(rng, layers, np.where(gloved, glove, skin), uniform(rng, (0.1, 0.9), count, 3), look)
+    cloth = uniform(rng, (0.1, 0.9), count, 3)[..., None, None]
+    return points, [~gloved[:, 0], sleeved], np.where(gloved, glove, skin), [cloth]
+
+
+def fabric(rng, palette, count, side, look):
+    """Colours (B, 3, S, S) of a piece of clothing: one of the palette, or stripes or checks of two."""
+    plain, other = (pick(rng, palette, look["cloth_jitter"], count)[..., None, None] for _ in range(2))
+    turn, waves = uniform(rng, (0, np.pi), count, 1, 1), uniform(rng, (30, 80), count, 1, 1)
+    x, y = np.meshgrid(*2 * [np.arange(side, dtype=np.float32) / side])    # (S, S)
+    p, q = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x  # (B, S, S)
+    checked, printed = (rng.random((count, 1, 1)) < odds for odds in (0.5, look["pattern"]))
+    lines = np.sin(waves * p) * np.where(checked, np.sin(waves * q), np.float32(1))
+    return plain + (printed * np.clip(2 * lines + 0.5, 0, 1))[:, None] * (other - plain)
+
+
+def dress_body(rng, points, side, look):
+    """As `dress_hand`, for bodies; appends where trousers' legs and sleeves end, on the upper and the lower
+    half of each limb: right leg, right arm, left leg, left arm. Of the 7 materials, HORN is never worn."""
+    count, ends = len(points), []
+    leg, sleeve = (np.clip(uniform(rng, look[key], count), 0, 1.95) for key in ("leg", "sleeve"))
+    for top, t in ((1, leg), (14, sleeve), (4, leg), (11, sleeve)):
+        upper, middle, lower = (points[:, top + i] for i in range(3))      # (B, 3) mm
+        ends += [upper + (middle - upper) * np.minimum(t, 1)[:, None],
+                 middle + (lower - middle) * np.maximum(t - 1, 0)[:, None]]
+    always, skin = np.ones(count, np.float32), pick(rng, look["skin"], look["skin_jitter"], count)
+    hair, shoes = (pick(rng, look[key], 0.1, count)[..., None, None] for key in ("hair", "shoes"))
+    shirt, trousers = (fabric(rng, look[key], count, side, look) for key in ("shirt", "trousers"))
+    worn = [0 * always, always, always, np.float32(sleeve > 1), always, np.float32(leg > 1), always]
+    return (np.concatenate([points, np.stack(ends, 1)], 1), worn, skin,
+            [hair, shirt, shirt, trousers, trousers, shoes])
+
+
+class Kind(NamedTuple):
+    """What hands and bodies differ in; everything else about rendering is shared."""
+    skeleton: dict
+    cones: list
+    pose: object      # (rng, count) -> points, girth
+    dress: object     # (rng, points, side, look) -> points, worn, tone, cloths
+    domains: dict
+    blend: float      # mm of depth over which surfaces melt into one another
+    distance: tuple   # mm from the camera
+    foreign: int      # the clothes that are not foreground, 0: none
+
+
+KINDS = {"hands": Kind(HAND, HAND_CONES, sample_hand, dress_hand, DOMAINS, 2.5, (400, 900), CLOTH),
+         "bodies": Kind(HUMAN, HUMAN_CONES, sample_body, dress_body, HUMAN_DOMAINS, 12.0, (3000, 6000), 0)}
+
+
+def render(kind, rng, domain, count, side):
+    """Labelled images of one of KINDS and of its domains: images (B, S, S, 3) uint8; masks (B, S, S) uint8,
+    255 on a body, or on a hand and its bare forearm (not on a sleeve), 0 elsewhere; keypoints (B, K, 3) and
+    intrinsics (B, 3, 3), float32."""
+    kind = KINDS[kind]
+    look, joints = kind.domains[domain], len(kind.skeleton["joints"])
+    points, girth = kind.pose(rng, count)
+    points = place(rng, points, joints, kind.distance, look)
+    intrinsics = crop_intrinsics(points[:, :joints], side, kind.skeleton["box"])
+    points, worn, tone, cloths = kind.dress(rng, points, side, look)
+    layers = rasterise(kind.cones, kind.blend, points, girth, worn, intrinsics, side)
+    figure = shade(rng, layers, kind.blend, tone, cloths, look)
     image = background(rng, count, side, look)
-    image += layers[5][:, None] * (hand - image)
-    bare = layers[5] * (1 - layers[4] / np.maximum(layers[0], 1e-35))      # (B, S, S)
-    return dict(images=develop(rng, image, look), masks=(bare * 255 + 0.5).astype(np.uint8),
-                keypoints=points[:, :21].astype(np.float32), intrinsics=intrinsics)
+    image += layers[-1][:, None] * (figure - image)
+    mask = layers[-1]                                                      # (B, S, S)
+    if kind.foreign: mask = mask * (1 - layers[2 + kind.foreign] / np.maximum(layers[0], 1e-35))
+    return dict(images=develop(rng, image, look), masks=(mask * 255 + 0.5).astype(np.uint8),
+                keypoints=points[:, :joints].astype(np.float32), intrinsics=intrinsics)
+
+
+render_hands, render_bodies = (partial(render, kind) for kind in KINDS)
 
 
 def render_unconstrained(rng, count, side):
@@ -877,27 +1063,28 @@ BENCHMARK = {  # folder: (domain, images); no two share a random number, so trai
 }
 
 
-def render_chunk(job: tuple[str, int, int]) -> tuple[dict[str, np.ndarray], list]:
-    """Job (folder, chunk, side): CHUNK images of a folder of BENCHMARK with their labels."""
-    name, chunk, side = job
+def render_chunk(job: tuple[str, str, int, int]) -> tuple[dict[str, np.ndarray], list]:
+    """Job (kind, folder, chunk, side): CHUNK images of a folder of BENCHMARK with their labels."""
+    kind, name, chunk, side = job
     domain, count = BENCHMARK[name]
-    rng = random_generator(0, f"hands {name}", chunk)
+    rng = random_generator(0, f"{kind} {name}", chunk)
     count = min(CHUNK, count - chunk * CHUNK)
-    if domain: return render_hands(rng, domain, count, side), []
+    if domain: return render(kind, rng, domain, count, side), []
     return {"images": render_unconstrained(rng, count, side)}, []
 
 
-def make_benchmark(root: str | Path, side: int = 60, workers: int = 0) -> None:
-    """Render the folders of BENCHMARK that are not there yet under root, stored crops of `side` px."""
+def make_benchmark(kind: str, root: str | Path, side: int = 60, workers: int = 0) -> None:
+    """Render the folders of BENCHMARK, of `kind`, that are not there yet under root, crops of `side` px."""
     for name, (domain, count) in BENCHMARK.items():
         if (Path(root) / name).exists():
             there = np.load(Path(root) / name / "images.npy", mmap_mode="r").shape[1]
             if there != side: raise InputError(f"{root}/{name}: exists with {there} px; remove it")
             continue
-        meta = {"name": f"hands {domain or 'unconstrained'}", "split": name.split("_")[-1], "margin": 1.25,
-                "joints": HAND_JOINTS if domain else [], "bones": HAND_BONES if domain else [], "root": 0,
-                "depth_range": 300.0, "origin": f"rendered by this project, {side} px"}
-        jobs = [(name, i, side) for i in range(-(-count // CHUNK))]
+        skeleton = {k: v for k, v in KINDS[kind].skeleton.items() if k != "box"}
+        meta = {"name": f"{kind} {domain or 'unconstrained'}", "split": name.split("_")[-1], "margin": MARGIN,
+                **skeleton, "origin": f"rendered by this project, {side} px"}
+        if not domain: meta |= {"joints": [], "bones": []}
+        jobs = [(kind, name, i, side) for i in range(-(-count // CHUNK))]
         build_dataset(Path(root) / name, meta, jobs, len(jobs), render_chunk, workers, CHUNK)
 
 
@@ -907,8 +1094,9 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
     if rank == 0:
         try:
             for folder in map(Path, filter(None, folders)):
-                if folder.name in BENCHMARK and folder.parent.name == "hands" and not folder.exists():
-                    make_benchmark(folder.parent)
+                kind = folder.parent.name
+                if folder.name in BENCHMARK and kind in KINDS and not folder.exists():
+                    make_benchmark(kind, folder.parent)
         except InputError as caught: error = caught
     from_rank_0(error)
 
@@ -919,15 +1107,7 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
 # A reader is a function (root, own options with defaults) -> (number of samples or an upper bound, generator
 # of Samples). It refuses early what it can; its generator opens the files of labels one sequence at a time,
 # and never a picture. A line in READERS puts it on the command line. All readers share everything else.
-MARGIN = 1.25  # the stored crop: so many times the network's, which is "box" times the joints' box
 SAMPLES_A_JOB = 16
-HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": 1.5}
-HUMAN_JOINTS = ["pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
-                "spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist",
-                "right_shoulder", "right_elbow", "right_wrist"]            # Human3.6M's 17, in its order
-HUMAN_BONES = [(0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8), (8, 9), (9, 10), (8, 11),
-               (11, 12), (12, 13), (8, 14), (14, 15), (15, 16)]            # (parent, child)
-HUMAN = {"joints": HUMAN_JOINTS, "bones": HUMAN_BONES, "root": 0, "depth_range": 2000.0, "box": 1.25}
 
 
 class Sample(NamedTuple):
@@ -2057,7 +2237,7 @@ def main(arguments=None) -> None:
         for flag, value in flags.items():
             sub.add_argument(f"--{flag}", type=type(value), default=value, metavar="", help="[%(default)s]")
 
-    command("hands", "Render the embedded benchmark.", "out", side=60, workers=0)
+    for kind in KINDS: command(kind, f"Render the embedded benchmark of {kind}.", "out", side=60, workers=0)
     for name, (reader, _, _) in READERS.items():  # what a reader takes beside root are its flags
         own = {p.name: p.default for p in inspect.signature(reader).parameters.values() if p.name != "root"}
         command(name, reader.__doc__, "root", "out", **own, side=320, workers=0)
@@ -2066,7 +2246,7 @@ def main(arguments=None) -> None:
     given = vars(parser.parse_args(arguments))
     name, side, workers = given.pop("command"), given.get("side", 16), given.get("workers", 0)
     if side < 16 or workers < 0: raise InputError("--side is 16 or more, --workers 0 (all cores) or more")
-    if name == "hands": make_benchmark(given["out"], side, workers)
+    if name in KINDS: make_benchmark(name, given["out"], side, workers)
     elif name in ("show", "check"): (show if name == "show" else check)(**given)
     else: convert_dataset(name, **given)
 

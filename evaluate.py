@@ -7,7 +7,8 @@
     python evaluate.py --image PHOTO [--box X Y W H]    predict the pose on your own picture
 
 Errors are EPE (hands) or MPJPE (humans), Sec. 4.1: mean joint distance in mm with the roots aligned, on test
-images that no training script opens. Each run's numbers go to its result.json.
+images that no training script opens. MPJPE is taken over the joints that the test set's meta.json lists under
+"compare", else over all but the root. Each run's numbers go to its result.json.
 """
 import argparse
 import json
@@ -22,13 +23,13 @@ from torch import Tensor
 import data
 import udapose as u
 
-PCK_LIMIT = 50.0  # mm: the PCK curve is taken over thresholds 0 .. PCK_LIMIT
+PCK_LIMIT = {"EPE": 50.0, "MPJPE": 150.0}  # mm: the PCK curve is taken over thresholds 0 .. so much
 
 
 # ==========================================================================================================
 # Metrics
 # ==========================================================================================================
-def pck_curve(errors: Tensor, limit: float = PCK_LIMIT, points: int = 101) -> tuple[Tensor, float]:
+def pck_curve(errors: Tensor, limit: float, points: int = 101) -> tuple[Tensor, float]:
     """Share of joints closer than each threshold 0..limit mm, and the area under it; NaN does not count."""
     errors = errors[errors.isfinite()]
     thresholds = torch.linspace(0, limit, points)
@@ -36,14 +37,24 @@ def pck_curve(errors: Tensor, limit: float = PCK_LIMIT, points: int = 101) -> tu
     return curve, float(torch.trapezoid(curve, thresholds) / limit)
 
 
-def pose_metrics(predicted: Tensor, truth: Tensor, root: int) -> dict:
-    """Errors of predicted (n, K, 3) against truth (n, K, 3), mm, camera: what a row of a table needs."""
-    errors = u.joint_errors(predicted, truth, root)                        # (n, K) mm
-    aligned = (u.procrustes_align(predicted, truth) - truth).norm(dim=-1)
-    curve, auc = pck_curve(errors)
-    return {"epe": float(errors.nanmean()), "pa_epe": float(aligned.nanmean()), "auc": auc,
-            "images": len(errors), "pck": [round(float(share), 4) for share in curve],
-            "per_joint": [round(float(e), 3) for e in errors.nanmean(dim=0)]}
+def metric(joints: list[str]) -> str:
+    """What the mean joint error of this skeleton is called."""
+    return "MPJPE" if joints == data.HUMAN_JOINTS else "EPE"
+
+
+def pose_metrics(predicted: Tensor, truth: Tensor, meta: dict) -> dict:
+    """Errors of predicted (n, K, 3) against truth (n, K, 3), mm, camera: what a row of a table needs.
+
+    meta: of the test set. pa_epe is after alignment by similarity, pa_rigid without scale, on these joints.
+    """
+    errors, own = u.joint_errors(predicted, truth, meta["root"]), data.compared(meta)   # (n, K) mm
+    p, t = predicted[:, own], truth[:, own]
+    similar, rigid = ((u.procrustes_align(p, t, rigid) - t).norm(dim=-1).nanmean() for rigid in (False, True))
+    curve, auc = pck_curve(errors[:, own], PCK_LIMIT[metric(meta["joints"])])
+    return {"epe": float(errors[:, own].nanmean()), "pa_epe": float(similar), "pa_rigid": float(rigid),
+            "auc": auc, "images": len(errors), "pck": [round(float(share), 4) for share in curve],
+            "per_joint": [round(float(e), 3) for e in errors.nanmean(dim=0)],
+            "compared": [meta["joints"][i] for i in own], "protocol": meta.get("protocol", "")}
 
 
 def attention_lift(maps: Tensor, masks: Tensor, patch: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +79,7 @@ def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> f
     poses = torch.from_numpy(np.array(labelled.keypoints[:count]))
     mean = (poses - poses[:, root:root + 1]).nanmean(dim=0, keepdim=True)  # (1, K, 3) mm
     truth = torch.from_numpy(np.array(test.keypoints))
-    return float(u.joint_errors(mean.expand_as(truth), truth, root).nanmean())
+    return float(u.joint_errors(mean.expand_as(truth), truth, root)[:, data.compared(test.meta)].nanmean())
 
 
 # ==========================================================================================================
@@ -79,7 +90,7 @@ def measure_pose(estimator, dataset: data.Dataset, side: int, device) -> dict:
     """Errors over a whole test set."""
     pairs = [data.predict(estimator, dataset, rows, side, device) for rows in data.chunks(len(dataset))]
     predicted, truth = (torch.cat(part).cpu() for part in zip(*pairs))
-    return pose_metrics(predicted, truth, dataset.meta["root"])
+    return pose_metrics(predicted, truth, dataset.meta)
 
 
 @torch.no_grad()
@@ -139,7 +150,7 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
     s = state["settings"]
     labelled = data.Dataset(s["source"], "keypoints")
     result = {"kind": "finetuning", "settings": s, "steps": state["step"],
-              "seconds": round(state["seconds"], 1)}
+              "metric": metric(state["skeleton"]["joints"]), "seconds": round(state["seconds"], 1)}
     for name, dataset in tests.items():
         data.same_skeleton(dataset, state["skeleton"])
         result[name] = measure_pose(estimator, dataset, s["image"], device)
@@ -194,9 +205,10 @@ def per_block(results: list[dict], domain: str) -> str:
 
 
 def row_name(result: dict) -> str:
-    """A run's row: preset and folder without the seed, `tiny full`; the runs of a row differ in the seed."""
-    folder = re.sub(r"-seed\d+$", "", Path(result["settings"]["out"]).name).removeprefix("pretrain-")
-    return f"{result['settings']['preset']} {folder}"
+    """A run's row: group and folder without the seed, `tiny full`; the runs of a row differ in the seed."""
+    s = result["settings"]
+    folder = re.sub(r"-seed\d+$", "", Path(s["out"]).name).removeprefix("pretrain-")
+    return f"{u.run_group(s['preset'], s.get('task', 'hand'))} {folder}"
 
 
 def group_results(results: list[dict], kind: str) -> list[tuple[str, list[dict]]]:
@@ -230,32 +242,49 @@ def paired_difference(group: list[dict], first: list[dict]) -> str:
     return f"{np.mean(d):+.1f} [{np.mean(d) - half:+.1f}, {np.mean(d) + half:+.1f}]"
 
 
-def table(results: list[dict], paper: bool = False) -> list[list[str]]:
+def table(results: list[dict], error: str = "EPE", rigid: bool = False,
+          paper: bool = False) -> list[list[str]]:
     """Rows of text, the header first: errors in mm, attention on the target's foreground over its area.
 
-    `paper` adds the paper's errors, the rows not yet run, and those that the paper reports of others.
+    Only runs measured by `error`, EPE or MPJPE; PA- after alignment by similarity, or a rigid one. `paper`
+    adds the paper's errors, the rows not yet run, and those that the paper reports of others.
     """
-    lines = [["run", "seeds", "target EPE", "minus first row [95 %]", "target PA-EPE", "target AUC",
-              "source EPE", "attention lift"]]
+    results = [r for r in results if r["kind"] == "finetuning" and r.get("metric", "EPE") == error]
+    aligned, pa = (f"rigid PA-{error}", "pa_rigid") if rigid else (f"PA-{error}", "pa_epe")
+    lines = [["run", "seeds", f"target {error}", "minus first row [95 %]", f"target {aligned}", "target AUC",
+              f"source {error}", "attention lift"]]
     rows = dict(group_results(results, "finetuning"))
     if not rows: return lines
     first = {name.split(" ")[0]: group for name, group in reversed(rows.items())}        # of each preset
     wanted = {f"{preset} {row}" for preset in first for row in ROWS} if paper else set()
     for name in sorted(rows.keys() | wanted, key=place):
         group = rows.get(name, [])
-        column = lambda domain, key, digits=1: spread([r[domain][key] for r in group], digits)  # noqa: E731
+        column = lambda domain, key, digits=1: spread(  # noqa: E731
+            [r[domain].get(key, float("nan")) for r in group], digits)
         lines.append([label(name), str(len(group)), column("target", "epe"),
-                      paired_difference(group, first[name.split(" ")[0]]), column("target", "pa_epe"),
+                      paired_difference(group, first[name.split(" ")[0]]), column("target", pa),
                       column("target", "auc", 3), column("source", "epe"), per_block(group, "target")]
                      if group else [label(name), "not run", *[""] * 6])
         if paper: lines[-1] += map(str, ROWS.get(name.split(" ", 1)[1]) or ("-", "-"))
-    r = next(r for r in results if r["kind"] == "finetuning")
+    r = results[0]
     lines.append(["chance: constant mean pose", "", f"{r['target']['chance']:.1f}", "", "", "",
                   f"{r['source']['chance']:.1f}", "1.00 everywhere", *["", ""] * paper])
     if paper:
         lines[0] += ["paper: RHD, EPE", "paper: 3DHP, MPJPE"]
         lines += [[name, "reported", *[""] * 6, *map(str, errors)] for name, errors in REPORTED.items()]
     return lines
+
+
+def error_notes(results: list[dict]) -> list[str]:
+    """The joints that errors are taken over, where not all, and the protocol of the test sets, each once."""
+    notes: dict[str, list] = {}                                            # what is said: of which domains
+    for r, domain in ((r, domain) for r in results for domain in ("target", "source")):
+        names, protocol = (r[domain].get(key, "") for key in ("compared", "protocol"))
+        every = len(names) == len(r[domain].get("per_joint", names))       # as of hands: nothing to say
+        if every and not protocol: continue
+        note = f"{r['metric']} over {len(names)} joints, roots aligned: {', '.join(names)}"
+        notes.setdefault("\n  ".join(filter(None, (note, protocol))), []).append(domain)
+    return [f"{', '.join(dict.fromkeys(domains))} {note}" for note, domains in notes.items()]
 
 
 def pretraining_table(results: list[dict]) -> list[list[str]]:
@@ -441,7 +470,7 @@ def look_at(path: Path, dataset: data.Dataset, rows: np.ndarray, device) -> dict
     if not head: return seen
     both = data.predict(estimator, dataset, rows, side, device)     # predicted, true: 2 x (n, K, 3) mm
     K = data.transform_intrinsics(A, torch.from_numpy(dataset.intrinsics[rows]).to(device))
-    return seen | {"error": u.joint_errors(*both, root).nanmean(dim=1),
+    return seen | {"error": u.joint_errors(*both, root)[:, data.compared(dataset.meta)].nanmean(dim=1),
                    "uv": [in_panel(u.project(p, K), side) for p in both],
                    "pose": [(p - p[:, root:root + 1]).cpu().numpy() for p in both]}
 
@@ -504,7 +533,8 @@ def draw_pck(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image:
     for name, seeds in runs.items():
         label = f"{name}: {np.mean([result['target']['auc'] for _, result in seeds]):.3f}"
         pck = np.mean([result["target"]["pck"] for _, result in seeds], axis=0)          # (points,)
-        curves[label], named[label] = (np.linspace(0, PCK_LIMIT, len(pck)), pck), colours[name]
+        limit = PCK_LIMIT[seeds[0][1].get("metric", "EPE")]
+        curves[label], named[label] = (np.linspace(0, limit, len(pck)), pck), colours[name]
     return sheet([[(chart(curves, named, (0, 1)), "threshold, mm")]], [],
                  "Target test: share of joints closer than the threshold; area under it")
 
@@ -568,7 +598,7 @@ def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, de
     picture, _ = data.open_picture(Path(photo))                                          # (H, W, 3) uint8
     H, W, _ = picture.shape
     if min(H, W) < 16: raise u.InputError(f"{photo}: {W} x {H} px; give a picture of at least 16 x 16 px")
-    kind = data.HUMAN if known["joints"] == data.HUMAN_JOINTS else data.HAND
+    kind = data.HUMAN if metric(known["joints"]) == "MPJPE" else data.HAND
     square = square_around(box, (W, H), photo, kind["box"])
     crop, panel = (data.crop_square(picture, *square, pixels) for pixels in (side, CELL))
     x = data.normalise(torch.tensor(crop, device=device).permute(2, 0, 1)[None].float() / 255)
@@ -592,6 +622,15 @@ def open_test(folder: str) -> data.Dataset:
     """A labelled test set; where it has masks too, attention on the foreground and IoU are measured."""
     masks = ["masks"] if (Path(folder) / "masks.npy").exists() else []
     return data.Dataset(folder, "keypoints", "intrinsics", *masks)
+
+
+def open_tests(source: str, target: str, task: str) -> dict[str, data.Dataset]:
+    """Test sets of both domains: the folders named, else those of the embedded benchmark."""
+    kind = {"hand": "hands", "human": "bodies"}[task]
+    folders = {"source": source or f"datasets/{kind}/source_test",
+               "target": target or f"datasets/{kind}/target_test"}
+    data.ensure_benchmark(list(folders.values()), 0)
+    return {name: open_test(folder) for name, folder in folders.items()}
 
 
 def finished_runs(folders: list[str]) -> list[Path]:
@@ -625,16 +664,19 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     add = parser.add_argument
     add("runs", nargs="*", default=["runs"], help="run folders, or folders of runs [runs]")
-    add("--source-test", default="datasets/hands/source_test", help="labelled test folder of the source")
-    add("--target-test", default="datasets/hands/target_test", help="labelled test folder of the target")
+    for name in ("source", "target"):
+        add(f"--{name}-test", default="", help=f"labelled test folder of the {name} "
+            f"[datasets/hands/{name}_test, of a human run datasets/bodies/{name}_test]")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
     add("--paper", action="store_true", help="add the paper's numbers and the rows not yet run")
+    add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice [0]")
     add("--image", help="predict the pose on this picture instead, with the first run named")
-    add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="box around the hand in --image, px")
+    add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"),
+        help="box around hand or body in --image, px")
     a = parser.parse_args(arguments)
     _, _, device = u.setup_distributed(a.device)
     if a.threads: torch.set_num_threads(a.threads)
@@ -645,18 +687,24 @@ def main(arguments=None) -> int:
         print(f"with {path.parent}")
         draw_photo(path, a.image, a.box, Path("" if a.pictures == "none" else a.pictures), device)
         return 0
-    if a.table: results = read_results(a.runs)
-    else:
-        data.ensure_benchmark([a.source_test, a.target_test], 0)
-        tests = {"source": open_test(a.source_test), "target": open_test(a.target_test)}
-        results, paths = [], finished_runs(a.runs)
+    by_task: dict[str, list] = {}                                          # checkpoints of hands, of humans
+    for path in [] if a.table else finished_runs(a.runs):
+        by_task.setdefault(u.read_checkpoint(path)["settings"].get("task", "hand"), []).append(path)
+    results, measured = read_results(a.runs) if a.table else [], []
+    for task, paths in by_task.items():
+        tests = open_tests(a.source_test, a.target_test, task)
         for path in paths:
             print(f"measuring {path.parent}", flush=True)
             results.append(measure(path, tests, device))
+        measured.append((task, paths, results[-len(paths):], tests))
     print()
-    for lines in (pretraining_table(results), table(results, a.paper)): print(show_table(lines, a.markdown))
-    if not a.table and paths and a.pictures != "none":
-        draw_all(paths, results, tests, Path(a.pictures or Path(a.runs[0]) / "pictures"), device)
+    tables = [table(results, error, a.rigid, a.paper) for error in PCK_LIMIT]
+    for lines in (pretraining_table(results), *tables):
+        print(show_table(lines, a.markdown))
+    for note in error_notes(results): print(note)
+    for task, paths, own, tests in measured if a.pictures != "none" else []:
+        folder = Path(a.pictures or Path(a.runs[0]) / "pictures")
+        draw_all(paths, own, tests, folder / task if len(measured) > 1 else folder, device)
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python train_finetune.py                                         after train_pretrain.py; minutes on a CPU
     python train_finetune.py --variant scratch                       the baseline: source labels alone
+    python train_finetune.py --task human                            bodies instead of hands
     torchrun --nproc_per_node 8 train_finetune.py --preset paper-hand
 
 The same command again resumes a run that was stopped. Writes checkpoint.pt (f^E, f^H) for evaluate.py. The
@@ -23,8 +24,9 @@ import udapose as u
 class Settings:
     """One field a line: meaning, origin. The defaults are the paper's; presets and variants change some."""
     preset: str = "tiny"          # sizes and schedule: tiny, small, paper-hand, paper-human
+    task: str = "hand"            # embedded benchmark, hand or human: see TASKS
     variant: str = "full"         # row of the paper's tables: see VARIANTS
-    out: str = ""                 # run folder; default runs/PRESET/VARIANT-seedSEED
+    out: str = ""                 # run folder; default runs/PRESET[-human]/VARIANT-seedSEED
     init: str = "auto"    # pre-training run, or a public weights file; "": scratch; auto: by variant and seed
     source: str = "datasets/hands/source_train"     # data-set folder with keypoints
     target: str = "datasets/hands/target_train"     # data-set folder, images only (opened for lam or adapt)
@@ -62,14 +64,19 @@ class Settings:
 
 
 TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, head_channels=48, labels=1000, batch=32, epochs=32,
-            warmup=50, lr=2e-3, sigma=1.8, lam=100.0)
+            warmup=50, lr=2e-3, sigma=1.8)
 PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=64, save_every=500),
-    "paper-hand": dict(source="datasets/freihand_train", target="datasets/rhd_train", validation="",
-                       micro_batch=64),  # 176 MiB a pair: 11 of a GPU's 24 GiB
-    "paper-human": dict(source="datasets/h36m_train", target="datasets/3dhp_train", validation="", lam=10.0,
-                        epochs=100, micro_batch=64),
+    "paper-hand": dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train",
+                       validation="", micro_batch=64),  # 176 MiB a pair: 11 of a GPU's 24 GiB
+    "paper-human": dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train",
+                        validation="", lam=10.0, epochs=100, micro_batch=64),
+}
+TASKS = {  # what the embedded benchmark of bodies changes
+    "hand": {},
+    "human": dict(source="datasets/bodies/source_train", target="datasets/bodies/target_train",
+                  validation="datasets/bodies/source_val", lam=100.0),
 }
 VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-training variant of the row
     "full": {},
@@ -135,7 +142,8 @@ def validate(s: Settings, estimator, dataset, rank: int, world: int, device, dty
     total = torch.zeros(2, dtype=torch.float64)                                # sum and number of the errors
     for rows in data.chunks(len(dataset))[rank::world]:
         predicted, truth = data.predict(estimator, dataset, rows, s.image, device, dtype)   # (b, K, 3) mm
-        errors = u.joint_errors(predicted, truth, dataset.meta["root"]).double().cpu()      # (b, K) mm
+        errors = u.joint_errors(predicted, truth, dataset.meta["root"])[:, data.compared(dataset.meta)]
+        errors = errors.double().cpu()                                                     # (b, compared) mm
         total += torch.stack([errors.nansum(), errors.isfinite().sum()])
     estimator.train()
     return float(torch.div(*u.mean_over_processes(total)))
@@ -184,9 +192,9 @@ def optimiser_groups(s: Settings, estimator) -> list[dict]:
 def complete(s: Settings) -> None:
     """Settings that follow from others."""
     if s.variant == "oracle": s.source = s.target
-    s.out = s.out or f"runs/{s.preset}/{s.variant}-seed{s.seed}"
-    if s.init == "auto":
-        s.init = f"runs/{s.preset}/pretrain-{PRETRAINED_BY.get(s.variant, s.variant)}-seed{s.seed}"
+    runs = f"runs/{u.run_group(s.preset, s.task)}"
+    s.out = s.out or f"{runs}/{s.variant}-seed{s.seed}"
+    if s.init == "auto": s.init = f"{runs}/pretrain-{PRETRAINED_BY.get(s.variant, s.variant)}-seed{s.seed}"
     if s.adapt not in ("", "ddc", "dan", "dann"):
         raise u.InputError(f"--adapt {s.adapt!r}: choose ddc, dan or dann")
     if s.adapt and s.lam: raise u.InputError("--adapt stands in the place of L_attn in Eq. (7): give --lam 0")
@@ -248,7 +256,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
         if validation is not None and (done % s.validate_every == 0 or done == steps):
             epe = validate(s, estimator, validation, run.rank, world, device, dtype)
             run.log(stage="finetuning", step=done, source_val_epe=epe)
-            text = f"fine-tuning  {done}/{steps} | EPE on source validation {epe:.2f} mm"
+            text = f"fine-tuning  {done}/{steps} | error on source validation {epe:.2f} mm"
             if run.rank == 0: print(text, flush=True)
         if done % s.save_every == 0 or done == steps or stopping:
             mean = u.mean_over_processes(sums.clone())
@@ -273,7 +281,7 @@ def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int,
 
 def main(arguments=None) -> int:
     """Train f^E and f^H; 0 when finished, 130 when stopped."""
-    s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments)
+    s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
     complete(s)
     rank, world, device = u.setup_distributed(s.device)
     if s.threads: torch.set_num_threads(s.threads)

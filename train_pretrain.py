@@ -1,6 +1,7 @@
 """Stage 1, Sec. 3.1: segmentation network f^S -> target masks -> masked autoencoder f^E, f^D on both domains.
 
     python train_pretrain.py                                         the embedded benchmark, minutes on a CPU
+    python train_pretrain.py --task human                            the same with bodies instead of hands
     python train_pretrain.py --preset paper-hand --device cuda       the paper's size on one GPU
     torchrun --nproc_per_node 8 train_pretrain.py --preset paper-hand
 
@@ -24,8 +25,9 @@ import udapose as u
 class Settings:
     """One field a line: meaning, origin. The defaults are the paper's; presets and variants change some."""
     preset: str = "tiny"          # sizes and schedule: tiny, small, paper-hand, paper-human
+    task: str = "hand"            # embedded benchmark, hand or human: see TASKS
     variant: str = "full"         # row of the paper's tables: see VARIANTS
-    out: str = ""                 # run folder; default runs/PRESET/pretrain-VARIANT-seedSEED
+    out: str = ""                 # run folder; default runs/PRESET[-human]/pretrain-VARIANT-seedSEED
     source: str = "datasets/hands/source_train"          # data-set folder with masks
     target: str = "datasets/hands/target_train"          # data-set folder, images only; "" for source only
     unconstrained: str = "datasets/hands/unconstrained"  # X_C, images only
@@ -70,10 +72,15 @@ TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, decoder_width=64, dec
 PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=200, seg_steps=2000, seg_batch=48, save_every=500),
-    "paper-hand": dict(source="datasets/freihand_train", target="datasets/rhd_train",
+    "paper-hand": dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train",
                        unconstrained="datasets/imagenet_val", micro_batch=256),  # 27 MiB an image: 7 GiB
-    "paper-human": dict(source="datasets/h36m_train", target="datasets/3dhp_train",
+    "paper-human": dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train",
                         unconstrained="datasets/imagenet_val", micro_batch=256),
+}
+TASKS = {  # what the embedded benchmark of bodies changes
+    "hand": {},
+    "human": dict(source="datasets/bodies/source_train", target="datasets/bodies/target_train",
+                  unconstrained="datasets/bodies/unconstrained"),
 }
 VARIANTS = {  # "Ours" and its ablations in Tables 1 to 4
     "full": {},
@@ -293,9 +300,9 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
 
 def main(arguments=None) -> int:
     """f^S, target masks, f^E and f^D in turn; 0 when finished, 130 when stopped."""
-    s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments)
+    s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
     check(s)
-    s.out = s.out or f"runs/{s.preset}/pretrain-{s.variant}-seed{s.seed}"
+    s.out = s.out or f"runs/{u.run_group(s.preset, s.task)}/pretrain-{s.variant}-seed{s.seed}"
     rank, world, device = u.setup_distributed(s.device)
     if s.threads: torch.set_num_threads(s.threads)
     data.ensure_benchmark([s.source, s.target, s.unconstrained], rank)

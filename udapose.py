@@ -1076,8 +1076,15 @@ POSITIVE = {"image", "patch", "width", "depth", "heads", "decoder_width", "decod
             "save_every", "log_every", "validate_every"}
 
 
-def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, dict], arguments=None):
-    """Settings of a script: the dataclass's defaults, then preset, then variant, then the flags given.
+def run_group(preset: str, task: str = "hand") -> str:
+    """Folder under runs/, and first word of a row in tables: tiny, tiny-human, paper-hand, paper-human."""
+    return preset if task == "hand" or preset.endswith(task) else f"{preset}-{task}"
+
+
+def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, dict], arguments=None,
+                   tasks: dict[str, dict] = {}):
+    """Settings of a script: the dataclass's defaults, then task, preset, variant, then the flags given. A
+    preset may name its task; then no other goes with it.
 
     The help of a flag is the comment behind its field, then default and presets. Unknown flags fail.
     """
@@ -1085,17 +1092,22 @@ def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, 
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
-        choices = {"preset": list(presets), "variant": list(variants)}.get(field.name)
+        choices = {"preset": list(presets), "variant": list(variants), "task": list(tasks)}.get(field.name)
         kind = {"type": field.type, "metavar": field.type.__name__.upper()}
         if choices: kind = {"choices": choices}
         if field.type is bool: kind = {"action": argparse.BooleanOptionalAction}
-        values = [f"{k} {v[field.name]}" for k, v in presets.items() if field.name in v]
+        values = [f"{k} {v[field.name]}" for k, v in (presets | tasks).items() if field.name in v]
         text = f"{notes.get(field.name, '')} [{'; '.join([str(field.default), *values])}]"
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
                             help=text.replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     preset, variant = given.get("preset", cls.preset), given.get("variant", cls.variant)
-    settings = cls(**(presets[preset] | variants[variant] | given | {"preset": preset, "variant": variant}))
+    chosen = {"preset": preset, "variant": variant}
+    if tasks: chosen["task"] = given.get("task", presets[preset].get("task", cls.task))
+    if (wanted := presets[preset].get("task", chosen.get("task"))) != chosen.get("task"):
+        raise InputError(f"--task {chosen['task']}: preset {preset} is for {wanted}")
+    task = tasks.get(chosen.get("task"), {})
+    settings = cls(**(task | presets[preset] | variants[variant] | given | chosen))
     for name in POSITIVE & {field.name for field in dataclasses.fields(cls)}:
         if getattr(settings, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give a number above 0")
