@@ -352,6 +352,8 @@ def test_variants():
         s = settings("--variant", f"mae-{method}", "--seed", "3", "--preset", "small")
         assert (s.init, s.lam) == ("runs/small/pretrain-mae-seed3", 0)
         assert (s.adapt, s.adapt_weight, s.out) == (method, weight, f"runs/small/mae-{method}-seed3")
+    compare = {v: train_finetune.comparison(settings("--variant", v), None, 0) for v in ("ddc", "dan", "mae")}
+    assert compare == {"ddc": u.ddc_loss, "dan": u.dan_loss, "mae": None}
     assert all(settings("--variant", v).adapt == "" for v in ("full", "scratch", "mae", "oracle"))
 
 
