@@ -108,8 +108,25 @@ def test_precision_is_what_is_clearly_faster(monkeypatch, fast, chosen):
     monkeypatch.setattr(u, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     assert u.choose_precision("auto", torch.device("cpu"), one_pass) == chosen
     assert u.choose_precision("float32", torch.device("cpu"), None) == "float32"   # named: not timed
-    with pytest.raises(u.InputError, match="float16.*auto, float32 or bfloat16"):
-        u.choose_precision("float16", torch.device("cpu"), one_pass)
+    with pytest.raises(u.InputError, match="float8.*auto, float32, bfloat16 or float16"):
+        u.choose_precision("float8", torch.device("cpu"), one_pass)
+
+
+def test_a_gpu_without_bfloat16_is_offered_float16(monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    u.choose_precision("auto", torch.device("cuda"), tried.append)
+    assert set(tried) == {torch.float32, torch.float16}
+
+
+@pytest.mark.parametrize("wanted, device, steps, on", [
+    ("on", "cpu", 1, True), ("off", "cuda", 10 ** 6, False), ("auto", "cuda", 2000, True),
+    ("auto", "cuda", 1999, False), ("auto", "cpu", 10 ** 6, False)])
+def test_compile_where_it_pays(wanted, device, steps, on):
+    assert u.wants_compile(wanted, torch.device(device), steps) is on
+    with pytest.raises(u.InputError, match="'yes': choose auto, on or off"):
+        u.wants_compile("yes", torch.device(device), steps)
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
