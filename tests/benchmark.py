@@ -231,7 +231,7 @@ def attention_only(model, x_t, device, dtype):
     with u.autocast(device, dtype): return model.encoder.attention_maps(x_t)
 
 
-def laps_of(works: dict, device, rounds: int = 5) -> dict:
+def laps_of(works: dict, device, rounds: int = 3) -> dict:
     """The least time of each, taken in turn, so that a busy neighbour hits all alike."""
     laps = {name: [] for name in works}
     for _ in range(rounds):
