@@ -280,9 +280,9 @@ def error_notes(results: list[dict]) -> list[str]:
     notes: dict[str, list] = {}                                            # what is said: of which domains
     for r, domain in ((r, domain) for r in results for domain in ("target", "source")):
         names, protocol = (r[domain].get(key, "") for key in ("compared", "protocol"))
-        every = len(names) == len(r[domain].get("per_joint", names))       # as of hands: nothing to say
+        every = len(names) in (0, len(r[domain].get("per_joint", names)))  # as of hands: nothing to say
         if every and not protocol: continue
-        note = f"{r['metric']} over {len(names)} joints, roots aligned: {', '.join(names)}"
+        note = f"{r.get('metric', 'EPE')} over {len(names)} joints, roots aligned: {', '.join(names)}"
         notes.setdefault("\n  ".join(filter(None, (note, protocol))), []).append(domain)
     return [f"{', '.join(dict.fromkeys(domains))} {note}" for note, domains in notes.items()]
 
