@@ -103,7 +103,8 @@ def random_folder(folder: Path, count: int, side: int) -> data.Dataset:
 def settings_of(script, size: str, device: torch.device, *flags: str):
     """Settings of a script at a size, with a batch that fits here."""
     preset, on_cpu, on_gpu = SIZES[size]
-    s = u.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, ["--preset", preset, *flags])
+    flags = ["--preset", preset, *flags]
+    s = u.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, flags, script.TASKS)
     s.batch = (on_gpu if device.type == "cuda" else on_cpu)[script is tune]
     return s
 

@@ -435,7 +435,8 @@ def test_h36m_other_pictures_and_masks_are_told(h36m, h36m_set, tmp_path, monkey
     monkeypatch.undo()
     monkeypatch.setattr(data, "H36M_JOINTS", list(range(17)))  # not the 17 of 32
     trap(monkeypatch, "h36m", lambda sample: sample._replace(uv=None))
-    assert colours_met(run("h36m", h36m, tmp_path / "three", "--split", "test")) < 0.9
+    with pytest.raises(InputError, match="bone: .* mm from hip to knee"):
+        run("h36m", h36m, tmp_path / "three", "--split", "test")
 
 
 H36M_DAMAGE = {

@@ -235,7 +235,7 @@ def counted(compute) -> int:
 
 
 def settings(script, *flags: str):
-    return u.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, flags)
+    return u.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, flags, script.TASKS)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "paper-hand"])

@@ -38,7 +38,7 @@ def refused(message: str):
 def hands_at(name: str, count: int, centre, turn: float = 30) -> np.ndarray:
     """Right hands (count, 21, 3) mm, turned at random, their joints' mean at `centre` (3,) or (count, 3)."""
     rng = random_generator(0, f"hands of {name}")
-    points = data.sample_pose(rng, count)[0][:, :21]
+    points = data.sample_hand(rng, count)[0][:, :21]
     angles = [np.radians(data.uniform(rng, (-turn, turn), count)) for _ in range(3)]
     points = points @ data.rotation(*angles).transpose(0, 2, 1)
     points = np.float64(points - points.mean(1, keepdims=True))
