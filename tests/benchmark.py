@@ -1,6 +1,6 @@
 """How fast the two training stages are, and how near to what this machine can do. Measures; asserts nothing.
 
-    python tests/benchmark.py                          every part, a few minutes on two CPU cores
+    python tests/benchmark.py                          every part, ten minutes on two CPU cores
     python tests/benchmark.py --sizes tiny --json speed.json
     python tests/benchmark.py --device cuda --sizes paper
 
