@@ -1025,7 +1025,8 @@ class Run:
         path, new = self.folder / "config.json", dataclasses.asdict(settings)
         facts = facts | {"torch": torch.__version__, "threads": torch.get_num_threads()}
         if not path.exists(): return write_json(path, {"settings": new, "facts": facts})
-        defaults, old = {f.name: f.default for f in dataclasses.fields(settings)}, json.loads(path.read_text())
+        defaults = {f.name: f.default for f in dataclasses.fields(settings)}   # a setting may be newer
+        old = json.loads(path.read_text())
         ours, theirs = json.loads(json.dumps(new | facts)), defaults | old["settings"] | old["facts"]
         other = [f"{k}: {theirs.get(k)} there, {ours.get(k)} now" for k in ours
                  if k not in self.FREE and theirs.get(k) != ours[k]]
