@@ -125,9 +125,9 @@ def finetuning(size: str, sets, device, *flags: str):
     """The same of stage 2; a step holds as many pairs of a source and a target image as its batch says."""
     s = settings_of(tune, size, device, "--init", "", *flags)
     model, f_A = tune.build(s, 21, 1, device)
-    own, target = slice(0, s.batch), sets if s.lam else None
+    target = sets if s.lam else None
     make = lambda step: tune.finetuning_batch(  # noqa: E731
-        s, step, own, sets, target, len(sets), model.head.side, device)
+        s, step, slice(0, s.batch), sets, target, len(sets), model.head.side, device)
 
     def loss(batch, dtype):
         L_kpt, L_attn = tune.pose_losses(s, model, model.head, f_A, *batch, device, dtype)
