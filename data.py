@@ -255,6 +255,7 @@ def ordered_results(work, jobs, workers: int):
 
 
 def process_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Worker processes that start afresh and leave Ctrl-C to their parent."""
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
     return concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker)
 
@@ -1280,6 +1281,7 @@ def read_h5(path: Path, *names: str) -> dict[str, np.ndarray]:
 
 
 def read_h5_here(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """`read_h5` in this very process, which a crash inside HDF5 would take along."""
     with reading(path, "MATLAB 7.3 file"):
         import h5py
         with h5py.File(path) as file: return {k: v[()] for k, v in named(path, file, names).items()}
@@ -1582,6 +1584,7 @@ def one_of(flag: str, value: str, *choices: str) -> None:
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    """Intrinsics (3, 3) px of a camera without skew."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])                 # (3, 3) px
 
 
@@ -2162,6 +2165,7 @@ COLOURS = ((230, 60, 60), (240, 170, 30), (60, 200, 80), (60, 140, 250), (200, 9
 
 
 def open_all(folder: str) -> Dataset:
+    """A data set with every array that its folder holds."""
     return Dataset(folder, *(name for name in ARRAYS if (Path(folder) / f"{name}.npy").exists()))
 
 

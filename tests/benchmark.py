@@ -185,6 +185,8 @@ def measure_stage(stage: str, size: str, root: str, device: torch.device) -> dic
     lap = seconds_of(lambda: loss(batch, dtype).backward(), device, 2)
     seconds, waited = train(make, loss, model, dtype, device, max(2, min(200, int(10 / lap))))
     rates.append(matmul_rate(dtype, device))
+    laps = laps_of({kind: lambda kind=kind: loss(batch, kind).backward()
+                    for kind in (torch.float32, torch.bfloat16)}, device)
     peak, full, kept = memory(device), s.batch, []
     for s.batch in (2, 6):  # the difference: casts of the weights do not grow with the batch
         batch = make(0)
@@ -192,6 +194,7 @@ def measure_stage(stage: str, size: str, root: str, device: torch.device) -> dic
     return {"part": f"{stage}, {size}", "precision": name, "batch": full, "images/s": full / seconds,
             "TFLOP/s": flops / seconds / 1e12, "product TFLOP/s": max(rates) / 1e12,
             "share of the product's rate": flops / seconds / max(rates), "waiting for data": waited,
+            "step, float32 / bfloat16": laps[torch.float32] / laps[torch.bfloat16],
             "peak memory GiB": peak / 2 ** 30, "GiB before": before / 2 ** 30,
             "kept for backward, MiB an image": (kept[1] - kept[0]) / 4 / 2 ** 20}
 
