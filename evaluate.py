@@ -145,12 +145,14 @@ def load_segmentation(path: Path, device) -> tuple[u.UNet, float] | None:
 
 
 def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dict:
-    """Errors on the test sets, chance, and the class attention on the target before and after fine-tuning."""
+    """Errors on the test sets, chance, class attention; the same of the pre-training run, if it is there."""
     estimator, state = load_estimator(path, device)
     s = state["settings"]
     labelled = data.Dataset(s["source"], "keypoints")
     result = {"kind": "finetuning", "settings": s, "steps": state["step"],
               "metric": metric(state["skeleton"]["joints"]), "seconds": round(state["seconds"], 1)}
+    before = Path(s["init"]) / "checkpoint.pt"
+    if s["init"] and before.exists(): result["pretraining"] = measure_pretrained(before, tests, device)
     for name, dataset in tests.items():
         data.same_skeleton(dataset, state["skeleton"])
         result[name] = measure_pose(estimator, dataset, s["image"], device)
@@ -180,14 +182,37 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
 # ==========================================================================================================
 # Tables over runs
 # ==========================================================================================================
-ROWS = {  # Tables 1 to 4 in one order, with the paper's own errors: FreiHAND to RHD, Human3.6M to 3DHP, mm
-    "scratch": (46.3, 120.5), "source-only-mae": (41.7, 113.5), "source-only-no-xc": (38.6, 109.2),
-    "source-only": (37.1, 107.0), "ddc": (44.6, 115.6), "dan": (40.5, 109.5), "dann": (38.0, 107.9),
-    "mae-ddc": None, "mae-dan": None, "mae-dann": None, "mae": (34.4, 101.3), "no-fcr": (34.6, 104.0),
-    "source-masks": (32.3, 100.6), "no-ar": (32.0, 98.1), "no-xc": (29.1, 94.6), "full": (28.0, 93.6),
-    "oracle": None}
-REPORTED = {"Zhang et al., source only": (48.3, 121.8), "Zhang et al.": (35.4, 99.3),
-            "Kundu et al.": ("-", 96.2), "ISO": ("-", "75.8 (PA)")}  # of the paper alone, not made here
+TABLES = {  # the paper's: (our row, its words, its errors, mm: FreiHAND to RHD, Human3.6M to 3DHP); "": reported
+    "Tables 1 and 2": (
+        ("", "Zhang et al., source only", 48.3, 121.8), ("scratch", "Ours (Scratch)", 46.3, 120.5),
+        ("source-only-mae", "Ours (MAE), source only", 41.7, 113.5),
+        ("source-only-no-xc", "Ours w/o X_C, source only", 38.6, 109.2),
+        ("source-only", "Ours, source only", 37.1, 107.0), ("ddc", "DDC (our backbone)", 44.6, 115.6),
+        ("dan", "DAN (our backbone)", 40.5, 109.5), ("dann", "DANN (our backbone)", 38.0, 107.9),
+        ("mae-ddc", "DDC (our backbone, MAE weights)", "-", "-"),
+        ("mae-dan", "DAN (our backbone, MAE weights)", "-", "-"),
+        ("mae-dann", "DANN (our backbone, MAE weights)", "-", "-"), ("", "ISO", "-", "75.8 (PA)"),
+        ("", "Zhang et al.", 35.4, 99.3), ("", "Kundu et al.", "-", 96.2), ("mae", "Ours (MAE)", 34.4, 101.3),
+        ("no-xc", "Ours w/o X_C", 29.1, 94.6), ("full", "Ours", 28.0, 93.6)),
+    "Table 3 without X_C": (
+        ("mae", "Ours w/o FCR, AR", 34.4, 101.3), ("no-fcr-xc", "Ours w/o FCR", "-", "-"),
+        ("no-xc-ar", "Ours w/o AR", "-", "-"), ("no-xc", "Ours", 29.1, 94.6)),
+    "Table 3 with X_C": (
+        ("no-fcr-ar", "Ours w/o FCR, AR", "-", "-"), ("no-fcr", "Ours w/o FCR", 34.6, 104.0),
+        ("no-ar", "Ours w/o AR", 32.0, 98.1), ("full", "Ours", 28.0, 93.6)),
+    "Table 4": (
+        ("no-fcr", "Ours w/o S_S, S_T", 34.6, 104.0), ("source-masks", "Ours w/o S_T", 32.3, 100.6),
+        ("full", "Ours", 28.0, 93.6), ("true-masks", "true S_T: an upper bound", "-", "-")),
+    "Table 9, alpha = 4": (
+        ("r0.5", "r = 0.5", 32.1, 104.1), ("full", "r = 0.75", 28.0, 93.6),
+        ("r0.95", "r = 0.95", 29.4, 105.9)),
+    "Table 9, r = 0.75": (
+        ("alpha2", "alpha = 2", 31.1, 98.6), ("full", "alpha = 4", 28.0, 93.6),
+        ("alpha8", "alpha = 8", 29.8, 99.0)),
+    "Bounds": (("oracle", "target labels instead of the source's", "-", "-"),)}
+ROWS = [row for rows in TABLES.values() for row, *_ in rows]
+FREE = {"preset", "variant", "task", "out", "seed", "init", "validation", "device", "threads", "compile",
+        "checkpointing", "save_every", "log_every", "validate_every"}  # settings that tell no rows apart
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, Student's t of 2, 3, .. 10 values
 
 
@@ -197,82 +222,165 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def per_block(results: list[dict], domain: str) -> str:
-    """Lift of each block, mean over seeds."""
-    if not all("attention" in r[domain] for r in results): return "-"      # no true masks there
-    lifts = np.array([r[domain]["attention"]["lift"] for r in results])    # (seeds, L)
-    return " ".join(f"{v:.2f}" for v in lifts.mean(axis=0))
+def per_block(results: list[dict]) -> str:
+    """Lift of each block on the target, mean over seeds; "-" where there were no true masks, or no encoder."""
+    lifts = [r.get("target", {}).get("attention", {}).get("lift") for r in results]      # (seeds, L)
+    return " ".join(f"{v:.2f}" for v in np.mean(lifts, axis=0)) if lifts and all(lifts) else "-"
+
+
+def group_of(result: dict) -> str:
+    """First word of a row: preset and task."""
+    return u.run_group(result["settings"]["preset"], result["settings"].get("task", "hand"))
 
 
 def row_name(result: dict) -> str:
     """A run's row: group and folder without the seed, `tiny full`; the runs of a row differ in the seed."""
-    s = result["settings"]
-    folder = re.sub(r"-seed\d+$", "", Path(s["out"]).name).removeprefix("pretrain-")
-    return f"{u.run_group(s['preset'], s.get('task', 'hand'))} {folder}"
+    folder = re.sub(r"-seed\d+$", "", Path(result["settings"]["out"]).name).removeprefix("pretrain-")
+    return f"{group_of(result)} {folder}"
 
 
-def group_results(results: list[dict], kind: str) -> list[tuple[str, list[dict]]]:
-    """Results of one kind by row, the rows in the order of the paper's tables."""
+def settings_of(result: dict) -> dict:
+    """What tells a row's runs apart: test set, settings; pretraining.NAME: those of the pre-training run.
+
+    Steps stand for the epochs of fine-tuning: fewer labels in more epochs are the same training.
+    """
+    s, before = result["settings"], result.get("pretraining", {}).get("settings", {})
+    known = {k: v for k, v in s.items() if k not in FREE} | {"test": result.get("test", "target_test")}
+    known |= {f"pretraining.{k}": v for k, v in before.items() if k not in FREE}
+    if result["kind"] == "pretraining": return known
+    known |= {"steps": result.get("steps"), "init": re.sub(r"-seed\d+$", "", s.get("init", ""))}
+    known.pop("epochs", None)
+    if not before: return known
+    same_seed = before.get("seed") == s["seed"]
+    return known | {"init": "a run", "pretraining.seed": "the same" if same_seed else before.get("seed")}
+
+
+def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
+    """Results apart by their settings (`but` that one): {", lam 10": some, ", lam 100": others}, or {"": all}.
+
+    Of runs that differ in nothing, the first counts. What an old file does not hold tells nothing apart.
+    """
+    known, groups = [settings_of(r) for r in results], {}
+    names = dict.fromkeys(k for s in known for k in s if k != but)
+    differ = [k for k in names if len({s[k] for s in known if k in s}) > 1]
+    for r, s in zip(results, known):
+        group = groups.setdefault(tuple(s.get(k, "?") for k in differ), {})
+        group.setdefault((r["settings"]["seed"], s.get(but)), r)
+    return {"".join(f", {k} {plain(v)}" for k, v in zip(differ, key)): list(groups[key].values())
+            for key in sorted(groups, key=lambda key: [in_order(v) for v in key])}
+
+
+def plain(value) -> str: return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def in_order(value) -> tuple: return isinstance(value, str), value  # numbers before words
+
+
+def group_results(results: list[dict], kind: str) -> dict[str, dict[str, list[dict]]]:
+    """{row: by_settings of its results} of one kind, the rows in the order of the paper's tables."""
     rows: dict = {}
     for r in results:
         if r["kind"] == kind: rows.setdefault(row_name(r), []).append(r)
-
-    return [(name, rows[name]) for name in sorted(rows, key=place)]
+    return {name: by_settings(rows[name]) for name in sorted(rows, key=place)}
 
 
 def place(name: str) -> tuple:
-    """Sorting key of a row: preset, then the order of the paper's tables, then the alphabet."""
+    """Sorting key of a row: preset, then where the paper names it last, then the alphabet."""
     preset, row = name.split(" ", 1)
-    return preset != "tiny", preset, list(ROWS).index(row) if row in ROWS else len(ROWS), row
+    return preset != "tiny", preset, -ROWS[::-1].index(row) if row in ROWS else 1, row
 
 
-def label(name: str) -> str:
-    """A row as it is printed: `tiny DDC (our backbone)` for `tiny ddc`, the others as they are."""
-    return re.sub(r" (mae-)?(ddc|dan|dann)$", lambda m: f" {m[2].upper()} (our backbone"
-                  f"{', MAE weights' if m[1] else ''})", name)
-
-
-def paired_difference(group: list[dict], first: list[dict]) -> str:
-    """Target EPE minus the first row's, over the seeds of both: mean [95 % interval, from two seeds on]."""
-    ours, theirs = ({r["settings"]["seed"]: r["target"]["epe"] for r in rows} for rows in (group, first))
+def paired_difference(group: list[dict], reference: list[dict]) -> str:
+    """Target error minus the reference row's, over the seeds of both: mean [95 % interval, from two on]."""
+    ours, theirs = ({r["settings"]["seed"]: r["target"]["epe"] for r in rows} for rows in (group, reference))
     d = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if group is first or not d: return "-"
-    if len(d) == 1: return f"{d[0]:+.1f}"
+    if len(d) < 2: return f"{d[0]:+.1f}" if d else "-"
     half = T95[min(len(d), 10) - 2] * np.std(d, ddof=1) / len(d) ** 0.5
     return f"{np.mean(d):+.1f} [{np.mean(d) - half:+.1f}, {np.mean(d) + half:+.1f}]"
 
 
-def table(results: list[dict], error: str = "EPE", rigid: bool = False,
-          paper: bool = False) -> list[list[str]]:
-    """Rows of text, the header first: errors in mm, attention on the target's foreground over its area.
+def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[list[str]]:
+    """Lines of text for rows (family, label, results), the header first; differences stay in a family.
 
-    Only runs measured by `error`, EPE or MPJPE; PA- after alignment by similarity, or a rigid one. `paper`
-    adds the paper's errors, the rows not yet run, and those that the paper reports of others.
+    Results [] were not run, None are the paper's alone. Lift of the class attention on the target's foreground:
+    before fine-tuning (f^A) and after it (f^E). PA: after alignment by similarity, or a rigid one.
     """
-    results = [r for r in results if r["kind"] == "finetuning" and r.get("metric", "EPE") == error]
     aligned, pa = (f"rigid PA-{error}", "pa_rigid") if rigid else (f"PA-{error}", "pa_epe")
-    lines = [["run", "seeds", f"target {error}", "minus first row [95 %]", f"target {aligned}", "target AUC",
-              f"source {error}", "attention lift"]]
-    rows = dict(group_results(results, "finetuning"))
-    if not rows: return lines
-    first = {name.split(" ")[0]: group for name, group in reversed(rows.items())}        # of each preset
-    wanted = {f"{preset} {row}" for preset in first for row in ROWS} if paper else set()
-    for name in sorted(rows.keys() | wanted, key=place):
-        group = rows.get(name, [])
+    against = "row above" if minus == "above" else "first row"
+    lines = [["run", "seeds", f"target {error}", f"minus {against} [95 %]", f"target {aligned}", "target AUC",
+              f"source {error}", "lift before", "attention lift"]]
+    reference: dict = {}                                                   # of each family
+    for family, label, group in rows:
+        if not group:
+            lines.append([label, "reported" if group is None else "not run", *[""] * 7])
+            continue
         column = lambda domain, key, digits=1: spread(  # noqa: E731
             [r[domain].get(key, float("nan")) for r in group], digits)
-        lines.append([label(name), str(len(group)), column("target", "epe"),
-                      paired_difference(group, first[name.split(" ")[0]]), column("target", pa),
-                      column("target", "auc", 3), column("source", "epe"), per_block(group, "target")]
-                     if group else [label(name), "not run", *[""] * 6])
-        if paper: lines[-1] += map(str, ROWS.get(name.split(" ", 1)[1]) or ("-", "-"))
-    r = results[0]
-    lines.append(["chance: constant mean pose", "", f"{r['target']['chance']:.1f}", "", "", "",
-                  f"{r['source']['chance']:.1f}", "1.00 everywhere", *["", ""] * paper])
-    if paper:
-        lines[0] += ["paper: RHD, EPE", "paper: 3DHP, MPJPE"]
-        lines += [[name, "reported", *[""] * 6, *map(str, errors)] for name, errors in REPORTED.items()]
+        lines.append([label, str(len(group)), column("target", "epe"),
+                      paired_difference(group, reference.get(family, [])), column("target", pa),
+                      column("target", "auc", 3), column("source", "epe"),
+                      per_block([r.get("pretraining", {}) for r in group]), per_block(group)])
+        if minus == "above" or family not in reference: reference[family] = group
     return lines
+
+
+def measured_by(results: list[dict], error: str) -> list[dict]:
+    """The fine-tuning runs whose error is called so, EPE or MPJPE."""
+    return [r for r in results if r["kind"] == "finetuning" and r.get("metric", "EPE") == error]
+
+
+def table(results: list[dict], error: str = "EPE", rigid: bool = False,
+          minus: str = "above") -> list[list[str]]:
+    """All rows that were run, measured by `error`, and chance."""
+    results = measured_by(results, error)
+    rows = [(name.split(" ")[0], name + what, group) for name, parts in
+            group_results(results, "finetuning").items() for what, group in parts.items()]
+    return table_of(rows, error, rigid, minus) + [chance(group) for *_, group in rows[:1]]
+
+
+def chance(group: list[dict]) -> list[str]:
+    """The last line of a table: what answering with the mean pose of the labelled images would give."""
+    target, source = (f"{group[0][domain]['chance']:.1f}" for domain in ("target", "source"))
+    return ["chance: constant mean pose", "", target, *[""] * 3, source, "", "1.00 everywhere"]
+
+
+def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> dict[str, list[list[str]]]:
+    """{title: lines} in the order and the words of the paper, its number last; rows to come say "not run"."""
+    results, human, tables = measured_by(results, error), error == "MPJPE", {}
+    made = group_results(results, "finetuning")
+    paper = f"paper: {'Human3.6M to 3DHP' if human else 'FreiHAND to RHD'}"
+    for preset in dict.fromkeys(name.split(" ")[0] for name in made):
+        for title, rows in TABLES.items():
+            found = [(title, f"{row}: {words}{what}" if row else words, group, numbers[human])
+                     for row, words, *numbers in rows for what, group in
+                     (made.get(f"{preset} {row}", {"": []}) if row else {"": None}).items()]
+            lines = table_of([row[:3] for row in found], error, rigid, minus)
+            tables[f"{preset}: {title}"] = [[*line, str(number)] for line, (*_, number) in
+                                            zip(lines, [[paper], *found])]
+        any_run = next(group for name, parts in made.items() if name.startswith(f"{preset} ")
+                       for group in parts.values())
+        tables[f"{preset}: {title}"].append([*chance(any_run), "-"])                     # below the bounds
+    return tables
+
+
+def sweep(results: list[dict], setting: str, error: str) -> dict[str, dict]:
+    """{line: {value of the setting: results}}: runs of one variant that differ in nothing else but the seed.
+
+    A setting of the pre-training goes by its own name where fine-tuning has none of that name.
+    """
+    lines, variants = {}, {}
+    for r in measured_by(results, error):
+        key = next((k for k in (setting, f"pretraining.{setting}") if k in settings_of(r)), None)
+        if key: variants.setdefault((f"{group_of(r)} {r['settings']['variant']}", key), []).append(r)
+    for (name, key), runs in variants.items():
+        value = lambda r: settings_of(r)[key]  # noqa: B023, E731
+        alike = by_settings(runs, key).values()
+        kept = [r for group in alike if len(set(map(value, group))) > 1 for r in group]
+        for what, group in by_settings(kept, key).items():
+            values = sorted(set(map(value, group)), key=in_order)
+            lines[name + what] = {v: [r for r in group if value(r) == v] for v in values}
+    return lines
+
 
 
 def error_notes(results: list[dict]) -> list[str]:
@@ -290,11 +398,12 @@ def error_notes(results: list[dict]) -> list[str]:
 def pretraining_table(results: list[dict]) -> list[list[str]]:
     """Rows of text, the header first: IoU of f^S, and attention of f^A on the target's foreground."""
     lines = [["pre-training", "seeds", "IoU of f^S, target", "IoU of f^S, source", "attention lift"]]
-    for name, group in group_results(results, "pretraining"):
+    rows = group_results(results, "pretraining")
+    for name, group in ((name + what, group) for name in rows for what, group in rows[name].items()):
         with_masks = [r for r in group if "mask_iou" in r["target"]]
         iou = [spread([r[domain]["mask_iou"] for r in with_masks], 2) if with_masks else "-"
                for domain in ("target", "source")]
-        lines.append([name, str(len(group)), *iou, per_block(group, "target")])
+        lines.append([name, str(len(group)), *iou, per_block(group)])
     return lines
 
 
@@ -307,15 +416,17 @@ def show_table(lines: list[list[str]], markdown: bool) -> str:
     return "\n".join(f"| {t} |" if markdown else t.rstrip() for t in text) + "\n"
 
 
-def read_results(folders: list[str]) -> list[dict]:
-    """Every result.json below the folders, each run once: the first place named wins."""
-    found: dict = {}
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("*result.json")):
-            result = json.loads(path.read_text())
-            found.setdefault((row_name(result), result["settings"]["seed"], result["kind"]), result)
-    if not found: raise u.InputError(f"{', '.join(folders)}: no result.json; run evaluate.py without --table")
-    return list(found.values())
+def read_results(folders: list[str], test: str = "") -> list[dict]:
+    """Every result.json below the folders; or all measured on the test set named `test`, "*" for any."""
+    found = []
+    pattern = "*.json" if test else "*result.json"
+    for path in (path for folder in folders for path in sorted(Path(folder).rglob(pattern))):
+        try: result = json.loads(path.read_text())
+        except ValueError as error: raise u.InputError(f"{path}: not JSON ({error}); remove it") from error
+        if "kind" in result and test in ("", "*", result.get("test", "target_test")): found.append(result)
+    if not found: raise u.InputError(f"{', '.join(folders)}: no result.json{f' of {test}' * bool(test)}; run "
+                                     "evaluate.py without --table")
+    return found
 
 
 # ==========================================================================================================
@@ -377,15 +488,18 @@ def ticks(a: float, b: float) -> list[float]:
     return [step * i for i in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
 
 
-def axes(size: tuple, x: tuple, y: tuple):
-    """A panel with a grid, x[0] left, x[1] right, y[0] below, y[1] above; and the map (n, 2) values -> px."""
+def axes(size: tuple, x: tuple, y: tuple, marks: dict[float, str] = {}):
+    """A panel with a grid, x[0] left, x[1] right, y[0] below, y[1] above; and the map (n, 2) values -> px.
+
+    marks {x: words} in place of round numbers below.
+    """
     panel = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(panel)
     scale = (size[0] - LEFT - RIGHT) / (x[1] - x[0]), (TOP + FOOT - size[1]) / (y[1] - y[0])
     place = lambda p: (np.asarray(p) - (x[0], y[0])) * scale + (LEFT, size[1] - FOOT)    # noqa: E731
-    for v in ticks(*x):
+    for v, words in (marks or {v: f"{v:g}" for v in ticks(*x)}).items():
         draw.line([*place((v, y[0])), *place((v, y[1]))], PALE, 2)
-        draw.text(tuple(place((v, y[0])) + (0, 6)), f"{v:g}", GREY, SMALL, anchor="ma")
+        draw.text(tuple(place((v, y[0])) + (0, 6)), words, GREY, SMALL, anchor="ma")
     for v in ticks(*y):
         draw.line([*place((x[0], v)), *place((x[1], v))], PALE, 2)
         draw.text(tuple(place((x[0], v)) - (7, 0)), f"{v:g}", GREY, SMALL, anchor="rm")
@@ -408,13 +522,20 @@ def view(pose: np.ndarray, truth: np.ndarray | None, across: int, bones: list) -
     return panel
 
 
-def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = ()) -> Image.Image:
-    """Curves {name: (x, y)}; the legend is where falling curves leave room, or rising ones if y is given."""
+def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
+          marks: dict[float, str] = {}) -> Image.Image:
+    """Curves {name: (x, y)}, or with bars (x, y, spread); the legend is where falling curves leave room, or
+    rising ones if y is given."""
     xs, ys = (np.concatenate([curve[i] for curve in curves.values()]) for i in (0, 1))
-    panel, place = axes(CHART, (0, xs.max()), y or (0.9 * ys.min(), ys.max()))
+    margin = 0.05 * np.ptp(xs) if marks else 0
+    x = (xs.min() - margin, xs.max() + margin) if marks else (0, xs.max())
+    panel, place = axes(CHART, x, y or (0.9 * ys.min(), ys.max()), marks)
     draw, at, anchor = ImageDraw.Draw(panel), LEFT + 20 if y else CHART[0] - RIGHT - 10, "la" if y else "ra"
-    for i, (name, curve) in enumerate(curves.items()):
-        draw.line(place(np.transpose(curve)).ravel().tolist(), colours[name], 5, joint="curve")
+    for i, (name, (*line, spread)) in enumerate((k, (*c, [])[:3]) for k, c in curves.items()):
+        draw.line(place(np.transpose(line)).ravel().tolist(), colours[name], 5, joint="curve")
+        for v, mean, half in zip(*line, spread):
+            draw.line([*place((v, mean - half)), *place((v, mean + half))], colours[name], 3)
+            draw.circle(tuple(place((v, mean))), 9, colours[name])
         draw.text((at, TOP + 38 * i + 6), name, colours[name], FONT, anchor)
     return panel
 
@@ -539,12 +660,41 @@ def draw_pck(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image:
                  "Target test: share of joints closer than the threshold; area under it")
 
 
+def positions(values: list) -> np.ndarray:
+    """Places of sorted values on an axis: words one apart, numbers as they are, or log10 from a factor of 8 on.
+
+    On a logarithmic axis 0 stands as far below the next value as that one below its next.
+    """
+    if any(isinstance(v, str) for v in values): return np.arange(len(values), dtype=float)
+    above = [v for v in values if v > 0]
+    if len(above) < 2 or above[-1] < 8 * above[0]: return np.array(values, dtype=float)
+    logs = np.log10(above)
+    return np.append([2 * logs[0] - logs[1]] * (len(values) - len(above)), logs)
+
+
+def draw_sweep(lines: dict[str, dict], setting: str, error: str) -> Image.Image:
+    """Target error against a setting: mean and standard deviation over the seeds, a curve for each line."""
+    values = sorted({v for points in lines.values() for v in points}, key=in_order)
+    at, curves = dict(zip(values, positions(values).tolist())), {}
+    for name, points in lines.items():
+        errors = [[r["target"]["epe"] for r in group] for group in points.values()]      # values, seeds
+        deviation = [np.std(e, ddof=1) if len(e) > 1 else 0.0 for e in errors]
+        curves[name] = [at[v] for v in points], np.array([np.mean(e) for e in errors]), np.array(deviation)
+    low = min((mean - half).min() for _, mean, half in curves.values())
+    high = max((mean + half).max() for _, mean, half in curves.values())
+    room = 0.1 * max(high - low, 1.0)
+    colours = dict(zip(curves, COLOURS * len(curves)))
+    y = low - room, high + room * (1 + len(curves))                                      # the legend is above
+    panel = chart(curves, colours, y, {x: plain(v) for v, x in at.items()})
+    return sheet([[(panel, f"{setting}: mean and standard deviation over seeds")]], [], f"Target {error}, mm")
+
+
 def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, device) -> None:
     """All pictures of the runs of these checkpoints; those with images show the first seed of a run."""
     where = {id(result): path for path, result in zip(paths, results)}
-    runs = {before + name: [(where[id(result)], result) for result in seeds]             # {row: its seeds}
+    runs = {before + name + what: [(where[id(result)], result) for result in seeds]      # {row: its seeds}
             for kind, before in (("pretraining", "pretrain "), ("finetuning", ""))
-            for name, seeds in group_results(results, kind)}
+            for name, parts in group_results(results, kind).items() for what, seeds in parts.items()}
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
     rows = np.linspace(0, min(map(len, tests.values())) - 1, 3).astype(int)              # not picked by hand
     rows = rows[:max(1, 12 // len(runs))]
@@ -650,12 +800,38 @@ def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
     """Measure one finished run and write result.json; for other test sets than before, TARGET-FOLDER.json."""
     kind = measure_finetuned if "head" in u.read_checkpoint(path) else measure_pretrained
     result = kind(path, tests, device) | {"tests": {n: d.fingerprint for n, d in tests.items()},
-                                          "torch": torch.__version__}
+                                          "test": tests["target"].folder.name, "torch": torch.__version__}
     place = path.parent / "result.json"
     if place.exists() and json.loads(place.read_text()).get("tests") != result["tests"]:
         place = path.parent / f"{tests['target'].folder.name}.json"
     u.write_json(place, result)
     return result
+
+
+def show_tables(results: list[dict], a: argparse.Namespace) -> None:
+    """Print the tables asked for on the command line, and what their errors are taken over."""
+    print(show_table(pretraining_table(results), a.markdown))
+    for error in PCK_LIMIT:
+        tables = {"": table(results, error, a.rigid, a.minus)}
+        if a.paper: tables = paper_tables(results, error, a.rigid, a.minus)
+        for title, lines in tables.items(): print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
+    for note in error_notes(results): print(note)
+
+
+def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None:
+    """Print and draw the error against one setting. Raises InputError if no runs differ in it alone."""
+    found = {error: sweep(results, a.sweep.replace("-", "_"), error) for error in PCK_LIMIT}
+    if not any(found.values()):
+        differ = sorted({k for r in results for k, v in settings_of(r).items()
+                         for other in results if settings_of(other).get(k, v) != v})
+        raise u.InputError(f"--sweep {a.sweep}: no two runs of a variant differ in it and in nothing else; "
+                           f"what differs here: {', '.join(differ) or 'nothing'}")
+    for error, lines in found.items():
+        rows = [(line, f"{line}, {a.sweep} {plain(value)}", group) for line, points in lines.items()
+                for value, group in points.items()]
+        print(show_table(table_of(rows, error, a.rigid, a.minus), a.markdown))
+        if lines and a.pictures != "none":
+            save_picture(draw_sweep(lines, a.sweep, error), folder / f"sweep-{a.sweep}-{error}.png")
 
 
 def main(arguments=None) -> int:
@@ -668,7 +844,11 @@ def main(arguments=None) -> int:
         add(f"--{name}-test", default="", help=f"labelled test folder of the {name} "
             f"[datasets/hands/{name}_test, of a human run datasets/bodies/{name}_test]")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
-    add("--paper", action="store_true", help="add the paper's numbers and the rows not yet run")
+    add("--paper", action="store_true", help="the paper's tables: its rows and words, its numbers beside ours")
+    add("--minus", default="above", choices=("above", "first"),
+        help="paired differences to the row above that was run, or to the first [above]")
+    add("--sweep", metavar="SETTING", help="table and picture of the error against a setting, from the result.json "
+        "files that exist: alpha, mask_ratio, lam, labels, epochs (of pre-training), .., test (the test sets)")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")
@@ -687,10 +867,14 @@ def main(arguments=None) -> int:
         print(f"with {path.parent}")
         draw_photo(path, a.image, a.box, Path("" if a.pictures == "none" else a.pictures), device)
         return 0
+    test, folder = Path(a.target_test).name, Path(a.pictures or Path(a.runs[0]) / "pictures")
+    if a.sweep:
+        show_sweep(read_results(a.runs, "*" if a.sweep == "test" else test), a, folder)
+        return 0
     by_task: dict[str, list] = {}                                          # checkpoints of hands, of humans
     for path in [] if a.table else finished_runs(a.runs):
         by_task.setdefault(u.read_checkpoint(path)["settings"].get("task", "hand"), []).append(path)
-    results, measured = read_results(a.runs) if a.table else [], []
+    results, measured = read_results(a.runs, test) if a.table else [], []
     for task, paths in by_task.items():
         tests = open_tests(a.source_test, a.target_test, task)
         for path in paths:
@@ -698,12 +882,8 @@ def main(arguments=None) -> int:
             results.append(measure(path, tests, device))
         measured.append((task, paths, results[-len(paths):], tests))
     print()
-    tables = [table(results, error, a.rigid, a.paper) for error in PCK_LIMIT]
-    for lines in (pretraining_table(results), *tables):
-        print(show_table(lines, a.markdown))
-    for note in error_notes(results): print(note)
+    show_tables(results, a)
     for task, paths, own, tests in measured if a.pictures != "none" else []:
-        folder = Path(a.pictures or Path(a.runs[0]) / "pictures")
         draw_all(paths, own, tests, folder / task if len(measured) > 1 else folder, device)
     return 0
 

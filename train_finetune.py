@@ -84,6 +84,7 @@ VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-trai
     "mae": dict(lam=0.0),                       # "Ours (MAE)", "w/o FCR, AR"
     "no-fcr": {}, "no-xc": {}, "source-masks": {},
     "no-ar": dict(lam=0.0),                     # "w/o AR": shares the pre-training of "full"
+    "no-fcr-ar": dict(lam=0.0), "no-xc-ar": dict(lam=0.0), "no-fcr-xc": {},   # the other cells of 2 x 2 x 2
     "source-only": dict(lam=0.0), "source-only-mae": dict(lam=0.0), "source-only-no-xc": dict(lam=0.0),
     "oracle": dict(init="", lam=0.0, validation=""),   # the labelled target as source: a lower bound
     "ddc": dict(init="", lam=0.0, adapt="ddc", adapt_weight=0.25),   # from scratch; below: from MAE weights
@@ -91,7 +92,8 @@ VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-trai
     "mae-ddc": dict(lam=0.0, adapt="ddc", adapt_weight=0.25),
     "mae-dan": dict(lam=0.0, adapt="dan"), "mae-dann": dict(lam=0.0, adapt="dann"),
 }
-PRETRAINED_BY = {"no-ar": "full", "mae-ddc": "mae", "mae-dan": "mae", "mae-dann": "mae"}
+PRETRAINED_BY = {"no-ar": "full", "no-fcr-ar": "no-fcr", "no-xc-ar": "no-xc", "no-fcr-xc": "mae",
+                 "mae-ddc": "mae", "mae-dan": "mae", "mae-dann": "mae"}
 SKELETON = ("joints", "bones", "root", "depth_range")  # what a model has to remember of its labels
 
 
