@@ -3,7 +3,8 @@
     python evaluate.py                                  every finished run under runs/, table and pictures
     python evaluate.py runs/tiny/full-seed0             these runs
     python evaluate.py --table assets/results runs      the table alone, from result.json files that exist
-    python evaluate.py --table --paper runs             with the paper's numbers beside ours
+    python evaluate.py --table --paper runs             in the paper's order, its numbers beside ours
+    python evaluate.py --sweep lam runs                 error against a setting, table and picture
     python evaluate.py --image PHOTO [--box X Y W H]    predict the pose on your own picture
 
 Errors are EPE (hands) or MPJPE (humans), Sec. 4.1: mean joint distance in mm with the roots aligned, on test
@@ -182,7 +183,7 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
 # ==========================================================================================================
 # Tables over runs
 # ==========================================================================================================
-TABLES = {  # the paper's: (our row, its words, its errors, mm: FreiHAND to RHD, Human3.6M to 3DHP); "": reported
+TABLES = {  # of the paper: (our row, its words, its errors FreiHAND to RHD, Human3.6M to 3DHP); "": reported
     "Tables 1 and 2": (
         ("", "Zhang et al., source only", 48.3, 121.8), ("scratch", "Ours (Scratch)", 46.3, 120.5),
         ("source-only-mae", "Ours (MAE), source only", 41.7, 113.5),
@@ -223,7 +224,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def per_block(results: list[dict]) -> str:
-    """Lift of each block on the target, mean over seeds; "-" where there were no true masks, or no encoder."""
+    """Lift of each block on the target, mean over seeds; "-" without true masks, or without pre-training."""
     lifts = [r.get("target", {}).get("attention", {}).get("lift") for r in results]      # (seeds, L)
     return " ".join(f"{v:.2f}" for v in np.mean(lifts, axis=0)) if lifts and all(lifts) else "-"
 
@@ -256,7 +257,7 @@ def settings_of(result: dict) -> dict:
 
 
 def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
-    """Results apart by their settings (`but` that one): {", lam 10": some, ", lam 100": others}, or {"": all}.
+    """Results by their settings, `but` one: {", lam 10": some, ", lam 100": others}; {"": all} if all alike.
 
     Of runs that differ in nothing, the first counts. What an old file does not hold tells nothing apart.
     """
@@ -302,8 +303,8 @@ def paired_difference(group: list[dict], reference: list[dict]) -> str:
 def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[list[str]]:
     """Lines of text for rows (family, label, results), the header first; differences stay in a family.
 
-    Results [] were not run, None are the paper's alone. Lift of the class attention on the target's foreground:
-    before fine-tuning (f^A) and after it (f^E). PA: after alignment by similarity, or a rigid one.
+    Results [] were not run, None are the paper's alone. The lift of the class attention on the target's
+    foreground is that of f^A, before fine-tuning, and of f^E. PA: aligned by similarity, or `rigid`.
     """
     aligned, pa = (f"rigid PA-{error}", "pa_rigid") if rigid else (f"PA-{error}", "pa_epe")
     against = "row above" if minus == "above" else "first row"
@@ -345,21 +346,20 @@ def chance(group: list[dict]) -> list[str]:
 
 
 def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> dict[str, list[list[str]]]:
-    """{title: lines} in the order and the words of the paper, its number last; rows to come say "not run"."""
-    results, human, tables = measured_by(results, error), error == "MPJPE", {}
-    made = group_results(results, "finetuning")
-    paper = f"paper: {'Human3.6M to 3DHP' if human else 'FreiHAND to RHD'}"
+    """{title: lines} in the paper's order and words, its numbers last; what nobody ran says "not run"."""
+    made, tables = group_results(measured_by(results, error), "finetuning"), {}
     for preset in dict.fromkeys(name.split(" ")[0] for name in made):
         for title, rows in TABLES.items():
-            found = [(title, f"{row}: {words}{what}" if row else words, group, numbers[human])
-                     for row, words, *numbers in rows for what, group in
-                     (made.get(f"{preset} {row}", {"": []}) if row else {"": None}).items()]
-            lines = table_of([row[:3] for row in found], error, rigid, minus)
-            tables[f"{preset}: {title}"] = [[*line, str(number)] for line, (*_, number) in
-                                            zip(lines, [[paper], *found])]
-        any_run = next(group for name, parts in made.items() if name.startswith(f"{preset} ")
-                       for group in parts.values())
-        tables[f"{preset}: {title}"].append([*chance(any_run), "-"])                     # below the bounds
+            found, numbers = [], [f"paper: {'Human3.6M to 3DHP' if error == 'MPJPE' else 'FreiHAND to RHD'}"]
+            for row, words, *errors in rows:
+                parts = made.get(f"{preset} {row}", {"": []}) if row else {"": None}
+                found += [(title, f"{row}: {words}{what}" if row else words, group)
+                          for what, group in parts.items()]
+                numbers += [str(errors[error == "MPJPE"])] * len(parts)
+            lines = table_of(found, error, rigid, minus)
+            tables[f"{preset}: {title}"] = [[*line, number] for line, number in zip(lines, numbers)]
+        ran = [group for name in made if name.split(" ")[0] == preset for group in made[name].values()]
+        tables[f"{preset}: {title}"].append([*chance(ran[0]), "-"])                      # below the bounds
     return tables
 
 
@@ -380,7 +380,6 @@ def sweep(results: list[dict], setting: str, error: str) -> dict[str, dict]:
             values = sorted(set(map(value, group)), key=in_order)
             lines[name + what] = {v: [r for r in group if value(r) == v] for v in values}
     return lines
-
 
 
 def error_notes(results: list[dict]) -> list[str]:
@@ -661,13 +660,13 @@ def draw_pck(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image:
 
 
 def positions(values: list) -> np.ndarray:
-    """Places of sorted values on an axis: words one apart, numbers as they are, or log10 from a factor of 8 on.
+    """Places of sorted values on an axis: words one apart; numbers, or log10 if they span a factor of 4.
 
     On a logarithmic axis 0 stands as far below the next value as that one below its next.
     """
     if any(isinstance(v, str) for v in values): return np.arange(len(values), dtype=float)
     above = [v for v in values if v > 0]
-    if len(above) < 2 or above[-1] < 8 * above[0]: return np.array(values, dtype=float)
+    if len(above) < 2 or above[-1] < 4 * above[0]: return np.array(values, dtype=float)
     logs = np.log10(above)
     return np.append([2 * logs[0] - logs[1]] * (len(values) - len(above)), logs)
 
@@ -814,7 +813,8 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
     for error in PCK_LIMIT:
         tables = {"": table(results, error, a.rigid, a.minus)}
         if a.paper: tables = paper_tables(results, error, a.rigid, a.minus)
-        for title, lines in tables.items(): print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
+        for title, lines in tables.items():
+            print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
     for note in error_notes(results): print(note)
 
 
@@ -822,8 +822,8 @@ def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None
     """Print and draw the error against one setting. Raises InputError if no runs differ in it alone."""
     found = {error: sweep(results, a.sweep.replace("-", "_"), error) for error in PCK_LIMIT}
     if not any(found.values()):
-        differ = sorted({k for r in results for k, v in settings_of(r).items()
-                         for other in results if settings_of(other).get(k, v) != v})
+        known = [settings_of(r) for r in results if r["kind"] == "finetuning"]
+        differ = sorted({k for s in known for k in s if any(other.get(k, s[k]) != s[k] for other in known)})
         raise u.InputError(f"--sweep {a.sweep}: no two runs of a variant differ in it and in nothing else; "
                            f"what differs here: {', '.join(differ) or 'nothing'}")
     for error, lines in found.items():
@@ -844,11 +844,11 @@ def main(arguments=None) -> int:
         add(f"--{name}-test", default="", help=f"labelled test folder of the {name} "
             f"[datasets/hands/{name}_test, of a human run datasets/bodies/{name}_test]")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
-    add("--paper", action="store_true", help="the paper's tables: its rows and words, its numbers beside ours")
+    add("--paper", action="store_true", help="the paper's tables: its rows, its words, its numbers")
     add("--minus", default="above", choices=("above", "first"),
         help="paired differences to the row above that was run, or to the first [above]")
-    add("--sweep", metavar="SETTING", help="table and picture of the error against a setting, from the result.json "
-        "files that exist: alpha, mask_ratio, lam, labels, epochs (of pre-training), .., test (the test sets)")
+    add("--sweep", metavar="SETTING", help="error against a setting, table and picture, from result.json "
+        "files: alpha, mask_ratio, lam, labels, steps, epochs (of pre-training), .., or test (the test sets)")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")

@@ -1,6 +1,5 @@
 """DDC, DAN, DANN, as test_equations.py has it: slow loops, wrong variants that must be rejected, a case by
-hand, properties; then their variants of train_finetune.py, their rows in tables, and two processes against
-one."""
+hand, properties; then their variants of train_finetune.py, and two processes against one."""
 import json
 import math
 import os
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluate
 import train_finetune
 import udapose as u
 from test_training import finetune, same, sets, stop_after, weights  # noqa: F401  (sets is a fixture)
@@ -370,50 +368,6 @@ def test_progress_runs_from_0_to_1(unlabelled, tmp_path, monkeypatch):
     monkeypatch.setattr(u, "dann_loss", lambda *a: used.append(a[3]) or dann_loss(*a))
     assert run_variant(unlabelled, tmp_path / "run", "dann") == 0
     assert asked == [step / 6 for step in range(6)] and used == [10 + p for p in asked]
-
-
-# ==========================================================================================================
-# In the tables
-# ==========================================================================================================
-def results(row: str, *errors: float) -> list[dict]:
-    """Results of a row, the first of seed 0, the next of seed 1, and so on."""
-    numbers = {"pa_epe": 1.0, "auc": 0.5, "chance": 50.0}
-    settings = [{"preset": "tiny", "out": f"runs/tiny/{row}-seed{i}", "seed": i} for i in range(len(errors))]
-    return [{"kind": "finetuning", "settings": s, "target": {"epe": epe, **numbers},
-             "source": {"epe": 9.0, **numbers}} for s, epe in zip(settings, errors)]
-
-
-def test_difference_is_paired_by_seed():
-    """Differences -2, -4, -6: mean -4, deviation 2, half the interval 4.30 * 2 / sqrt 3 = 4.97."""
-    first, group = results("scratch", 40, 50, 60, 70), results("full", 38, 46, 54)
-    assert evaluate.paired_difference(group[::-1], first) == "-4.0 [-9.0, +1.0]"
-    assert evaluate.paired_difference(group[1:2], first) == "-4.0"
-    assert evaluate.paired_difference(first, first) == evaluate.paired_difference(group[:1], first[1:]) == "-"
-
-
-def test_quantiles_of_student():
-    stats = pytest.importorskip("scipy.stats")
-    for count, t95 in enumerate(evaluate.T95, 2):
-        assert t95 == pytest.approx(stats.t.ppf(0.975, count - 1), abs=6e-3)
-
-
-def test_table_beside_the_paper():
-    made = [*results("full", 30, 31), *results("dann", 35, 37), *results("scratch", 40, 44)]
-    made += results("mae-ddc", 39)
-    plain = evaluate.table(made)
-    assert [row[0] for row in plain[1:]] == [
-        "tiny scratch", "tiny DANN (our backbone)", "tiny DDC (our backbone, MAE weights)", "tiny full",
-        "chance: constant mean pose"]
-    assert [row[3] for row in plain[1:4]] == ["-", "-6.0 [-18.7, +6.7]", "-1.0"]
-    beside = {row[0]: row for row in evaluate.table(made, paper=True)}
-    assert beside["tiny full"][1:3] == ["2", "30.5 ± 0.7"] and beside["tiny full"][-2:] == ["28.0", "93.6"]
-    assert beside["tiny DDC (our backbone)"][1:3] == ["not run", ""]
-    assert beside["tiny DDC (our backbone)"][-2:] == ["44.6", "115.6"]
-    assert beside["Zhang et al."][1] == "reported" and beside["ISO"][-1] == "75.8 (PA)"
-    assert {len(row) for row in beside.values()} == {10} and {len(row) for row in plain} == {8}
-    assert evaluate.show_table(evaluate.table(made, paper=True), markdown=True).startswith("| run ")
-    assert set(evaluate.ROWS) == set(train_finetune.VARIANTS)  # every variant has its place in the table
-    assert len(evaluate.table([], paper=True)) == 1
 
 
 # ==========================================================================================================

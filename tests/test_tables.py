@@ -1,0 +1,331 @@
+"""evaluate.py's tables and sweeps, from planted results: the paper's rows, words and numbers; rows apart by what
+their runs differ in; error against one setting; paired differences; what is read, and what is refused."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import evaluate as e
+import train_finetune
+import train_pretrain
+import udapose as u
+from test_pictures import RED, colour_at, save_checkpoint, save_dataset
+
+NUMBERS = {"pa_epe": 1.0, "auc": 0.5, "chance": 50.0}
+
+
+def result(row="full", seed=0, epe=30.0, before=None, test="target_test", preset="tiny", lift=None, **settings):
+    """A finished fine-tuning run; `before`: settings of its pre-training run, with the lift it had."""
+    s = {"preset": preset, "variant": row, "out": f"runs/{preset}/{row}-seed{seed}", "seed": seed, "lam": 100.0,
+         "labels": 1000, "epochs": 32, "init": f"runs/{preset}/pretrain-full-seed{seed}" if before else ""}
+    made = {"kind": "finetuning", "settings": s | settings, "steps": 1000, "test": test,
+            "target": {"epe": epe, **NUMBERS}, "source": {"epe": 9.0, **NUMBERS}}
+    if lift: made["target"]["attention"] = {"lift": lift}
+    if before is not None:
+        kept = {"seed": seed, "alpha": 4.0, "mask_ratio": 0.75, "epochs": 16, "out": "x"} | before
+        made["pretraining"] = {"settings": kept, "target": {"attention": {"lift": [1.0, 3.0]}}}
+    return made
+
+
+def results(row: str, *errors: float, **more) -> list[dict]:
+    """Results of a row, the first of seed 0, the next of seed 1, and so on."""
+    return [result(row, seed, epe, **more) for seed, epe in enumerate(errors)]
+
+
+def names(lines): return [line[0] for line in lines[1:]]
+
+
+def save(folder, **named) -> list[str]:
+    for name, content in named.items(): (folder / f"{name}.json").write_text(json.dumps(content))
+    return [str(folder)]
+
+
+# ==========================================================================================================
+# Paired differences
+# ==========================================================================================================
+def test_difference_is_paired_by_seed():
+    """Differences -2, -4, -6: mean -4, deviation 2, half the interval 4.30 * 2 / sqrt 3 = 4.97."""
+    first, group = results("scratch", 40, 50, 60, 70), results("full", 38, 46, 54)
+    assert e.paired_difference(group[::-1], first) == "-4.0 [-9.0, +1.0]"
+    assert e.paired_difference(group[1:2], first) == "-4.0"
+    assert e.paired_difference(first, []) == e.paired_difference(group[:1], first[1:]) == "-"
+
+
+def test_quantiles_of_student():
+    stats = pytest.importorskip("scipy.stats")
+    for count, t95 in enumerate(e.T95, 2):
+        assert t95 == pytest.approx(stats.t.ppf(0.975, count - 1), abs=6e-3)
+
+
+def test_difference_is_to_the_row_above_or_to_the_first():
+    """Of the same preset; a row that nobody ran is passed over."""
+    made = [*results("scratch", 40), *results("mae", 36), *results("full", 30),
+            *results("scratch", 70, preset="small"), *results("full", 50, preset="small")]
+    above, first = (e.table(made, minus=minus) for minus in ("above", "first"))
+    assert above[0][3] == "minus row above [95 %]" and first[0][3] == "minus first row [95 %]"
+    assert [row[3] for row in above[1:]] == ["-", "-4.0", "-6.0", "-", "-20.0", ""]
+    assert [row[3] for row in first[1:]] == ["-", "-4.0", "-10.0", "-", "-20.0", ""]
+    paper = e.paper_tables(made, "EPE", False, "above")
+    assert [row[3] for row in paper["tiny: Tables 1 and 2"] if row[1] == "1"] == ["-", "-4.0", "-6.0"]
+    assert {row[3] for row in paper["tiny: Table 4"][1:]} == {"", "-"}                  # not to another table's
+
+
+# ==========================================================================================================
+# The paper's tables
+# ==========================================================================================================
+PRINTED = {  # Tables 1 (to RHD) and 2 (to 3DHP), 3, 4, 9, read off the paper once more, in its order
+    "Tables 1 and 2": """Zhang et al. 48.3 121.8; Ours (Scratch) 46.3 120.5; Ours (MAE) 41.7 113.5; Ours w/o X_C 38.6
+        109.2; Ours 37.1 107.0; DDC 44.6 115.6; DAN 40.5 109.5; DANN 38.0 107.9; DDC - -; DAN - -; DANN - -;
+        ISO - 75.8; Zhang et al. 35.4 99.3; Kundu et al. - 96.2; Ours (MAE) 34.4 101.3; Ours w/o X_C 29.1 94.6;
+        Ours 28.0 93.6""",
+    "Table 3 without X_C": "Ours w/o FCR, AR 34.4 101.3; Ours w/o FCR - -; Ours w/o AR - -; Ours 29.1 94.6",
+    "Table 3 with X_C": "Ours w/o FCR, AR - -; Ours w/o FCR 34.6 104.0; Ours w/o AR 32.0 98.1; Ours 28.0 93.6",
+    "Table 4": "Ours w/o S_S, S_T 34.6 104.0; Ours w/o S_T 32.3 100.6; Ours 28.0 93.6; true S_T - -",
+    "Table 9, alpha = 4": "r = 0.5 32.1 104.1; r = 0.75 28.0 93.6; r = 0.95 29.4 105.9",
+    "Table 9, r = 0.75": "alpha = 2 31.1 98.6; alpha = 4 28.0 93.6; alpha = 8 29.8 99.0",
+    "Bounds": "target labels - -; chance - -",
+}
+
+
+@pytest.mark.parametrize("error", ["EPE", "MPJPE"])
+def test_rows_words_and_numbers_are_the_papers(error):
+    human = error == "MPJPE"
+    made = [result("full") | {"metric": error}]
+    tables = e.paper_tables(made, error, False, "above")
+    assert list(tables) == [f"tiny: {title}" for title in PRINTED]
+    for title, text in PRINTED.items():
+        header, *lines = tables[f"tiny: {title}"]
+        assert header[-1] == ("paper: Human3.6M to 3DHP" if human else "paper: FreiHAND to RHD")
+        rows = [line.strip().rsplit(" ", 2) for line in re.sub(r"\s+", " ", text).split(";")]
+        assert len(rows) == len(lines) and {len(line) for line in lines} == {len(header)}
+        for line, (words, *numbers) in zip(lines, rows):
+            assert words in line[0] and line[-1].removesuffix(" (PA)") == numbers[human], line
+    assert e.paper_tables(made, "EPE" if human else "MPJPE", False, "above") == {}
+
+
+def test_rows_beside_the_paper():
+    made = [*results("full", 30, 31), *results("dann", 35, 37), *results("oracle", 20), *results("mine", 1)]
+    tables = e.paper_tables(made, "EPE", False, "above")
+    rows = {row[0]: row for row in tables["tiny: Tables 1 and 2"]}
+    assert rows["full: Ours"][1:3] == ["2", "30.5 ± 0.7"] and rows["full: Ours"][3] == "-5.5 [-11.9, +0.9]"
+    assert rows["ddc: DDC (our backbone)"][1:3] == ["not run", ""]
+    assert {row for row in rows if rows[row][1] == "reported"} == {
+        "Zhang et al., source only", "ISO", "Zhang et al.", "Kundu et al."}
+    bounds = tables["tiny: Bounds"]
+    assert [row[2] for row in bounds[1:]] == ["20.0", "50.0"] and bounds[2][0].startswith("chance")
+    assert e.table(made)[-1][2] == "50.0"
+    assert "mine" not in str(tables) and "tiny mine" in names(e.table(made))
+    assert e.show_table(bounds, markdown=True).startswith("| run ")
+
+
+def test_row_not_alike_stands_beside_the_paper_with_what_it_differs_in():
+    made = [result(epe=30), result(epe=40, lam=1.0)]
+    rows = e.paper_tables(made, "EPE", False, "above")["tiny: Table 4"]
+    assert [row[0] for row in rows if row[1] == "1"] == ["full: Ours, lam 1", "full: Ours, lam 100"]
+    assert [row[-1] for row in rows if row[1] == "1"] == ["28.0", "28.0"]
+
+
+def test_every_variant_has_its_place_and_the_other_rows_their_flags():
+    flags = {"true-masks", "r0.5", "r0.95", "alpha2", "alpha8"}
+    assert set(e.ROWS) - {""} == set(train_finetune.VARIANTS) | flags
+
+
+def test_rows_in_the_order_of_the_paper():
+    made = [result(row, preset=preset) for preset in ("small", "tiny")
+            for row in ("other", "oracle", "full", "no-ar", "mae", "dan", "scratch")]
+    rows = ["scratch", "dan", "mae", "no-ar", "full", "oracle", "other"]
+    assert names(e.table(made))[:-1] == [f"{p} {row}" for p in ("tiny", "small") for row in rows]
+    assert len(e.table([])) == 1 and e.paper_tables([], "EPE", False, "above") == {}
+
+
+def test_eight_cells_of_fcr_xc_and_ar():
+    """Each by one variant: with the pre-training it asks for, every combination of the switches once."""
+    def settings(script, variant): return u.parse_settings(
+        script.Settings, "", script.PRESETS, script.VARIANTS, ["--variant", variant], script.TASKS)
+    cells = {}
+    for variant in ("full", "no-ar", "no-xc", "no-xc-ar", "no-fcr", "no-fcr-ar", "no-fcr-xc", "mae"):
+        s = settings(train_finetune, variant)
+        train_finetune.complete(s)
+        before = settings(train_pretrain, re.fullmatch(r"runs/tiny/pretrain-(.*)-seed0", s.init)[1])
+        assert before.masks in ("both", "none") and before.xc in (0, 0.5) and s.lam in (0, 100) and before.target
+        cells[variant] = (before.masks == "both", before.xc > 0, s.lam > 0)
+    assert len(set(cells.values())) == 8
+    for variant, (fcr, xc, ar) in cells.items():
+        left_out = [n for n, on in (("fcr", fcr), ("xc", xc), ("ar", ar)) if not on]
+        assert variant in ("full", "mae") or variant == "-".join(["no", *left_out])
+    table = [row for title in ("without", "with") for row, *_ in e.TABLES[f"Table 3 {title} X_C"]]
+    assert sorted(table) == sorted(cells)
+
+
+# ==========================================================================================================
+# Rows apart by what their runs differ in
+# ==========================================================================================================
+def test_runs_of_other_settings_are_rows_of_their_own():
+    made = [result(seed=0, epe=30), result(seed=1, epe=32), result(seed=0, epe=40, lam=10.0)]
+    lines = e.table(made)
+    assert [row[:3] for row in lines[1:3]] == [
+        ["tiny full, lam 10", "1", "40.0"], ["tiny full, lam 100", "2", "31.0 ± 1.4"]]
+    two = [*made, result(seed=0, epe=50, lam=10.0, labels=64)]
+    assert names(e.table(two))[:3] == ["tiny full, lam 10, labels 64", "tiny full, lam 10, labels 1000",
+                                      "tiny full, lam 100, labels 1000"]
+
+
+def test_settings_of_the_pre_training_tell_rows_apart():
+    made = [result(before={}), result(before={"alpha": 8.0}, seed=1), result(before={"seed": 0}, seed=1),
+            result(before={"out": "elsewhere"}, seed=1)]
+    assert {row[0]: row[1] for row in e.table(made)[1:-1]} == {
+        "tiny full, pretraining.alpha 4, pretraining.seed 0": "1",
+        "tiny full, pretraining.alpha 4, pretraining.seed the same": "2",
+        "tiny full, pretraining.alpha 8, pretraining.seed the same": "1"}
+    public = [result(before={}), result(init="weights.pth")]
+    assert names(e.table(public))[:2] == ["tiny full, init a run", "tiny full, init weights.pth"]
+    twice = [dict(r, kind="pretraining") for r in (result(alpha=4.0, epochs=80), result(alpha=4.0, epochs=200))]
+    assert names(e.pretraining_table(twice)) == ["tiny full, epochs 80", "tiny full, epochs 200"]
+
+
+@pytest.mark.parametrize("free", [
+    {"out": "elsewhere/full-seed1"}, {"device": "cuda"}, {"threads": 1}, {"validation": "x"}, {"save_every": 5},
+    {"init": "runs/tiny/pretrain-full-seed1"}, {"epochs": 64}, {"newer": "setting"}])
+def test_what_changes_no_result_keeps_one_row(free):
+    """Nor does a setting that the other file does not have; epochs count by the steps they come to."""
+    old = {"device": "cpu", "threads": 2, "validation": "", "save_every": 1,
+           "init": "runs/tiny/pretrain-full-seed0"}
+    assert names(e.table([result(**old), result(**old | free | {"seed": 1})])) [:-1] == ["tiny full"]
+    assert len(e.table([result(), result(seed=1) | {"steps": 500}])) == 4
+
+
+def test_a_run_counts_once():
+    made = [result(epe=30), result(epe=31), result(seed=1, epe=34)]
+    assert e.table(made)[1][:3] == ["tiny full", "2", "32.0 ± 2.8"]
+
+
+def test_lift_before_and_after_fine_tuning():
+    made = [result(before={}, lift=[1.0, 2.0]), result(seed=1, before={}, lift=[1.5, 1.0]),
+            result("scratch", lift=[0.5, 0.25])]
+    scratch, full = e.table(made)[1:3]
+    assert scratch[7:] == ["-", "0.50 0.25"] and full[7:] == ["1.00 3.00", "1.25 1.50"]
+    assert e.table(made)[0][7:] == ["lift before", "attention lift"]
+    assert e.table([*made, result(seed=2)])[2][7:] == ["-", "-"]                        # not known of one seed
+
+
+# ==========================================================================================================
+# Sweeps
+# ==========================================================================================================
+def test_sweep_collects_what_differs_in_one_setting():
+    made = [*results("full", 30, 31, before={}), result("lam1", 0, 35, before={}, variant="full", lam=1.0),
+            result("lam1", 1, 36, before={}, variant="full", lam=1.0),
+            result("zero", 0, 33, before={}, variant="full", lam=0.0),
+            result("both", 0, 99, before={"alpha": 8.0}, variant="full", lam=7.0),     # alone in two settings
+            *results("scratch", 40, 41, lam=0.0)]
+    lines = e.sweep(made, "lam", "EPE")
+    assert list(lines) == ["tiny full"] and list(lines["tiny full"]) == [0, 1, 100]
+    errors = {v: [r["target"]["epe"] for r in group] for v, group in lines["tiny full"].items()}
+    assert errors == {0: [33], 1: [35, 36], 100: [30, 31]}
+    assert e.sweep(made, "lam", "MPJPE") == e.sweep(made, "labels", "EPE") == {}
+    alpha = [*made[:2], result("alpha2", 0, 32, before={"alpha": 2.0}, variant="full")]
+    assert list(e.sweep(alpha, "alpha", "EPE")["tiny full"]) == [2, 4]
+    assert e.sweep(alpha, "pretraining.alpha", "EPE") == e.sweep(alpha, "alpha", "EPE")
+    alpha.append(result("epochs", 0, 32, before={"epochs": 99}, variant="full"))
+    assert list(e.sweep(alpha, "epochs", "EPE")["tiny full"]) == [16, 99]              # those of pre-training
+
+
+def test_sweep_has_a_line_for_each_variant_and_each_other_setting():
+    made = [result(f"{row}{n}", 0, 30, variant=row, labels=n, epochs=32000 / n, sigma=sigma)
+            for row, sigma in (("scratch", 2.0), ("full", 2.0), ("full", 3.0)) for n in (1000, 64)]
+    lines = e.sweep(made, "labels", "EPE")
+    assert {name: list(points) for name, points in lines.items()} == {
+        "tiny scratch": [64, 1000], "tiny full, sigma 2": [64, 1000], "tiny full, sigma 3": [64, 1000]}
+    other_steps = [result(), result("few", variant="full", labels=64) | {"steps": 60}]
+    assert e.sweep(other_steps, "labels", "EPE") == {}                                  # a shorter training
+
+
+def test_sweep_from_the_command_line(tmp_path, capsys):
+    folder = save(tmp_path, a=result(), **{"b.result": result("l", 0, 36, variant="full", lam=0.5)},
+                  **{"c.result": result(epe=33.0)}, config={"settings": {}}, list=[1])
+    assert e.main(["--sweep", "lam", "--pictures", str(tmp_path / "out"), *folder]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"tiny full, lam 0\.5 +\| 1 +\| 36\.0 +\| - ", text)
+    assert re.search(r"tiny full, lam 100 +\| 1 +\| 33\.0 +\| -3\.0 ", text)            # a.json is no result.json
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep-lam-EPE.png"]
+    with pytest.raises(u.InputError, match="--sweep labels: no two runs .* what differs here: lam$"):
+        e.main(["--sweep", "labels", *folder])
+    shutil.rmtree(tmp_path / "out")
+    assert e.main(["--sweep", "lam", "--pictures", "none", *folder]) == 0 and not (tmp_path / "out").exists()
+
+
+def test_sweep_over_test_sets_reads_every_result(tmp_path, capsys):
+    folder = save(tmp_path, **{"full.result": result(), "shifted_test": result(epe=33.0, test="shifted_test")})
+    assert e.main(["--sweep", "test", "--pictures", "none", *folder]) == 0
+    text = capsys.readouterr().out
+    assert "tiny full, test shifted_test" in text and "tiny full, test target_test" in text
+
+
+# ==========================================================================================================
+# Files
+# ==========================================================================================================
+def test_results_on_another_test_set_are_read_by_its_name(tmp_path):
+    folder = save(tmp_path, **{"full.result": result(), "other": result(epe=33.0, test="shifted_test")})
+    errors = {test: [r["target"]["epe"] for r in e.read_results(folder, test)]
+              for test in ("", "target_test", "shifted_test", "*")}
+    assert errors == {"": [30], "target_test": [30], "shifted_test": [33], "*": [30, 33]}
+    with pytest.raises(u.InputError, match="no result.json of elsewhere; run evaluate.py without --table"):
+        e.read_results(folder, "elsewhere")
+    (tmp_path / "bad.result.json").write_text("{")
+    with pytest.raises(u.InputError, match=r"bad.result.json: not JSON \(.*\); remove it"): e.read_results(folder)
+
+
+def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path):
+    """Its settings, and the attention before fine-tuning, which differs from that after it."""
+    save_dataset(tmp_path / "toy")
+    run = {"source": str(tmp_path / "toy"), "init": str(tmp_path / "pretrain-full-seed0")}
+    save_checkpoint(tmp_path / "pretrain-full-seed0", train_pretrain, seed=0, alpha=7.0)
+    save_checkpoint(tmp_path / "full-seed1", train_finetune, seed=1, **run)
+    save_checkpoint(tmp_path / "gone-seed1", train_finetune, seed=1, **run | {"init": "nowhere"})
+    toy = data.Dataset(tmp_path / "toy", "keypoints", "intrinsics", "masks")
+    tests = {"source": toy, "target": toy}
+    full, before, gone = (e.measure(tmp_path / name / "checkpoint.pt", tests, "cpu")
+                          for name in ("full-seed1", "pretrain-full-seed0", "gone-seed1"))
+    assert full["test"] == "toy" and full["pretraining"]["settings"]["alpha"] == 7
+    assert full["pretraining"]["target"]["attention"] == before["target"]["attention"]
+    assert full["target"]["attention"] != before["target"]["attention"] and "pretraining" not in gone
+    assert json.loads((tmp_path / "full-seed1/result.json").read_text()) == full
+    assert full == e.measure(tmp_path / "full-seed1/checkpoint.pt", tests, "cpu")
+
+
+# ==========================================================================================================
+# Pictures of sweeps
+# ==========================================================================================================
+def test_positions_on_an_axis():
+    at = lambda *values: e.positions(list(values)).tolist()  # noqa: E731
+    assert at(0.5, 0.75, 0.95) == [0.5, 0.75, 0.95] and at("a", "b", "c") == [0, 1, 2]
+    assert at(0.1, 1, 10, 100) == pytest.approx([-1, 0, 1, 2]) and at(2, 4, 8) == pytest.approx(np.log10([2, 4, 8]))
+    assert at(0, 1, 10) == pytest.approx([-1, 0, 1]) and at(0, 0.25, 0.5) == [0, 0.25, 0.5] and at(0, 5) == [0, 5]
+
+
+def test_sweep_draws_mean_and_spread(monkeypatch):
+    seen = {}
+    chart = e.chart
+    def spy(*a): seen.update(curves=a[0], y=a[2], marks=a[3]); return chart(*a)
+    monkeypatch.setattr(e, "chart", spy)
+    lines = {"full": {1: results("full", 30, 34), 10: results("full", 31), 100: results("full", 36, 36)},
+             "no-ar": {10: results("no-ar", 50, 52)}}
+    assert isinstance(e.draw_sweep(lines, "lam", "EPE"), Image.Image)
+    x, mean, deviation = seen["curves"]["full"]
+    assert x == [0, 1, 2] and mean.tolist() == [32, 31, 36]
+    assert deviation.tolist() == pytest.approx([8 ** 0.5, 0, 0])
+    assert seen["curves"]["no-ar"][0] == [1] and seen["marks"] == {0: "1", 1: "10", 2: "100"}
+    assert seen["y"][0] < 32 - 8 ** 0.5 and seen["y"][1] > 51 + 2 ** 0.5
+
+
+def test_chart_draws_bars_and_dots():
+    panel = e.chart({"a": ([1, 2], [10.0, 20.0], [5.0, 0.0])}, {"a": RED}, (0, 40), {1: "one", 2: "two"})
+    left, right = (e.LEFT + s * (e.CHART[0] - e.LEFT - e.RIGHT) for s in (0.05 / 1.1, 1.05 / 1.1))
+    at = lambda v: e.CHART[1] - e.FOOT - v / 40 * (e.CHART[1] - e.FOOT - e.TOP)  # noqa: E731
+    for x, y in ((left, 10), (left, 5.2), (left, 14.8), (right, 20)):
+        assert tuple(colour_at(panel, (x, at(y)))) == RED
+    assert all(tuple(colour_at(panel, (left, at(y)))) != RED for y in (4.5, 15.5))
+    assert tuple(colour_at(panel, (left + 7, at(10)))) == RED                            # a dot, not a corner
