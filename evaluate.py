@@ -94,25 +94,26 @@ def measure_pose(estimator, dataset: data.Dataset, side: int, device) -> dict:
     return pose_metrics(predicted, truth, dataset.meta)
 
 
+def with_masks(dataset: data.Dataset, side: int, device):
+    """The images of a test set (b, 3, H, W), normalised, with their true masks (b, 1, H, W), in chunks."""
+    for rows in data.chunks(len(dataset)):
+        x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
+        yield data.normalise(x), m
+
+
 @torch.no_grad()
 def measure_attention(encoder, dataset: data.Dataset, side: int, device) -> dict:
     """Lift of every block on a test set: the true foreground's share of attention over its area's."""
-    shares, areas = [], []
-    for rows in data.chunks(len(dataset)):
-        x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
-        share, area = attention_lift(encoder.attention_maps(data.normalise(x)), m, encoder.patch)
-        shares.append(share); areas.append(area)
-    share, area = torch.cat(shares).mean(dim=0), torch.cat(areas).mean()
+    pairs = [attention_lift(encoder.attention_maps(x), m, encoder.patch)
+             for x, m in with_masks(dataset, side, device)]
+    share, area = (torch.cat(part).mean(dim=0) for part in zip(*pairs))                  # (L,), ()
     return {"lift": [round(float(v), 3) for v in share / area], "area": round(float(area), 4)}
 
 
 @torch.no_grad()
 def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
     """IoU of f^S over a whole test set."""
-    pairs = []
-    for rows in data.chunks(len(dataset)):
-        x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
-        pairs.append((net(data.normalise(x)).sigmoid(), m))
+    pairs = [(net(x).sigmoid(), m) for x, m in with_masks(dataset, side, device)]
     return mask_iou(*(torch.cat(part) for part in zip(*pairs)))
 
 
@@ -530,9 +531,9 @@ def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
     x = (xs.min() - margin, xs.max() + margin) if marks else (0, xs.max())
     panel, place = axes(CHART, x, y or (0.9 * ys.min(), ys.max()), marks)
     draw, at, anchor = ImageDraw.Draw(panel), LEFT + 20 if y else CHART[0] - RIGHT - 10, "la" if y else "ra"
-    for i, (name, (*line, spread)) in enumerate((k, (*c, [])[:3]) for k, c in curves.items()):
-        draw.line(place(np.transpose(line)).ravel().tolist(), colours[name], 5, joint="curve")
-        for v, mean, half in zip(*line, spread):
+    for i, (name, (x, y, *bars)) in enumerate(curves.items()):
+        draw.line(place(np.transpose([x, y])).ravel().tolist(), colours[name], 5, joint="curve")
+        for v, mean, half in zip(x, y, *bars) if bars else ():
             draw.line([*place((v, mean - half)), *place((v, mean + half))], colours[name], 3)
             draw.circle(tuple(place((v, mean))), 9, colours[name])
         draw.text((at, TOP + 38 * i + 6), name, colours[name], FONT, anchor)

@@ -209,7 +209,7 @@ def test_lift_before_and_after_fine_tuning():
     scratch, full = e.table(made)[1:3]
     assert scratch[7:] == ["-", "0.50 0.25"] and full[7:] == ["1.00 3.00", "1.25 1.50"]
     assert e.table(made)[0][7:] == ["lift before", "attention lift"]
-    assert e.table([*made, result(seed=2)])[2][7:] == ["-", "-"]                        # not known of one seed
+    assert e.table([*made, result(seed=2, before={})])[2][7:] == ["1.00 3.00", "-"]     # not known of one seed
 
 
 # ==========================================================================================================
@@ -245,7 +245,7 @@ def test_sweep_has_a_line_for_each_variant_and_each_other_setting():
 
 def test_sweep_from_the_command_line(tmp_path, capsys):
     folder = save(tmp_path, a=result(), **{"b.result": result("l", 0, 36, variant="full", lam=0.5)},
-                  **{"c.result": result(epe=33.0)}, config={"settings": {}}, list=[1])
+                  **{"c.result": result(epe=33.0)})
     assert e.main(["--sweep", "lam", "--pictures", str(tmp_path / "out"), *folder]) == 0
     text = capsys.readouterr().out
     assert re.search(r"tiny full, lam 0\.5 +\| 1 +\| 36\.0 +\| - ", text)
@@ -268,7 +268,8 @@ def test_sweep_over_test_sets_reads_every_result(tmp_path, capsys):
 # Files
 # ==========================================================================================================
 def test_results_on_another_test_set_are_read_by_its_name(tmp_path):
-    folder = save(tmp_path, **{"full.result": result(), "other": result(epe=33.0, test="shifted_test")})
+    folder = save(tmp_path, **{"full.result": result(), "other": result(epe=33.0, test="shifted_test")},
+                  config={"settings": {}}, speed=[1])                                   # no results
     errors = {test: [r["target"]["epe"] for r in e.read_results(folder, test)]
               for test in ("", "target_test", "shifted_test", "*")}
     assert errors == {"": [30], "target_test": [30], "shifted_test": [33], "*": [30, 33]}
