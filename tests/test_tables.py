@@ -1,5 +1,5 @@
-"""evaluate.py's tables and sweeps, from planted results: the paper's rows, words and numbers; rows apart by what
-their runs differ in; error against one setting; paired differences; what is read, and what is refused."""
+"""evaluate.py's tables and sweeps, from planted results: paired differences; the paper's rows, words and
+numbers; rows apart by what their runs differ in; error against one setting; what is read, and what is refused."""
 import json
 import re
 import shutil
@@ -18,11 +18,11 @@ from test_pictures import RED, colour_at, save_checkpoint, save_dataset
 NUMBERS = {"pa_epe": 1.0, "auc": 0.5, "chance": 50.0}
 
 
-def result(row="full", seed=0, epe=30.0, before=None, test="target_test", preset="tiny", lift=None, **settings):
+def result(row="full", seed=0, epe=30.0, before=None, test="target_test", preset="tiny", lift=None, **more):
     """A finished fine-tuning run; `before`: settings of its pre-training run, with the lift it had."""
-    s = {"preset": preset, "variant": row, "out": f"runs/{preset}/{row}-seed{seed}", "seed": seed, "lam": 100.0,
-         "labels": 1000, "epochs": 32, "init": f"runs/{preset}/pretrain-full-seed{seed}" if before else ""}
-    made = {"kind": "finetuning", "settings": s | settings, "steps": 1000, "test": test,
+    s = {"preset": preset, "variant": row, "out": f"runs/{preset}/{row}-seed{seed}", "seed": seed,
+         "lam": 100.0, "labels": 1000, "epochs": 32, "init": f"runs/{preset}/pretrain-full-seed{seed}" if before else ""}
+    made = {"kind": "finetuning", "settings": s | more, "steps": 1000, "test": test,
             "target": {"epe": epe, **NUMBERS}, "source": {"epe": 9.0, **NUMBERS}}
     if lift: made["target"]["attention"] = {"lift": lift}
     if before is not None:
@@ -71,19 +71,20 @@ def test_difference_is_to_the_row_above_or_to_the_first():
     assert [row[3] for row in first[1:]] == ["-", "-4.0", "-10.0", "-", "-20.0", ""]
     paper = e.paper_tables(made, "EPE", False, "above")
     assert [row[3] for row in paper["tiny: Tables 1 and 2"] if row[1] == "1"] == ["-", "-4.0", "-6.0"]
-    assert {row[3] for row in paper["tiny: Table 4"][1:]} == {"", "-"}                  # not to another table's
+    assert {row[3] for row in paper["tiny: Table 4"][1:]} == {"", "-"}              # not to another table's
 
 
 # ==========================================================================================================
 # The paper's tables
 # ==========================================================================================================
 PRINTED = {  # Tables 1 (to RHD) and 2 (to 3DHP), 3, 4, 9, read off the paper once more, in its order
-    "Tables 1 and 2": """Zhang et al. 48.3 121.8; Ours (Scratch) 46.3 120.5; Ours (MAE) 41.7 113.5; Ours w/o X_C 38.6
-        109.2; Ours 37.1 107.0; DDC 44.6 115.6; DAN 40.5 109.5; DANN 38.0 107.9; DDC - -; DAN - -; DANN - -;
-        ISO - 75.8; Zhang et al. 35.4 99.3; Kundu et al. - 96.2; Ours (MAE) 34.4 101.3; Ours w/o X_C 29.1 94.6;
-        Ours 28.0 93.6""",
+    "Tables 1 and 2": """Zhang et al. 48.3 121.8; Ours (Scratch) 46.3 120.5; Ours (MAE) 41.7 113.5; Ours w/o X_C
+        38.6 109.2; Ours 37.1 107.0; DDC 44.6 115.6; DAN 40.5 109.5; DANN 38.0 107.9; DDC - -; DAN - -; DANN - -;
+        ISO - 75.8; Zhang et al. 35.4 99.3; Kundu et al. - 96.2; Ours (MAE) 34.4 101.3; Ours w/o X_C 29.1
+        94.6; Ours 28.0 93.6""",
     "Table 3 without X_C": "Ours w/o FCR, AR 34.4 101.3; Ours w/o FCR - -; Ours w/o AR - -; Ours 29.1 94.6",
-    "Table 3 with X_C": "Ours w/o FCR, AR - -; Ours w/o FCR 34.6 104.0; Ours w/o AR 32.0 98.1; Ours 28.0 93.6",
+    "Table 3 with X_C": """Ours w/o FCR, AR - -; Ours w/o FCR 34.6 104.0; Ours w/o AR 32.0 98.1;
+        Ours 28.0 93.6""",
     "Table 4": "Ours w/o S_S, S_T 34.6 104.0; Ours w/o S_T 32.3 100.6; Ours 28.0 93.6; true S_T - -",
     "Table 9, alpha = 4": "r = 0.5 32.1 104.1; r = 0.75 28.0 93.6; r = 0.95 29.4 105.9",
     "Table 9, r = 0.75": "alpha = 2 31.1 98.6; alpha = 4 28.0 93.6; alpha = 8 29.8 99.0",
@@ -151,7 +152,8 @@ def test_eight_cells_of_fcr_xc_and_ar():
         s = settings(train_finetune, variant)
         train_finetune.complete(s)
         before = settings(train_pretrain, re.fullmatch(r"runs/tiny/pretrain-(.*)-seed0", s.init)[1])
-        assert before.masks in ("both", "none") and before.xc in (0, 0.5) and s.lam in (0, 100) and before.target
+        assert before.masks in ("both", "none") and before.xc in (0, 0.5) and s.lam in (0, 100)
+        assert before.target and not s.adapt
         cells[variant] = (before.masks == "both", before.xc > 0, s.lam > 0)
     assert len(set(cells.values())) == 8
     for variant, (fcr, xc, ar) in cells.items():
@@ -183,13 +185,13 @@ def test_settings_of_the_pre_training_tell_rows_apart():
         "tiny full, pretraining.alpha 8, pretraining.seed the same": "1"}
     public = [result(before={}), result(init="weights.pth")]
     assert names(e.table(public))[:2] == ["tiny full, init a run", "tiny full, init weights.pth"]
-    twice = [dict(r, kind="pretraining") for r in (result(alpha=4.0, epochs=80), result(alpha=4.0, epochs=200))]
+    twice = [result(epochs=epochs) | {"kind": "pretraining"} for epochs in (80, 200)]
     assert names(e.pretraining_table(twice)) == ["tiny full, epochs 80", "tiny full, epochs 200"]
 
 
 @pytest.mark.parametrize("free", [
-    {"out": "elsewhere/full-seed1"}, {"device": "cuda"}, {"threads": 1}, {"validation": "x"}, {"save_every": 5},
-    {"init": "runs/tiny/pretrain-full-seed1"}, {"epochs": 64}, {"newer": "setting"}])
+    {"out": "elsewhere/full-seed1"}, {"device": "cuda"}, {"threads": 1}, {"validation": "x"},
+    {"save_every": 5}, {"init": "runs/tiny/pretrain-full-seed1"}, {"epochs": 64}, {"newer": "setting"}])
 def test_what_changes_no_result_keeps_one_row(free):
     """Nor does a setting that the other file does not have; epochs count by the steps they come to."""
     old = {"device": "cpu", "threads": 2, "validation": "", "save_every": 1,
@@ -209,7 +211,7 @@ def test_lift_before_and_after_fine_tuning():
     scratch, full = e.table(made)[1:3]
     assert scratch[7:] == ["-", "0.50 0.25"] and full[7:] == ["1.00 3.00", "1.25 1.50"]
     assert e.table(made)[0][7:] == ["lift before", "attention lift"]
-    assert e.table([*made, result(seed=2, before={})])[2][7:] == ["1.00 3.00", "-"]     # not known of one seed
+    assert e.table([*made, result(seed=2, before={})])[2][7:] == ["1.00 3.00", "-"]  # not known of a seed
 
 
 # ==========================================================================================================
@@ -243,22 +245,25 @@ def test_sweep_has_a_line_for_each_variant_and_each_other_setting():
     assert e.sweep(other_steps, "labels", "EPE") == {}                                  # a shorter training
 
 
-def test_sweep_from_the_command_line(tmp_path, capsys):
+def test_sweep_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = save(tmp_path, a=result(), **{"b.result": result("l", 0, 36, variant="full", lam=0.5)},
                   **{"c.result": result(epe=33.0)})
     assert e.main(["--sweep", "lam", "--pictures", str(tmp_path / "out"), *folder]) == 0
     text = capsys.readouterr().out
     assert re.search(r"tiny full, lam 0\.5 +\| 1 +\| 36\.0 +\| - ", text)
-    assert re.search(r"tiny full, lam 100 +\| 1 +\| 33\.0 +\| -3\.0 ", text)            # a.json is no result.json
+    assert re.search(r"tiny full, lam 100 +\| 1 +\| 33\.0 +\| -3\.0 ", text)   # a.json is no result.json
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep-lam-EPE.png"]
     with pytest.raises(u.InputError, match="--sweep labels: no two runs .* what differs here: lam$"):
         e.main(["--sweep", "labels", *folder])
     shutil.rmtree(tmp_path / "out")
-    assert e.main(["--sweep", "lam", "--pictures", "none", *folder]) == 0 and not (tmp_path / "out").exists()
+    before = sorted(tmp_path.iterdir())
+    assert e.main(["--sweep", "lam", "--pictures", "none", *folder]) == 0
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_sweep_over_test_sets_reads_every_result(tmp_path, capsys):
-    folder = save(tmp_path, **{"full.result": result(), "shifted_test": result(epe=33.0, test="shifted_test")})
+    folder = save(tmp_path, **{"full.result": result(), "other": result(epe=33.0, test="shifted_test")})
     assert e.main(["--sweep", "test", "--pictures", "none", *folder]) == 0
     text = capsys.readouterr().out
     assert "tiny full, test shifted_test" in text and "tiny full, test target_test" in text
@@ -276,7 +281,8 @@ def test_results_on_another_test_set_are_read_by_its_name(tmp_path):
     with pytest.raises(u.InputError, match="no result.json of elsewhere; run evaluate.py without --table"):
         e.read_results(folder, "elsewhere")
     (tmp_path / "bad.result.json").write_text("{")
-    with pytest.raises(u.InputError, match=r"bad.result.json: not JSON \(.*\); remove it"): e.read_results(folder)
+    with pytest.raises(u.InputError, match=r"bad.result.json: not JSON \(.*\); remove it"):
+        e.read_results(folder)
 
 
 def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path):
@@ -303,8 +309,9 @@ def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path):
 def test_positions_on_an_axis():
     at = lambda *values: e.positions(list(values)).tolist()  # noqa: E731
     assert at(0.5, 0.75, 0.95) == [0.5, 0.75, 0.95] and at("a", "b", "c") == [0, 1, 2]
-    assert at(0.1, 1, 10, 100) == pytest.approx([-1, 0, 1, 2]) and at(2, 4, 8) == pytest.approx(np.log10([2, 4, 8]))
-    assert at(0, 1, 10) == pytest.approx([-1, 0, 1]) and at(0, 0.25, 0.5) == [0, 0.25, 0.5] and at(0, 5) == [0, 5]
+    assert at(0.1, 1, 10, 100) == pytest.approx([-1, 0, 1, 2])
+    assert at(2, 4, 8) == pytest.approx(np.log10([2, 4, 8])) and at(0, 1, 10) == pytest.approx([-1, 0, 1])
+    assert at(0, 0.25, 0.5) == [0, 0.25, 0.5] and at(0, 5) == [0, 5]
 
 
 def test_sweep_draws_mean_and_spread(monkeypatch):
@@ -329,4 +336,6 @@ def test_chart_draws_bars_and_dots():
     for x, y in ((left, 10), (left, 5.2), (left, 14.8), (right, 20)):
         assert tuple(colour_at(panel, (x, at(y)))) == RED
     assert all(tuple(colour_at(panel, (left, at(y)))) != RED for y in (4.5, 15.5))
+    grid = [tuple(colour_at(panel, (left + s * (right - left), at(37)))) for s in (0, 0.4, 0.5, 1)]
+    assert grid == [e.PALE, e.PAPER, e.PAPER, e.PALE]                                    # at the marks alone
     assert tuple(colour_at(panel, (left + 7, at(10)))) == RED                            # a dot, not a corner
