@@ -1,5 +1,5 @@
 """evaluate.py's tables and sweeps, from planted results: paired differences; the paper's rows, words and
-numbers; rows apart by what their runs differ in; error against one setting; what is read, and what is refused."""
+numbers; rows apart by what their runs differ in; error against one setting; what is read and refused."""
 import json
 import re
 import shutil
@@ -21,7 +21,8 @@ NUMBERS = {"pa_epe": 1.0, "auc": 0.5, "chance": 50.0}
 def result(row="full", seed=0, epe=30.0, before=None, test="target_test", preset="tiny", lift=None, **more):
     """A finished fine-tuning run; `before`: settings of its pre-training run, with the lift it had."""
     s = {"preset": preset, "variant": row, "out": f"runs/{preset}/{row}-seed{seed}", "seed": seed,
-         "lam": 100.0, "labels": 1000, "epochs": 32, "init": f"runs/{preset}/pretrain-full-seed{seed}" if before else ""}
+         "lam": 100.0, "labels": 1000, "epochs": 32,
+         "init": f"runs/{preset}/pretrain-full-seed{seed}" if before else ""}
     made = {"kind": "finetuning", "settings": s | more, "steps": 1000, "test": test,
             "target": {"epe": epe, **NUMBERS}, "source": {"epe": 9.0, **NUMBERS}}
     if lift: made["target"]["attention"] = {"lift": lift}
@@ -78,8 +79,9 @@ def test_difference_is_to_the_row_above_or_to_the_first():
 # The paper's tables
 # ==========================================================================================================
 PRINTED = {  # Tables 1 (to RHD) and 2 (to 3DHP), 3, 4, 9, read off the paper once more, in its order
-    "Tables 1 and 2": """Zhang et al. 48.3 121.8; Ours (Scratch) 46.3 120.5; Ours (MAE) 41.7 113.5; Ours w/o X_C
-        38.6 109.2; Ours 37.1 107.0; DDC 44.6 115.6; DAN 40.5 109.5; DANN 38.0 107.9; DDC - -; DAN - -; DANN - -;
+    "Tables 1 and 2": """Zhang et al. 48.3 121.8; Ours (Scratch) 46.3 120.5; Ours (MAE) 41.7 113.5; Ours w/o
+        X_C 38.6 109.2; Ours 37.1 107.0; DDC 44.6 115.6; DAN 40.5 109.5; DANN 38.0 107.9; DDC - -; DAN - -;
+        DANN - -;
         ISO - 75.8; Zhang et al. 35.4 99.3; Kundu et al. - 96.2; Ours (MAE) 34.4 101.3; Ours w/o X_C 29.1
         94.6; Ours 28.0 93.6""",
     "Table 3 without X_C": "Ours w/o FCR, AR 34.4 101.3; Ours w/o FCR - -; Ours w/o AR - -; Ours 29.1 94.6",
@@ -336,6 +338,6 @@ def test_chart_draws_bars_and_dots():
     for x, y in ((left, 10), (left, 5.2), (left, 14.8), (right, 20)):
         assert tuple(colour_at(panel, (x, at(y)))) == RED
     assert all(tuple(colour_at(panel, (left, at(y)))) != RED for y in (4.5, 15.5))
-    grid = [tuple(colour_at(panel, (left + s * (right - left), at(37)))) for s in (0, 0.4, 0.5, 1)]
-    assert grid == [e.PALE, e.PAPER, e.PAPER, e.PALE]                                    # at the marks alone
+    grid = np.flatnonzero((np.array(panel)[round(at(37))] == e.PALE).all(-1))           # upright lines
+    assert set(np.round((grid - left) / (right - left), 2)) == {0, 1}                    # at the marks alone
     assert tuple(colour_at(panel, (left + 7, at(10)))) == RED                            # a dot, not a corner
