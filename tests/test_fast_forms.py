@@ -188,6 +188,27 @@ def test_expanded_loss_near_a_perfect_fit(noise):
 def test_expanded_check_rejects(wrong): rejected(check_expanded, wrong)
 
 
+def check_expanded_in_bfloat16(loss):
+    """Inside autocast, value and gradients: within bfloat16's rounding (2^-8) of the readable form's."""
+    features, *rest = fitting_problem(weight=0.1)
+    results = []
+    for form in (loss, readable):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(value_and_gradients(form, features.bfloat16(), *rest))
+    (ours, our_gradients), (value, gradients) = results
+    close(ours, value, rtol=2 ** -8, atol=0)
+    for one, other in zip(our_gradients, gradients):
+        close(one, other, rtol=0, atol=4 * 2 ** -8 * float(other.abs().max()))
+    assert our_gradients[0].dtype == torch.bfloat16 and our_gradients[1].dtype == torch.float32
+
+
+def test_expanded_loss_in_bfloat16(): check_expanded_in_bfloat16(u.keypoint_loss_expanded)
+
+
+@pytest.mark.parametrize("wrong", WRONG_EXPANDED.values(), ids=WRONG_EXPANDED.keys())
+def test_bfloat16_check_rejects(wrong): rejected(check_expanded_in_bfloat16, wrong)
+
+
 def test_expanded_loss_of_no_valid_joint_is_zero():
     features, conv, centres, valid, sigma = fitting_problem()
     problem = features, conv, centres, valid * 0, sigma
