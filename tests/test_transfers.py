@@ -1,4 +1,4 @@
-"""The seven transfers of the paper, each from the publishers' files to a metric on its target, by the commands.
+"""The seven transfers of the paper, each from the publishers' files to a metric on its target.
 
 The files are those that the readers' own tests write, in the publishers' layouts and formats; networks and
 schedules are as small as can be. What is true of a fixture is known from how it was drawn, not from a reader:
