@@ -420,7 +420,6 @@ def measure_conversion(root: str, device: torch.device) -> dict:
         _, _, (width, height) = data.open_sample(files, samples[0]._replace(mask=None), 0, 0)
         kind = f"{name}, {width} x {height} {Path(samples[0].image).suffix[1:].lower()}"
         result[kind] = rate_of(samples, files, data.READERS[name][1])
-        print(kind, result[kind], flush=True)
     return result
 
 
