@@ -3,6 +3,7 @@
     python tests/benchmark.py                          every part, ten minutes on two CPU cores
     python tests/benchmark.py --sizes tiny --json speed.json
     python tests/benchmark.py --device cuda --sizes paper
+    python tests/benchmark.py --only conversion        the readers of public data sets, a minute
 
 The figure of merit is a share: useful operations of a step (counted from the equations, `pretraining_flops`,
 `finetuning_flops`) per second, over the machine's own rate for one large matrix product of the same type,
@@ -20,9 +21,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
@@ -320,6 +323,107 @@ def memory(device: torch.device) -> float:
 
 
 # ==========================================================================================================
+# Conversion of public data sets: their readers' test files, as large as the publisher's
+# ==========================================================================================================
+def drawn_files(name: str, root: Path) -> Path:
+    """The files that the tests of a reader draw, in their publisher's layout."""
+    import test_body_readers as body
+    import test_data as first
+    import test_hand_readers as hand
+    data.MPI_FRAMES, data.read_h5 = body.MPI_ROWS, data.read_h5_here       # two sequences, in this process
+    if name in ("stb", "rhd", "pan"):                                      # fixtures: what pytest wraps
+        return getattr(hand, name).__wrapped__(SimpleNamespace(mktemp=lambda _: root))
+    if name == "freihand": first.write_freihand(root, first.windows())
+    elif name == "gan": hand.write_gan(root, False)
+    elif name == "imagenet":                                               # as large as most of its images
+        root.mkdir()
+        for i in range(8): Image.new("RGB", (500, 375), (90, 110, 130)).save(root / f"{i}.JPEG")
+    else: getattr(body, f"write_{name}")(root)
+    if name == "3dhp": body.write_3dhp_test(root)
+    return root
+
+
+# reader, its options, pictures so many times as wide as drawn; of a video: frames, and those of them taken
+CONVERSIONS = [
+    ("freihand", {}, 1, 0, []), ("stb", {}, 1, 0, []), ("rhd", {}, 1, 0, []),
+    ("pan", {"split": "test", "stride": 1}, 4, 0, []), ("pan", {"stride": 1}, 4, 61, range(0, 61, 30)),
+    ("gan", {}, 1, 0, []), ("h36m", {}, 4, 60, range(0, 60, 5)), ("3dpw", {}, 4, 0, []),
+    ("3dhp", {"stride": 1, "cameras": "0,4"}, 8, 41, range(0, 41, 10)), ("3dhp", {"split": "test"}, 8, 0, []),
+    ("surreal", {"split": "val"}, 1, 100, [50]), ("imagenet", {}, 1, 0, [])]
+
+
+def enlarged(sample: data.Sample, times: int) -> data.Sample:
+    """The sample as of a picture that is so many times as wide."""
+    if sample.keypoints is None: return sample
+    S = np.diag([times, times, 1.0])
+    S[:2, 2] = (times - 1) / 2                                             # pixel centres are integers
+    uv = None if sample.uv is None else sample.uv * times + (times - 1) / 2
+    size = sample.size and tuple(times * np.array(sample.size))
+    return sample._replace(intrinsics=S @ sample.intrinsics, uv=uv, size=size, tolerance=9.0 * times)
+
+
+def blow_up(root: Path, samples: list, times: int, frames: int, taken) -> list:
+    """Rewrites some of the samples' pictures `times` as wide, with a camera's noise (a decoder's time goes by
+    what it finds), and returns the samples that fit; a video gets `frames`, and samples at those `taken`."""
+    from test_body_readers import write_h5, write_video
+    rng, files, result = np.random.default_rng(0), {}, []
+    for s in samples: files.setdefault(s.image, []).append(s)
+
+    def grown(sample: data.Sample) -> np.ndarray:
+        image = data.open_sample(root, sample._replace(mask=None), 0, 0)[0]
+        image = Image.fromarray(image).resize(tuple(times * np.array(image.shape[1::-1])))
+        return np.uint8(np.clip(image + rng.normal(0, 6, np.shape(image)), 0, 255))
+
+    for name, own in list(files.items())[:2 if frames else 12]:
+        images, larger = [grown(s) for s in (own if frames else own[:1])], [enlarged(s, times) for s in own]
+        if not frames:
+            Image.fromarray(images[0]).save(root / name, quality=90)
+            result += larger
+            continue
+        codec, turn = "mpeg4" if name.endswith("avi") else "libx264", [i % len(own) for i in range(frames)]
+        write_video(root / name, [images[i] for i in turn], codec)
+        masked = bool(times > 1 and own[0].mask)
+        if masked:
+            masks = [data.open_mask(root / s.mask, s.foreground, s.mask_key) for s in own]
+            masks = [np.kron(mask, np.ones((times, times), np.uint8)) for mask in masks]
+            write_h5(root / own[0].mask, {"Masks": [masks[i] for i in turn]})
+        result += [larger[turn[i]]._replace(frame=i, **({"mask_key": i} if masked else {})) for i in taken]
+    data.open_video.cache_clear()
+    return result
+
+
+def rate_of(samples: list, root: Path, skeleton: dict) -> float:
+    """Images of one worker, from files of pictures to rows of arrays, a second of its processor time: a rate
+    per core, whoever else is busy; the best of several laps."""
+    jobs = [samples[i:i + data.SAMPLES_A_JOB] for i in range(0, len(samples), data.SAMPLES_A_JOB)]
+
+    def lap() -> float:
+        start = time.process_time()
+        data.open_video.cache_clear()
+        for job in jobs:
+            _, skipped = data.convert(root, 320, skeleton, job)
+            if skipped: raise RuntimeError(skipped[0])
+        return time.process_time() - start
+
+    laps = [lap(), lap()]
+    while sum(laps) < 1.5: laps.append(lap())
+    return len(samples) / min(laps)
+
+
+def measure_conversion(root: str, device: torch.device) -> dict:
+    """Every reader with a data set's own size of pictures, stored at 320 px. Labels are not counted."""
+    torch.set_num_threads(1)                                               # as in a worker
+    result = {"part": "conversion, images/s of one core"}
+    for i, (name, options, *size) in enumerate(CONVERSIONS):
+        files = drawn_files(name, Path(root) / str(i))
+        samples = blow_up(files, list(data.READERS[name][0](files, **options)[1]), *size)
+        _, _, (width, height) = data.open_sample(files, samples[0]._replace(mask=None), 0, 0)
+        kind = f"{name}, {width} x {height} {Path(samples[0].image).suffix[1:].lower()}"
+        result[kind] = rate_of(samples, files, data.READERS[name][1])
+    return result
+
+
+# ==========================================================================================================
 # The report
 # ==========================================================================================================
 def alone(function, *arguments) -> dict:
@@ -346,6 +450,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    parser.add_argument("--only", choices=["training", "conversion"], help="one half of the report")
     parser.add_argument("--json", help="also write the results to this file")
     given = parser.parse_args(arguments)
     where = (given.device, given.threads)
@@ -356,11 +461,12 @@ def main(arguments=None) -> None:
     jobs = [(f, stage, size) for f in (measure_stage, measure_options) for size in given.sizes
             for stage in STAGES]
     jobs += [(f, size) for f in (measure_forms, measure_compile) for size in given.sizes]
-    for function, *which in jobs:
+    training, conversion = (given.only in (None, part) for part in ("training", "conversion"))
+    for function, *which in jobs * training + [(measure_conversion,)] * conversion:
         results.append(alone(function, *which, *where))
         show(results[-1])
     processes = torch.cuda.device_count() if given.device == "cuda" else min(2, os.cpu_count() or 1)
-    if processes > 1:
+    if processes > 1 and training:
         with tempfile.TemporaryDirectory() as root:
             results.append(measure_scaling(root, torch.device(given.device), processes))
         show(results[-1])
