@@ -43,9 +43,10 @@ SIZES = ["--image", "32", "--patch", "8", "--width", "16", "--depth", "2", "--he
          "--device", "cpu", "--precision", "float32", "--log-every", "1", "--batch", "8"]
 DECODER = ["--decoder-width", "16", "--decoder-heads", "2"]
 SETS = ["--source", "hands/source_train", "--target", "hands/target_train"]
-PRETRAIN = [*SIZES, *DECODER, *SETS, "--unconstrained", "hands/unconstrained", "--seg-channels", "4",
-            "--seg-steps", "14", "--seg-batch", "8", "--epochs", "1", "--save-every", "4"]
-MAE = [*SIZES, *DECODER, *SETS, "--variant", "mae", "--save-every", "4"]
+MAE = [*SIZES, *DECODER, *SETS, "--unconstrained", "hands/unconstrained", "--variant", "mae",
+       "--save-every", "4"]
+PRETRAIN = [*MAE, "--variant", "full", "--seg-channels", "4", "--seg-steps", "14", "--seg-batch", "8",
+            "--epochs", "1"]
 FINETUNE = [*SIZES, *SETS, "--validation", "hands/source_val", "--head-channels", "8", "--labels", "60",
             "--epochs", "4", "--warmup", "2", "--validate-every", "8", "--save-every", "5"]
 STAGES = {  # name: script, arguments, the folders that it makes, steps between its checkpoints
@@ -219,8 +220,8 @@ def mid_write(count: int):
 def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: str) -> bool:
     """One kill of a stage: at a random time; as a `.part` file shows; in a write. False: it had finished."""
     script, arguments, folders, _ = STAGES[name]
-    moment = time.perf_counter() + rng.uniform(0, 0.6 * duration)
-    process = Process(place, script, arguments, mid_write(rng.randint(1, 12)) if how == "planted" else None)
+    moment = time.perf_counter() + rng.uniform(0.1, 0.8) * duration
+    process = Process(place, script, arguments, mid_write(rng.randint(1, 8)) if how == "planted" else None)
     skip = rng.randint(0, 3)                                               # so many `.part` files pass
     seen = set()
     while process.poll() is None:
@@ -450,7 +451,7 @@ def elastic(work: Path, number: int, rng: random.Random) -> dict:
     need(one["step"] == two["step"] == logged(place / "runs/mae"), "steps or log")
     for name in ("pre-training", "fine-tuning"):
         script, arguments, (folder,), _ = STAGES[name]
-        if name == "fine-tuning": (place / "runs/pretrain").symlink_to(work / "whole/runs/pretrain")
+        if name == "fine-tuning": arguments = [*arguments, "--init", str(work / "whole/runs/pretrain")]
         process = Process(place, script, arguments)
         wait_for(lambda: logged(place / folder) >= 5, [process])
         process.kill(), process.wait()
@@ -565,11 +566,12 @@ def main() -> int:
     for name in wanted:
         begin = time.perf_counter()
         try: found = PARTS[name](work, counts.get(name, 6), random.Random(f"{a.seed} {name}"))
-        except Broken as error: found, failed = {"BROKEN": str(error)}, 1
+        except (Broken, OSError) as error: found, failed = {"BROKEN": str(error)}, 1
         seconds = round(time.perf_counter() - begin, 1)
         print(json.dumps({"part": name, "seconds": seconds} | found), flush=True)
+    if failed: return 1  # what it left stays
     if not a.work: shutil.rmtree(work)
-    return failed
+    return 0
 
 
 if __name__ == "__main__": sys.exit(main())
