@@ -1212,12 +1212,14 @@ def run_script(main) -> None:
     A process whose peer is gone says so and ends at once, status 1: what could be waited for will not come.
     """
     try: sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except InputError as error: end, status, text = sys.exit, 2, str(error)
+    except OSError as error:  # as where no room is left for what is printed; nor will there be at exit
+        end, status, text = os._exit, 2, f"{error.filename or 'standard output'}: {error.strerror or error}"
     except RuntimeError as error:
         if not peer_is_gone(error): raise
-        print(f"error: another process of this run is gone or hangs ({first_line(error)}); the same command "
-              "goes on from the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(1)
+        end, status = os._exit, 1
+        text = (f"another process of this run is gone or hangs ({first_line(error)}); the same command goes "
+                "on from the last checkpoint")
     except KeyboardInterrupt: sys.exit(130)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    end(status)

@@ -153,6 +153,30 @@ def test_other_numbers_of_processes(tmp_path, capsys):
     with pytest.raises(u.InputError, match="threads: 99 there"): claim(1, elastic=True)
 
 
+def test_one_writer_to_a_data_set(tmp_path):
+    """Two trainings that are started at once would both render the benchmark."""
+    meta = {"name": "", "joints": [], "bones": [], "root": 0, "depth_range": 1}
+    rows = {"images": np.zeros((2, 5, 5, 3), np.uint8)}
+    first = data.Writer(tmp_path / "set", meta)
+    first.append(rows)
+    with pytest.raises(u.InputError, match="set.part: another process writes it"):
+        data.Writer(tmp_path / "set", meta)
+    first.save(), first.close()
+    second = data.Writer(tmp_path / "set", meta)
+    second.append(rows), second.finish()
+    assert len(data.Dataset(tmp_path / "set")) == 4
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {"images.npy", "meta.json"}
+
+
+def test_no_room_for_what_is_printed(capfd, monkeypatch):
+    """One line, and no second complaint of Python's at the end."""
+    ended = []
+    monkeypatch.setattr(u.os, "_exit", ended.append)
+    def main(): raise OSError(28, "No space left on device")
+    u.run_script(main)
+    assert ended == [2] and capfd.readouterr().err == "error: standard output: No space left on device\n"
+
+
 def test_deterministic_setting(sets, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")                 # the user's own stays
     try:
