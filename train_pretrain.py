@@ -335,7 +335,8 @@ def main(arguments=None) -> int:
     s.out = s.out or f"runs/{u.run_group(s.preset, s.task)}/pretrain-{s.variant}-seed{s.seed}"
     rank, world, device = u.setup_distributed(s.device)
     u.compute_with(s.threads, s.deterministic)
-    data.ensure_benchmark([s.source, s.target, s.unconstrained if s.xc > 0 or s.masks == "both" else ""], rank)
+    x_c = s.unconstrained if s.xc > 0 or s.masks == "both" else ""
+    data.ensure_benchmark([s.source, s.target, x_c], rank)
     stop = u.StopSignal()
 
     # ---- data: the target's labels and masks are never opened ----------------------------------------------
