@@ -24,6 +24,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import inspect
 import itertools
 import json
@@ -34,6 +35,7 @@ import pickle
 import queue
 import signal
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -131,7 +133,12 @@ class Writer:
         self.folder, self.part, self.files = Path(folder), Path(f"{folder}.part"), {}
         self.meta = json.loads(json.dumps({"format": FORMAT} | meta))  # as it is read back
         if self.folder.exists(): raise InputError(f"{folder}: exists; remove it to make it again")
-        try: self.part.mkdir(parents=True, exist_ok=True)
+        try:
+            self.part.mkdir(parents=True, exist_ok=True)
+            self.unlock = weakref.finalize(self, os.close, lock := os.open(self.part, os.O_RDONLY))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{self.part}: another process writes it; wait for that one") from error
         except OSError as error: raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
         path = self.part / "state.json"
         self.state = json.loads(path.read_text()) if path.exists() else \
@@ -186,6 +193,7 @@ class Writer:
     def close(self) -> None:
         for file in self.files.values():
             with contextlib.suppress(OSError): file.close()
+        self.unlock()
 
     def finish(self) -> None:
         """Writes the final number of rows into the headers and gives the folder its name."""
@@ -2151,6 +2159,8 @@ def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **o
     origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
     del meta["box"]
+    if Path(out).exists() and read_meta(Path(out)).get("origin") == origin:
+        return print(f"{out}: made already by the same command; remove it to make it again")
     jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_A_JOB)), [])
     build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), partial(convert, Path(root), side, skeleton),
                   workers, SAMPLES_A_JOB, max_skipped)

@@ -57,6 +57,7 @@ class Settings:
     threads: int = 0              # CPU threads of a process; 0: torch's choice
     precision: str = "auto"       # auto (timed at start-up), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile: on, off; auto: on CUDA, in runs of 2000 steps and more
+    deterministic: bool = False   # a GPU gives the same bits each time, more slowly; a CPU does without it
     checkpointing: bool = False   # recompute the encoder's blocks in the backward pass: less memory, slower
     validate_every: int = 250     # steps between measurements on the validation set
     save_every: int = 200         # steps between checkpoints: what a kill can lose
@@ -124,6 +125,21 @@ def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device,
     if compare is not None: return L_kpt, compare(*map(u.gather_features, phi))
     with torch.no_grad(), u.autocast(device, dtype): a_A = f_A.attention_maps(x_t)    # the same augmented x_t
     return L_kpt, u.attention_loss(a_E, a_A)                                                         # Eq. (6)
+
+
+@torch.no_grad()
+def losses_by_image(s: Settings, step: int, own: slice, estimator, f_A, source, target, labels: int, device,
+                    dtype):
+    """(term, value, data set, row) of each image of a share alone; features stand for what compares two."""
+    compare = (lambda phi_s, phi_t: phi_t.sum()) if s.adapt else None
+    batch = finetuning_batch(s, step, own, source, target, labels, estimator.head.side, device)
+    rows = data.batch_rows(labels, s.seed, "finetuning order", step, s.batch)[own]
+    if target is not None: others = data.batch_rows(len(target), s.seed, "target order", step, s.batch)[own]
+    for i, row in enumerate(rows):
+        one = [part[i:i + 1] if part is not None else None for part in batch]
+        L_kpt, second = pose_losses(s, estimator, estimator.head, f_A, *one, device, dtype, compare)
+        yield "L_kpt", L_kpt, source, row
+        if target is not None: yield second_term(s)[0], second, target, others[i]
 
 
 def comparison(s: Settings, discriminator, p: float):
@@ -216,7 +232,7 @@ def open_data(s: Settings):
 def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, source, target, validation,
                device, world) -> bool:
     """f^E and f^H by Eq. (7). Returns False if stopped."""
-    second, lam = second_term(s)
+    lam = second_term(s)[1]
     head, parts = estimator.head, dict(estimator.named_children())  # f^E, f^H and DANN's discriminator
     optimiser = torch.optim.AdamW(optimiser_groups(s, estimator), lr=s.lr, betas=(0.9, 0.999), fused=True)
     labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
@@ -239,33 +255,38 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     model, scaler = u.parallel(estimator, world), u.grad_scaler(device, dtype, state)
     estimator.train()
     progress = u.Progress("fine-tuning", steps, s.batch, start, run.rank)
+
+    def save(done): run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done,
+                             steps=steps, sums=u.mean_over_processes(sums), skeleton=skeleton,
+                             scaler=scaler.state_dict(),
+                             seconds=state["seconds"] + time.perf_counter() - begin)
+
+    def losses(step): return (loss for own in shares for loss in losses_by_image(
+        s, step, own, estimator, f_A, source, target, labels, device, dtype))
+    guard = u.Guard(optimiser, scaler, estimator, sums, save, losses)
     batches = ([make(i, own) for own in shares] for i in range(start, steps))
     for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches, device)):
         rate = u.cosine_rate(step, steps, s.warmup, s.lr)
         for group in optimiser.param_groups: group["lr"] = rate * group["scale"]
-        optimiser.zero_grad(set_to_none=True)
+        guard.start()
         compare = comparison(s, estimator.discriminator, step / steps)
         for batch in u.micro_steps(model, shares_of_batch):
             L_kpt, L_attn = pose_losses(s, model, head, f_A, *batch, device, dtype, compare)
             L_HPE = u.hpe_loss(L_kpt, L_attn, lam)                                       # Eq. (7)
             scaler.scale(L_HPE / len(shares)).backward()
             sums += torch.stack([L_kpt.detach(), L_attn.detach(), torch.ones_like(L_kpt)]) / len(shares)
-        scaler.step(optimiser)
-        scaler.update()
+        guard.step(step, sums)
         done, stopping = step + 1, stop.requested()
-        if done % s.log_every == 0 or done == steps:
-            report(s, run, progress, done, steps, sums, rate)
-        if validation is not None and (done % s.validate_every == 0 or done == steps):
+        logging, saving, validating = (done % every == 0 or done == steps for every in
+                                       (s.log_every, s.save_every, s.validate_every))
+        if logging or saving or validating or stopping: guard.check()
+        if logging: report(s, run, progress, done, steps, sums, rate)
+        if validating and validation is not None:
             epe = validate(s, estimator, validation, run.rank, world, device, dtype)
             run.log(stage="finetuning", step=done, source_val_epe=epe)
-            text = f"fine-tuning  {done}/{steps} | error on source validation {epe:.2f} mm"
-            if run.rank == 0: print(text, flush=True)
-        if done % s.save_every == 0 or done == steps or stopping:
-            mean = u.mean_over_processes(sums.clone())
-            u.check_finite(done, **{"L_kpt": float(mean[0]), second: float(mean[1])})
-            run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done, steps=steps,
-                     sums=mean, skeleton=skeleton, scaler=scaler.state_dict(),
-                     seconds=state["seconds"] + time.perf_counter() - begin)
+            if run.rank == 0:
+                print(f"fine-tuning  {done}/{steps} | error on source validation {epe:.2f} mm", flush=True)
+        if saving or stopping: save(done)
         if stopping: return False
     return True
 
@@ -274,7 +295,6 @@ def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int,
     """Log the mean of each term of Eq. (7) since the last time, and their ratio; sums start again at 0."""
     (second, lam), (L_kpt, L_second, _) = second_term(s), (u.mean_over_processes(sums) / sums[2]).tolist()
     losses = {"L_kpt": L_kpt, second: L_second}
-    u.check_finite(done, **losses)
     shown = losses | {f"lam {second} / L_kpt": lam * L_second / L_kpt}
     run.log(stage="finetuning", step=done, lr=rate, **shown)
     progress.show(done, shown, final=done == steps)
@@ -282,19 +302,20 @@ def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int,
 
 
 def main(arguments=None) -> int:
-    """Train f^E and f^H; 0 when finished, 130 when stopped."""
+    """Train f^E and f^H; 0 when finished, 130 or 143 when stopped (Ctrl-C, SIGTERM)."""
     s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
     complete(s)
     rank, world, device = u.setup_distributed(s.device)
-    if s.threads: torch.set_num_threads(s.threads)
+    u.compute_with(s.threads, s.deterministic)
     data.ensure_benchmark([s.source, s.target if s.lam or s.adapt else "", s.validation], rank)
     stop = u.StopSignal()
     source, target, validation, facts = open_data(s)
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
     if s.init: facts["init"] = u.file_checksum(s.init)
-    run = u.Run(s.out, s, {"data": facts, "world": world}, rank)
+    elastic = s.sync_bn and not s.micro_batch  # else f^H's BatchNorm sees one process's images
+    run = u.Run(s.out, s, {"data": facts, "world": world}, rank, elastic)
     finished = train_pose(s, run, stop, estimator, f_A, source, target, validation, device, world)
-    if not finished: return 130
+    if not finished: return stop.status
     if rank == 0: print(f"finished: {run.folder}; now: python evaluate.py {run.folder}", flush=True)
     return 0
 

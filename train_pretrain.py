@@ -10,6 +10,8 @@ The same command again resumes a run that was stopped. Variants of the paper's t
 """
 import copy
 import dataclasses
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -62,6 +64,7 @@ class Settings:
     threads: int = 0              # CPU threads of a process; 0: torch's choice
     precision: str = "auto"       # auto (timed at start-up), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile: on, off; auto: on CUDA, in runs of 2000 steps and more
+    deterministic: bool = False   # a GPU gives the same bits each time, more slowly; a CPU does without it
     checkpointing: bool = False   # recompute the encoder's blocks in the backward pass: less memory, slower
     save_every: int = 200         # steps between checkpoints: what a kill can lose
     log_every: int = 50           # steps between lines of log.jsonl
@@ -137,7 +140,7 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     """f^S by binary cross-entropy; None if stopped. not in the paper: the recipe."""
     torch.manual_seed(s.seed)
     net = u.UNet(s.seg_channels).to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(u.parameter_groups(net, 1e-4), lr=s.seg_lr)
+    optimiser = torch.optim.AdamW(u.parameter_groups(net, 1e-4), lr=s.seg_lr, fused=device.type == "cuda")
     own, parts = u.share_of_batch(s.seg_batch, 0, run.rank, world)[0], {"segmentation": net}
     state = run.resume("segmentation.pt", optimiser, parts, "segmentation")
     start, begin = state["step"], time.perf_counter()
@@ -149,32 +152,40 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     if run.rank == 0: print(f"f^S: {s.seg_steps} steps of {s.seg_batch}, {dtype}", flush=True)
     model, scaler = u.parallel(net, world), u.grad_scaler(device, dtype, state)
     progress = u.Progress("f^S", s.seg_steps, s.seg_batch, start, run.rank)
+
+    def save(done): run.save("segmentation.pt", s, optimiser, parts, stage="segmentation", step=done,
+                             steps=s.seg_steps, scaler=scaler.state_dict(),
+                             seconds=state["seconds"] + time.perf_counter() - begin)
+
+    def losses(step):  # of each image alone
+        rows = data.batch_rows(len(source), s.seed, "segmentation order", step, s.seg_batch)[own]
+        x, m = segmentation_batch(s, step, own, source, unconstrained, device)
+        for row, *one in zip(rows, x.split(1), m.split(1)):
+            with torch.no_grad(): yield "L_seg", segmentation_loss(net, *one, device, dtype), source, row
+    guard = u.Guard(optimiser, scaler, net, torch.zeros(1, device=device), save, losses)
     steps = range(start, s.seg_steps)
     batches = (segmentation_batch(s, i, own, source, unconstrained, device) for i in steps)
     for step, batch in zip(steps, data.prefetch(batches, device)):
         for group in optimiser.param_groups: group["lr"] = u.cosine_rate(step, s.seg_steps, 50, s.seg_lr)
+        guard.start()
         loss = segmentation_loss(model, *batch, device, dtype)
-        optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
-        scaler.step(optimiser)
-        scaler.update()
+        guard.step(step, loss)
         done, stopping = step + 1, stop.requested()
-        if done % s.log_every == 0 or done == s.seg_steps:
+        logging, saving = (done % every == 0 or done == s.seg_steps for every in (s.log_every, s.save_every))
+        if logging or saving or stopping: guard.check()
+        if logging:
             value = float(u.mean_over_processes(loss.detach().clone()))
             run.log(stage="segmentation", step=done, L_seg=value)
             progress.show(done, {"L_seg": value}, final=done == s.seg_steps)
-        if done % s.save_every == 0 or done == s.seg_steps or stopping:
-            u.check_finite(done, L_seg=float(loss.detach()))
-            run.save("segmentation.pt", s, optimiser, parts, stage="segmentation", step=done,
-                     steps=s.seg_steps, scaler=scaler.state_dict(),
-                     seconds=state["seconds"] + time.perf_counter() - begin)
+        if saving or stopping: save(done)
         if stopping: return None
     return net.eval()
 
 
 @torch.no_grad()
-def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Run, world: int, device,
-                  dtype) -> None:
+def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Run, stop: u.StopSignal,
+                  world: int, device, dtype) -> None:
     """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored images, once, into the run.
 
     Every process writes its rows of one file, which gets its name when all are done.
@@ -195,11 +206,15 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Ru
         x = F.interpolate(x, size=seen, mode="bilinear", antialias=True)                 # (64, 3, seen, seen)
         with u.autocast(device, dtype): logits = net(x.contiguous(memory_format=torch.channels_last))
         soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
+        if stop.number: sys.exit(stop.status)  # begun again by the same command
         masks = (255 * soft[:, 0]).round().byte().cpu().numpy()                          # (64, H, H)
         share[rows] = (masks >= 128).mean(axis=(1, 2))
         with u.writing(part): file.write(masks.tobytes())
         progress.show(i + len(rows), final=i + len(rows) == len(mine))
-    with u.writing(part): file.close()
+    with u.writing(part):
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the name
+        file.close()
     share = u.mean_over_processes(torch.from_numpy(share)) * world                       # also waits for all
     failed = ((share < 0.01) | (share > 0.90)).float().mean()
     if run.rank == 0:
@@ -233,6 +248,14 @@ def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconst
         if weighted: w[at] = u.foreground_weights(mask, s.patch, s.alpha)                # Eq. (2)
     if s.xc > 0: x = swap_backgrounds(s, rng, x, m, s.xc, own, s.batch, unconstrained, s.jitter, 0.0)
     return data.normalise(x), w, noise
+
+
+def images_of(s: Settings, step: int, own: slice, domains: list) -> tuple[list, list]:
+    """The data set, and the row in it, of each image of a share of batch `step`."""
+    ends = np.cumsum([len(dataset) for dataset, _, _ in domains])
+    rows = data.batch_rows(int(ends[-1]), s.seed, "pretraining order", step, s.batch)[own]
+    which = np.searchsorted(ends, rows, "right")
+    return [domains[i][0] for i in which], [row - ends[i] + len(domains[i][0]) for i, row in zip(which, rows)]
 
 
 def reconstruction_loss(s: Settings, model, x, w, noise, device, dtype):
@@ -271,41 +294,49 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     if run.rank == 0: print(f"MAE: {steps} steps of {s.batch} images, {dtype}, {device}", flush=True)
     model, scaler = u.parallel(mae, world), u.grad_scaler(device, dtype, state)
     progress = u.Progress("MAE", steps, s.batch, start, run.rank)
+
+    def save(done): run.save("checkpoint.pt", s, optimiser, parts, stage="pretraining", step=done,
+                             steps=steps, sums=u.mean_over_processes(sums), scaler=scaler.state_dict(),
+                             seconds=state["seconds"] + time.perf_counter() - begin)
+
+    def losses(step):  # of each image alone
+        for own in shares:
+            batch = pretraining_batch(s, step, own, domains, unconstrained, device)
+            for dataset, row, *one in zip(*images_of(s, step, own, domains), *(t.split(1) for t in batch)):
+                with torch.no_grad(): L_WMAE, _ = reconstruction_loss(s, mae, *one, device, dtype)
+                yield "L_WMAE", L_WMAE, dataset, row
+    guard = u.Guard(optimiser, scaler, mae, sums, save, losses)
     for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches, device)):
         rate = u.cosine_rate(step, steps, round(s.warmup * steps), s.lr)
         for group in optimiser.param_groups: group["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
+        guard.start()
         for batch in u.micro_steps(model, shares_of_batch):
             L_WMAE, pixel = reconstruction_loss(s, model, *batch, device, dtype)
             scaler.scale(L_WMAE / len(shares)).backward()
             sums += torch.stack([L_WMAE.detach(), pixel, torch.ones_like(pixel)]) / len(shares)
-        scaler.step(optimiser)
-        scaler.update()
+        guard.step(step, sums)
         done, stopping = step + 1, stop.requested()
-        if done % s.log_every == 0 or done == steps:
+        logging, saving = (done % every == 0 or done == steps for every in (s.log_every, s.save_every))
+        if logging or saving or stopping: guard.check()
+        if logging:
             L_WMAE, pixel, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
-            u.check_finite(done, L_WMAE=L_WMAE)
             run.log(stage="pretraining", step=done, L_WMAE=L_WMAE, pixel=pixel, lr=rate)
             progress.show(done, {"L_WMAE": L_WMAE, "per masked pixel": pixel}, final=done == steps)
             sums.zero_()
-        if done % s.save_every == 0 or done == steps or stopping:
-            mean = u.mean_over_processes(sums.clone())
-            u.check_finite(done, L_WMAE=float(mean[0]))
-            run.save("checkpoint.pt", s, optimiser, parts, stage="pretraining", step=done, steps=steps,
-                     sums=mean, scaler=scaler.state_dict(),
-                     seconds=state["seconds"] + time.perf_counter() - begin)
+        if saving or stopping: save(done)
         if stopping: return None
     return steps, state["seconds"] + time.perf_counter() - begin
 
 
 def main(arguments=None) -> int:
-    """f^S, target masks, f^E and f^D in turn; 0 when finished, 130 when stopped."""
+    """f^S, target masks, f^E and f^D in turn; 0 when finished, 130 or 143 when stopped (Ctrl-C, SIGTERM)."""
     s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
     check(s)
     s.out = s.out or f"runs/{u.run_group(s.preset, s.task)}/pretrain-{s.variant}-seed{s.seed}"
     rank, world, device = u.setup_distributed(s.device)
-    if s.threads: torch.set_num_threads(s.threads)
-    data.ensure_benchmark([s.source, s.target, s.unconstrained], rank)
+    u.compute_with(s.threads, s.deterministic)
+    x_c = s.unconstrained if s.xc > 0 or s.masks == "both" else ""
+    data.ensure_benchmark([s.source, s.target, x_c], rank)
     stop = u.StopSignal()
 
     # ---- data: the target's labels and masks are never opened ----------------------------------------------
@@ -318,21 +349,23 @@ def main(arguments=None) -> int:
     facts = {name: d.fingerprint for name, d in sets.items() if d is not None}
     target_masks = data.open_masks(s.target_masks, target) if target is not None and s.target_masks else None
     if target_masks is not None: facts["target_masks"] = u.file_checksum(s.target_masks)
-    run = u.Run(s.out, s, {"data": facts, "world": world}, rank)
+    # f^S has BatchNorm, of one process's images; once the target's masks are there, nothing else has
+    elastic = not use_f_S or (Path(s.out) / "target_masks.npy").exists()
+    run = u.Run(s.out, s, {"data": facts, "world": world}, rank, elastic)
 
     # ---- f^S, and the target's masks by it -----------------------------------------------------------------
     if use_f_S:
         net = train_segmentation(s, run, stop, source, unconstrained, device, world)
-        if net is None: return 130
+        if net is None: return stop.status
         dtype = getattr(torch, run.config["segmentation_precision"])
-        predict_masks(s, net, target, run.folder / "target_masks.npy", run, world, device, dtype)
+        predict_masks(s, net, target, run.folder / "target_masks.npy", run, stop, world, device, dtype)
         target_masks = data.open_masks(run.folder / "target_masks.npy", target)
 
     # ---- f^E and f^D ---------------------------------------------------------------------------------------
     domains = [(source, source.masks, s.masks != "none")]
     if target is not None: domains.append((target, target_masks, s.masks == "both"))
     outcome = train_autoencoder(s, run, stop, domains, unconstrained, device, world)
-    if outcome is None: return 130
+    if outcome is None: return stop.status
     if rank == 0: print(f"finished: {run.folder}, {outcome[0]} steps in {outcome[1] / 60:.1f} minutes")
     return 0
 

@@ -26,6 +26,7 @@ Where the paper is silent the comment says `not in the paper:` and why.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import inspect
 import json
@@ -769,18 +770,36 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
 # ==========================================================================================================
 # Shared by the three scripts. The method ends here; below: processes, randomness, precision, runs, settings.
 # ==========================================================================================================
+PATIENCE = datetime.timedelta(minutes=20)  # for a peer that hangs; rendering the benchmark takes rank 0 less
+
+
 def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device. Started by `python` it is one process; by `torchrun`, many."""
+    """Rank, number of processes, device. Started by `python` it is one process; by `torchrun`, many.
+
+    A process that dies is missed at once: gloo's connections to it break, and `StopSignal` reduces over them
+    at every step, on a GPU too. Who waits for it in nccl is ended by torchrun, within 30 s; who waits for one
+    that hangs by gloo, or nccl's watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default), after PATIENCE.
+    """
     if device not in ("auto", "cpu", "cuda"): raise InputError(f"--device {device}: choose auto, cpu or cuda")
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; choose --device cpu")
     if "RANK" not in os.environ: return 0, 1, torch.device("cuda" if cuda else "cpu")
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     local = int(os.environ["LOCAL_RANK"])
     if cuda: torch.cuda.set_device(local)
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), place
+
+
+def compute_with(threads: int, deterministic: bool = False) -> None:
+    """CPU threads, 0: torch's choice. deterministic: a GPU gives the same bits each time, more slowly. Else
+    its atomic additions (backward of gather, upsampling, attention) and cuDNN's choices vary.
+    """
+    if threads: torch.set_num_threads(threads)
+    if not deterministic: return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    torch.use_deterministic_algorithms(True)
 
 
 def distributed() -> bool:
@@ -807,12 +826,64 @@ def wait_for_all() -> None:
     if distributed(): torch.distributed.all_reduce(torch.zeros(1))
 
 
-def check_finite(step: int, **losses: float) -> None:
-    """Stop where a loss is not a number; called before every save, so that what is saved is sound."""
-    bad = {k: v for k, v in losses.items() if not math.isfinite(v)}
-    text = ", ".join(f"{k} is {v}" for k, v in bad.items())
-    if bad: raise InputError(f"{text} at step {step}: lower --lr (--seg-lr), or --precision float32; the "
-                             "last checkpoint is sound")
+class Guard:
+    """Takes an optimiser's steps up to the first whose loss or gradient is not finite; then nothing changes.
+
+    No GPU is waited for inside a step: the flag stays there, where the fused AdamW reads it and skips this
+    update and all later ones, as under a GradScaler; `check`, called where the loop logs or saves, sees it. A
+    CPU looks at every step. `sums` for the log and BatchNorm's statistics, changed by then, are put back.
+    Then save(step), and the images are named: losses(step) gives (term, value, data set, row) of each alone.
+    """
+
+    def __init__(self, optimiser, scaler, module: nn.Module, sums: Tensor, save, losses):
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.others = [sums, *(b for norm in norms for b in norm.buffers())]
+        self.optimiser, self.scaler, self.save, self.losses = optimiser, scaler, save, losses
+        self.weights = [p for group in optimiser.param_groups for p in group["params"]]
+        self.first = torch.zeros((), device=sums.device)                   # 1 + the first bad step; 0: none
+        self.kept = torch.zeros(())
+
+    def start(self) -> None:
+        """Before a step: no gradients, and the state kept to which `check` returns."""
+        self.optimiser.zero_grad(set_to_none=True)
+        now = torch.cat([t.flatten() for t in self.others])
+        self.kept = torch.where(self.first > 0, self.kept, now) if len(self.kept.shape) else now
+
+    def step(self, step: int, losses: Tensor) -> None:
+        """The optimiser's step, gradients being ready; losses: of this step, or summed since the last log."""
+        grads = [] if self.scaler.is_enabled() else [p.grad for p in self.weights if p.grad is not None]
+        seen = losses.detach().sum() + torch.nn.utils.get_total_norm(grads).to(losses.device)
+        sound = mean_over_processes(seen.isfinite().float())               # 1 where it is on all of them
+        self.first = torch.where((self.first == 0) & (sound < 1), step + 1.0, self.first)
+        if self.first.device.type == "cpu": self.check()
+        if self.scaler.is_enabled(): self.weights[0].grad += torch.where(self.first > 0, torch.nan, 0.0)
+        elif self.optimiser.defaults["fused"]: self.optimiser.found_inf = (self.first > 0).float()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+
+    def check(self) -> None:
+        """InputError, on all processes, where a step was not finite; the state before it is saved."""
+        if not self.first: return
+        step, sizes = int(self.first) - 1, [t.numel() for t in self.others]
+        for tensor, kept in zip(self.others, self.kept.split(sizes)): tensor.copy_(kept.view_as(tensor))
+        self.save(step)
+        losses = [(term, str(dataset.folder), int(row), bool(value.isfinite()))
+                  for term, value, dataset, row in self.losses(step)]
+        raise InputError(f"{blame(losses)} at step {step + 1}; the checkpoint holds the state before it. "
+                         "Look at the images; or lower --lr (--seg-lr), or give --precision float32")
+
+
+def blame(losses: list[tuple]) -> str:
+    """Which term is not finite for which images, from (term, data set, row, finite) of a process's images."""
+    parts = [losses] * (torch.distributed.get_world_size() if distributed() else 1)
+    if distributed(): torch.distributed.all_gather_object(parts, losses)
+    rows: dict[tuple, list] = {}
+    for term, folder, row, finite in (loss for part in parts for loss in part):
+        if not finite: rows.setdefault((term, folder), []).append(row)
+    if not rows: return f"the gradient is not finite, though {losses[0][0]} of each image is,"
+    return ", ".join(f"{term} is not finite for {len(bad)} images of {folder} (rows "
+                     f"{', '.join(map(str, sorted(bad)[:16]))}{', ..' * (len(bad) > 16)})"
+                     for (term, folder), bad in rows.items())
 
 
 def random_generator(seed: int, purpose: str, step: int = 0) -> np.random.Generator:
@@ -882,7 +953,8 @@ def grad_scaler(device: torch.device, dtype: torch.dtype, state: dict) -> torch.
 def wants_compile(wanted: str, device: torch.device, steps: int) -> bool:
     """Whether torch.compile pays: it takes a minute at the start, and gains next to nothing on a CPU."""
     if wanted not in ("auto", "on", "off"): raise InputError(f"--compile {wanted!r}: choose auto, on or off")
-    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and steps >= 2000)
+    pays = device.type == "cuda" and steps >= 2000 and not torch.are_deterministic_algorithms_enabled()
+    return wanted == "on" or (wanted == "auto" and pays)  # a compiler that times its kernels may vary
 
 
 def cosine_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -916,6 +988,11 @@ class StopSignal:
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.number = int(flag)
         return self.number != 0
+
+    @property
+    def status(self) -> int:
+        """The exit status that tells the shell which signal it was: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.number or signal.SIGINT)
 
 
 class Progress:
@@ -1005,9 +1082,9 @@ class Run:
     """
     FREE = {"save_every", "log_every", "out"}  # settings that do not change the result
 
-    def __init__(self, folder: str, settings, facts: dict, rank: int):
+    def __init__(self, folder: str, settings, facts: dict, rank: int, elastic: bool = False):
         self.folder, self.rank, self.lock = Path(folder), rank, None
-        try: problem = self.claim(settings, facts) if rank == 0 else None
+        try: problem = self.claim(settings, facts, elastic) if rank == 0 else None
         except OSError as error: problem = InputError(f"{folder}: cannot hold a run ({error.strerror})")
         except (ValueError, KeyError) as error:
             problem = InputError(f"{folder}/config.json: broken ({first_line(error)}); remove the folder")
@@ -1016,7 +1093,8 @@ class Run:
         path = self.folder / "config.json"
         self.config = from_rank_0(json.loads(path.read_text()) if rank == 0 else None)
 
-    def claim(self, settings, facts: dict) -> None:
+    def claim(self, settings, facts: dict, elastic: bool) -> None:
+        """elastic: another number of processes changes no more than the order of sums, so it may go on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")
         try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1028,10 +1106,14 @@ class Run:
         defaults = {f.name: f.default for f in dataclasses.fields(settings)}   # a setting may be newer
         old = json.loads(path.read_text())
         ours, theirs = json.loads(json.dumps(new | facts)), defaults | old["settings"] | old["facts"]
-        other = [f"{k}: {theirs.get(k)} there, {ours.get(k)} now" for k in ours
-                 if k not in self.FREE and theirs.get(k) != ours[k]]
+        moved = elastic and theirs.get("world") != ours.get("world")
+        free = self.FREE | ({"world", "threads"} if moved else set())
+        other = [f"{k}: {theirs.get(k)} there, {ours[k]} now" for k in ours
+                 if k not in free and theirs.get(k) != ours[k]]
         if other: raise InputError(f"{self.folder}: was made with other settings ({'; '.join(other[:4])}); "
                                    "give those, or another --out")
+        if moved: print(f"begun with {theirs.get('world')} processes, goes on with {ours['world']}: the same "
+                        "up to the order of sums", flush=True)
 
     def decide(self, name: str, choose):
         """A choice of the machine, made once by rank 0 and kept: a resume uses the first one."""
@@ -1056,7 +1138,11 @@ class Run:
         if from_rank_0(path.exists()):
             state = read_checkpoint(path)
             load_parts(path, state, **parts)
-            optimiser.load_state_dict(state["optimiser"])
+            try:
+                optimiser.load_state_dict(state["optimiser"])
+                state["step"], state["stage"]
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{path}: not a checkpoint of this run ({first_line(error)})") from error
         if self.rank == 0 and log.exists():  # steps after the checkpoint are done again, and logged again
             whole = log.read_text().rpartition("\n")[0]  # a kill can cut the last line
             lines = [(json.loads(line), line) for line in whole.splitlines()]
@@ -1115,10 +1201,25 @@ def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, 
     return settings
 
 
+def peer_is_gone(error: Exception) -> bool:
+    """Whether this is what gloo or nccl raise where a process is left alone, or has waited too long."""
+    return distributed() and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower())
+
+
 def run_script(main) -> None:
-    """Call main() and turn what the user can mend into one line on stderr, exit status 2."""
+    """Call main() and turn what the user can mend into one line on stderr, exit status 2.
+
+    A process whose peer is gone says so and ends at once, status 1: what could be waited for will not come.
+    """
     try: sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except InputError as error: end, status, text = sys.exit, 2, str(error)
+    except OSError as error:  # as where no room is left for what is printed; nor will there be at exit
+        end, status, text = os._exit, 2, f"{error.filename or 'standard output'}: {error.strerror or error}"
+    except RuntimeError as error:
+        if not peer_is_gone(error): raise
+        end, status = os._exit, 1
+        text = (f"another process of this run is gone or hangs ({first_line(error)}); the same command goes "
+                "on from the last checkpoint")
     except KeyboardInterrupt: sys.exit(130)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    end(status)

@@ -441,7 +441,8 @@ def test_resume_refuses_other_settings_and_lost_rows(tmp_path, freihand, broken)
     run(freihand, tmp_path / "set")                                                   # mended: it goes on
     run(freihand, tmp_path / "fresh")
     assert {**contents(tmp_path / "set")} == {**contents(tmp_path / "fresh")}
-    with refused("exists; remove it"): run(freihand, tmp_path / "set")
+    run(freihand, tmp_path / "set")                                                   # it says that it is there
+    with refused("exists; remove it"): run(freihand, tmp_path / "set", "--side", "80")
 
 
 def test_full_disk_is_an_error_line_and_the_conversion_goes_on_later(tmp_path, monkeypatch):
