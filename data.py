@@ -54,7 +54,8 @@ from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back
 
 FORMAT = 1
 ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of each array of a data set
-          "keypoints": (3, np.float32), "intrinsics": (3, np.float32)}
+          "keypoints": (3, np.float32), "intrinsics": (3, np.float32), "checksums": (2, np.uint32)}
+RECORDS = [name for name in ARRAYS if name != "checksums"]  # a column of checksums.npy each
 
 
 # ==========================================================================================================
@@ -63,17 +64,22 @@ ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of e
 class Dataset:
     """A data-set folder; `fields` names the arrays to open, memory-mapped. What is not named is not opened.
 
-    Raises InputError, naming file, value and remedy, for a missing, truncated or ill-shaped array.
+    Raises InputError, naming file, value and remedy, for a missing, truncated or ill-shaped array; and later,
+    where the folder has checksums.npy, for a record that is not what was written, when it is first read.
     """
 
     def __init__(self, folder: str | Path, *fields: str):
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
-        self.images = self.masks = self.keypoints = self.intrinsics = None
+        self.images = self.masks = self.keypoints = self.intrinsics = self.checksums = None
+        written = self.meta.get("crc", {})
+        if "checksums" in written or (self.folder / "checksums.npy").exists(): fields += ("checksums",)
         for field in ("images", *fields): setattr(self, field, self.open_array(field))
         n, H, W, channels = self.images.shape
         if (H, channels) != (W, 3) or n == 0:
             raise InputError(f"{self.folder}/images.npy: shape {self.images.shape}; not (n > 0, H, H, 3)")
+        if n != self.meta.get("rows", n):
+            raise InputError(f"{self.folder}/images.npy: {n} rows; meta.json counts {self.meta['rows']}")
         self.check("masks", (n, H, H))
         self.check("keypoints", (n, len(self.meta["joints"]), 3))
         self.check("intrinsics", (n, 3, 3))
@@ -82,17 +88,22 @@ class Dataset:
             if infinite.any():
                 raise InputError(f"{self.folder}/keypoints.npy: row {i + int(infinite.argmax())} is "
                                  "infinite; write NaN for no label")
+        if self.checksums is None: return                                      # a folder made by hand
+        self.check("checksums", (n, len(RECORDS)))
+        value = zlib.crc32(np.ascontiguousarray(self.checksums))
+        if value != written.get("checksums", value):
+            raise InputError(f"{self.folder}/checksums.npy: not the one that meta.json was written with")
+        for i, field in enumerate(RECORDS):
+            if (array := getattr(self, field)) is not None:
+                setattr(self, field, Records(array, self.checksums[:, i], self.folder / f"{field}.npy"))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def open_array(self, field: str) -> np.ndarray:
         path, (ndim, dtype) = self.folder / f"{field}.npy", ARRAYS[field]
-        try: array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: missing; this use of the folder needs it") from error
-        except (ValueError, OSError, EOFError) as error:
-            raise InputError(f"{path}: not a whole .npy array ({error}); write it again") from error
+        if not path.exists(): raise InputError(f"{path}: missing; this use of the folder needs it")
+        array = open_npy(path)
         if array.ndim != ndim or array.dtype != dtype:
             raise InputError(f"{path}: {array.dtype}, {array.ndim} axes; not {np.dtype(dtype)}, {ndim} axes")
         return array
@@ -104,24 +115,91 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the data: meta.json (which holds checksums, where we wrote it) and the shape."""
-        return f"{zlib.crc32((json.dumps(self.meta, sort_keys=True) + str(self.images.shape)).encode()):08x}"
+        """Changes with the data: meta.json (which holds checksums, where we wrote it; else 256 rows of each
+        array do) and the shape."""
+        crc = {k: v for k, v in self.meta.get("crc", {}).items() if k in RECORDS}  # with checksums.npy or not
+        meta = self.meta | ({"crc": crc} if "crc" in self.meta else {})
+        value = zlib.crc32((json.dumps(meta, sort_keys=True) + str(self.images.shape)).encode())
+        some = np.linspace(0, len(self) - 1, min(256, len(self))).astype(int)
+        for array in () if crc else (self.images, self.masks, self.keypoints, self.intrinsics):
+            if array is not None: value = zlib.crc32(np.ascontiguousarray(array[some]), value)
+        return f"{value:08x}"
+
+
+class Records:
+    """An array of a data set: a record is held against its CRC when this process first reads it."""
+
+    def __init__(self, array: np.ndarray, sums: np.ndarray, path: Path):
+        self.array, self.sums, self.path = array, sums, path
+        self.new, self.shape, self.dtype = np.ones(len(array), bool), array.shape, array.dtype
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self[:], dtype)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        found = self.array[rows]
+        if self.new[rows].any():
+            index = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.atleast_1d(rows)
+            for i, record in zip(index, found if np.ndim(self.new[rows]) else [found]):
+                if self.new[i] and zlib.crc32(np.ascontiguousarray(record)) != self.sums[i]:
+                    raise InputError(f"{self.path}: row {i} is not what was written: damaged, or of another "
+                                     "data set; convert it again")
+            self.new[index] = False
+        return found
+
+
+def record_sums(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """CRC (n, 4) uint32 of each record of arrays of n rows, a column for each of RECORDS; 0: no such array."""
+    sums = np.zeros((len(next(iter(arrays.values()))), len(RECORDS)), np.uint32)
+    for name, rows in arrays.items():
+        sums[:, RECORDS.index(name)] = [zlib.crc32(row) for row in np.ascontiguousarray(rows, ARRAYS[name][1])]
+    return sums
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """A .npy file, memory-mapped; InputError unless it has exactly the bytes that its header announces."""
+    with reading(path, ".npy array"):
+        array = np.lib.format.open_memmap(path, "r")
+        if array.offset + array.nbytes != path.stat().st_size: raise ValueError("its header names fewer bytes")
+        return array
 
 
 def read_meta(folder: Path) -> dict:
     """meta.json, optional fields filled in; InputError if it is missing, broken or of another format."""
-    try: meta = json.loads((folder / "meta.json").read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: no data set here (no meta.json); see `python data.py -h`") from error
-    except ValueError as error: raise InputError(f"{folder}/meta.json: not JSON ({error})") from error
-    if not isinstance(meta, dict): raise InputError(f"{folder}/meta.json: not a JSON object")
+    path = folder / "meta.json"
+    if not path.exists():
+        raise InputError(f"{folder}: no data set here (no meta.json); see `python data.py -h`")
+    with reading(path, "JSON file"): meta = json.loads(path.read_text())
+    if not isinstance(meta, dict): raise InputError(f"{path}: not a JSON object")
     missing = {"format", "name", "joints", "bones", "root", "depth_range"} - set(meta)
-    if missing: raise InputError(f"{folder}/meta.json: lacks {', '.join(sorted(missing))}")
-    if meta["format"] != FORMAT:
-        raise InputError(f"{folder}/meta.json: format {meta['format']}; this code reads {FORMAT}")
-    if set(meta.get("compare") or []) - set(range(len(meta["joints"]))):
-        raise InputError(f"{folder}/meta.json: compare {meta['compare']}; give indices of its joints")
-    return {"margin": 1.25, "split": "", "origin": ""} | meta
+    if missing: raise InputError(f"{path}: lacks {', '.join(sorted(missing))}")
+    if meta["format"] != FORMAT: raise InputError(f"{path}: format {meta['format']}; this code reads {FORMAT}")
+    meta = {"margin": 1.25, "split": "", "origin": ""} | meta
+    for key, (says, fits) in META.items():
+        if key in meta and not fits(meta[key], meta["joints"]):
+            raise InputError(f"{path}: {key} is {str(meta[key])[:60]}; give {says}")
+    return meta
+
+
+def indices(value, joints: list) -> bool:
+    """Whether `value` is a list of indices of the joints."""
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < len(joints) for i in value)
+
+
+META = {  # field of meta.json: what it has to be, and whether it is; joints come first
+    "joints": ("a list of names", lambda v, _: isinstance(v, list) and all(isinstance(n, str) for n in v)),
+    "bones": ("pairs of indices of its joints", lambda v, joints: isinstance(v, list) and all(
+        indices(bone, joints) and len(bone) == 2 for bone in v)),
+    "root": ("an index of its joints", lambda v, joints: indices([v], joints or [0])),
+    "compare": ("indices of its joints", lambda v, joints: v is None or indices(v, joints)),
+    "depth_range": ("millimetres, up to 1e6", lambda v, _: type(v) in (int, float) and 0 < v <= 1e6),
+    "margin": ("a number from 1 to 10", lambda v, _: type(v) in (int, float) and 1 <= v <= 10),
+    "rows": ("their number", lambda v, _: type(v) is int),
+    "crc": ("the arrays' checksums", lambda v, _: isinstance(v, dict) and all(type(c) is int
+                                                                             for c in v.values()))}
 
 
 class Writer:
@@ -154,8 +232,9 @@ class Writer:
     def append(self, arrays: dict[str, np.ndarray], skipped: list[str] = ()) -> None:
         """Rows of one job, arrays of the same length; `skipped` names the samples left out and why."""
         state, crc = self.state, dict(self.state["crc"])
-        shape = {name: list(rows.shape[1:]) for name, rows in arrays.items()} or state["shape"]
         counts = {len(rows) for rows in arrays.values()} or {0}
+        if arrays and len(counts) == 1: arrays = arrays | {"checksums": record_sums(arrays)}
+        shape = {name: list(rows.shape[1:]) for name, rows in arrays.items()} or state["shape"]
         if len(counts) > 1 or (state["rows"] and shape != state["shape"]):
             raise InputError(f"{self.part}: rows {shape} ({counts}) after rows {state['shape']}: one data "
                              "set holds one kind of rows")
@@ -506,9 +585,7 @@ def chunks(count: int, size: int = 100) -> list[np.ndarray]:
 
 def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
     """Masks (n, H, H) uint8 of a data set in a file of their own: f^S's lie in the run."""
-    try: masks = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: no readable masks ({error})") from error
+    masks = open_npy(Path(path))
     if masks.shape != dataset.images.shape[:3] or masks.dtype != np.uint8:
         raise InputError(f"{path}: {masks.dtype} {masks.shape}; expected uint8 {dataset.images.shape[:3]}")
     return masks
@@ -1078,7 +1155,7 @@ def make_benchmark(kind: str, root: str | Path, side: int = 60, workers: int = 0
     """Render the folders of BENCHMARK, of `kind`, that are not there yet under root, crops of `side` px."""
     for name, (domain, count) in BENCHMARK.items():
         if (Path(root) / name).exists():
-            there = np.load(Path(root) / name / "images.npy", mmap_mode="r").shape[1]
+            there = Dataset(Path(root) / name).images.shape[1]
             if there != side: raise InputError(f"{root}/{name}: exists with {there} px; remove it")
             continue
         skeleton = {k: v for k, v in KINDS[kind].skeleton.items() if k != "box"}
@@ -2166,7 +2243,7 @@ COLOURS = ((230, 60, 60), (240, 170, 30), (60, 200, 80), (60, 140, 250), (200, 9
 
 def open_all(folder: str) -> Dataset:
     """A data set with every array that its folder holds."""
-    return Dataset(folder, *(name for name in ARRAYS if (Path(folder) / f"{name}.npy").exists()))
+    return Dataset(folder, *(name for name in RECORDS if (Path(folder) / f"{name}.npy").exists()))
 
 
 def draw_skeleton(draw: ImageDraw.ImageDraw, uv: np.ndarray, bones: list, width: int,
@@ -2218,9 +2295,10 @@ def check(folder: str) -> None:
         if array is None and name not in crc: continue
         if array is None: raise InputError(f"{path}: missing; meta.json counts on it")
         for i in range(0, len(array), 256): value = zlib.crc32(np.ascontiguousarray(array[i:i + 256]), value)
-        if path.stat().st_size != array.offset + array.nbytes or value != crc.get(name, value):
-            raise InputError(f"{path}: size or checksum is not what was written; convert it again")
+        if value != crc.get(name, value):
+            raise InputError(f"{path}: its checksum is not what was written; convert it again")
         print(f"{name}.npy: {array.shape} {array.dtype}, {'sound' if name in crc else 'without a checksum'}")
+    if dataset.checksums is None: print("no checksums.npy: training cannot tell a damaged record")
     if dataset.keypoints is None or dataset.intrinsics is None: return
     faults = []
     for i, (keypoints, K) in enumerate(zip(dataset.keypoints, dataset.intrinsics)):
