@@ -32,8 +32,11 @@ import multiprocessing
 import os
 import pickle
 import queue
+import re
+import resource
 import signal
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -55,6 +58,11 @@ from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back
 FORMAT = 1
 ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of each array of a data set
           "keypoints": (3, np.float32), "intrinsics": (3, np.float32), "checksums": (2, np.uint32)}
+START = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+MEMORY, READ_SECONDS = 4 << 30, 600  # of a process that reads foreign files; of one that reads a single one
+LARGEST = 1 << 28                    # numbers in a publisher's array; pixels of a picture, 1 << 27
+VIDEOS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts"
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's; its EPS runs Ghostscript
 RECORDS = [name for name in ARRAYS if name != "checksums"]  # a column of checksums.npy each
 
 
@@ -152,10 +160,11 @@ class Records:
 
 
 def record_sums(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """CRC (n, 4) uint32 of each record of arrays of n rows, a column for each of RECORDS; 0: no such array."""
+    """CRC (n, 4) uint32 of each record of arrays of n rows, a column for each of RECORDS; 0: no array."""
     sums = np.zeros((len(next(iter(arrays.values()))), len(RECORDS)), np.uint32)
     for name, rows in arrays.items():
-        sums[:, RECORDS.index(name)] = [zlib.crc32(row) for row in np.ascontiguousarray(rows, ARRAYS[name][1])]
+        rows = np.ascontiguousarray(rows, ARRAYS[name][1])
+        sums[:, RECORDS.index(name)] = [zlib.crc32(row) for row in rows]
     return sums
 
 
@@ -163,7 +172,8 @@ def open_npy(path: Path) -> np.ndarray:
     """A .npy file, memory-mapped; InputError unless it has exactly the bytes that its header announces."""
     with reading(path, ".npy array"):
         array = np.lib.format.open_memmap(path, "r")
-        if array.offset + array.nbytes != path.stat().st_size: raise ValueError("its header names fewer bytes")
+        size = array.offset + array.nbytes
+        if size != path.stat().st_size: raise ValueError(f"its header announces {size} bytes")
         return array
 
 
@@ -176,12 +186,17 @@ def read_meta(folder: Path) -> dict:
     if not isinstance(meta, dict): raise InputError(f"{path}: not a JSON object")
     missing = {"format", "name", "joints", "bones", "root", "depth_range"} - set(meta)
     if missing: raise InputError(f"{path}: lacks {', '.join(sorted(missing))}")
-    if meta["format"] != FORMAT: raise InputError(f"{path}: format {meta['format']}; this code reads {FORMAT}")
-    meta = {"margin": 1.25, "split": "", "origin": ""} | meta
+    if meta["format"] != FORMAT:
+        raise InputError(f"{path}: format {str(meta['format'])[:60]}; this code reads {FORMAT}")
+    check_fields(path, meta := {"margin": 1.25, "split": "", "origin": ""} | meta)
+    return meta
+
+
+def check_fields(path: Path, meta: dict) -> None:
+    """InputError unless the fields of a meta.json, or of a checkpoint's skeleton, are what META says."""
     for key, (says, fits) in META.items():
         if key in meta and not fits(meta[key], meta["joints"]):
             raise InputError(f"{path}: {key} is {str(meta[key])[:60]}; give {says}")
-    return meta
 
 
 def indices(value, joints: list) -> bool:
@@ -335,8 +350,7 @@ def ordered_results(work, jobs, workers: int):
 
 def process_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     """Worker processes that start afresh and leave Ctrl-C to their parent."""
-    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
-    return concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker)
+    return concurrent.futures.ProcessPoolExecutor(workers, START, quiet_worker)
 
 
 def culprit(work, jobs: list) -> str:
@@ -353,17 +367,53 @@ def culprit(work, jobs: list) -> str:
 
 
 def in_a_process(function, path: Path, *arguments):
-    """function(path, *arguments) in a process of its own: a C library that dies of it is an InputError."""
-    with process_pool(1) as pool:
-        try: return pool.submit(function, path, *arguments).result()
-        except BrokenProcessPool as error:
-            raise InputError(f"{path}: kills the process that reads it: broken? Download it again") from error
+    """function(path, *arguments) in a process of its own: a file that crashes it, or holds it up for
+    READ_SECONDS, is an InputError."""
+    mine, its = multiprocessing.Pipe(duplex=False)
+    process = START.Process(target=answer, args=(its, function, path, *arguments), daemon=True)
+    process.start()
+    its.close()
+    try:
+        if not mine.poll(READ_SECONDS): raise InputError(f"{path}: not read in {READ_SECONDS} s: broken?")
+        result = mine.recv()
+    except (EOFError, OSError) as error:
+        raise InputError(f"{path}: kills the process that reads it: broken? Download it again") from error
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, Exception): raise result
+    return result
+
+
+def answer(pipe, function, *arguments) -> None:
+    """The process of `in_a_process`: sends what the function returns or raises."""
+    quiet_worker()
+    try: result = function(*arguments)
+    except Exception as error: result = error
+    pipe.send(result)
+
+
+def limit_memory() -> None:
+    """From now on this process has MEMORY bytes at most: what a hostile file unpacks to is a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = min(n for n in (MEMORY, soft, hard) if n != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+@contextlib.contextmanager
+def limited_memory():
+    """Context in which foreign files are read, as `limit_memory`."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit_memory()
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def quiet_worker() -> None:
     """Start of a worker: Ctrl-C is the parent's to handle, one thread, and no life after the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    limit_memory()
     watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # noqa: E731
     threading.Thread(target=watch, daemon=True).start()  # a killed parent cannot tell its workers to go
 
@@ -1217,7 +1267,10 @@ class Missing(Exception):
 @contextlib.contextmanager
 def reading(path: Path, what: str):
     """Whatever goes wrong while a file is read becomes one line that names it."""
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
     except (InputError, Missing): raise
     except ImportError as error:
         library = (error.name or str(error)).partition(".")[0]
@@ -1234,7 +1287,7 @@ def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarra
     If `width` px of it (0: its shorter side) are to become `side` px, a JPEG is decoded at 1/2, 1/4 or 1/8 of
     its size where that leaves as many pixels: a quarter of the time, or less.
     """
-    with reading(path, "picture"), Image.open(path) as image:
+    with reading(path, "picture"), Image.open(path, formats=PICTURES) as image:
         size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
         share = side / (width or min(size))
         if side: image.draft("RGB", [math.ceil(share * length) for length in image.size])
@@ -1255,7 +1308,9 @@ class Video:
 
     def __init__(self, path: Path):
         import av
-        self.container = av.open(str(path))
+        # a playlist under the name of a video would have FFmpeg open what it names, files and addresses
+        safe = {"format_whitelist": VIDEOS, "protocol_whitelist": "file"}
+        self.container = av.open(str(path), options=safe)
         self.stream = self.container.streams.video[0]
         self.stream.codec_context.thread_count = 1  # there are other workers
         packets = [(p.pts, p.pts if p.dts is None else p.dts, p.is_keyframe)
@@ -1293,7 +1348,7 @@ def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None
     """A mask as (H, W) bool: True where the value lies in the closed range; `key` as Sample.mask_key."""
     with reading(path, "mask"):
         if key is None:
-            with Image.open(path) as image:
+            with Image.open(path, formats=PICTURES) as image:
                 values = np.asarray(image if image.mode in "PL" else image.convert("L"))
         elif isinstance(key, str): values = read_mat(path, key)[key]
         else:
@@ -1302,7 +1357,7 @@ def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None
                 cell = file["Masks"]                                       # (F, 1) of references
                 empty = key >= len(cell) or not cell[key, 0] or "MATLAB_empty" in file[cell[key, 0]].attrs
                 if empty: raise Missing(f"mask: {path.name} has none for this frame")
-                values = file[cell[key, 0]][()].T                          # (H, W)
+                values = h5_values(file, file[cell[key, 0]]).T             # (H, W)
         return (values >= foreground[0]) & (values <= foreground[1])
 
 
@@ -1312,6 +1367,9 @@ def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
     Picture and mask must have the size that the publisher says; a JPEG of which `width` px become `side` px
     may be decoded smaller, (h, w).
     """
+    for name in (sample.image, sample.mask or ""):  # such names stand in files of labels
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise InputError(f"{root}: its labels name {name!r}, which lies outside of it: refused")
     path, mask = root / sample.image, None
     if sample.frame is None: image, size = open_picture(path, side, width)
     else:
@@ -1344,12 +1402,18 @@ def read_json_array(path: Path, *shape: int) -> np.ndarray:
     return array
 
 
-def read_mat(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Variables of a MATLAB file of version 5 as scipy gives them: MATLAB's axes, two at least."""
+def read_mat(path: Path, *names: str, kinds: tuple = ()) -> dict[str, np.ndarray]:
+    """Variables of a MATLAB file of version 5 as scipy gives them: MATLAB's axes, two at least. Arrays of
+    numbers; with `kinds` of those too, as cells, which may lie in each other until a process dies of it."""
     with reading(path, "MATLAB file"):
         from scipy.io import loadmat, whosmat
+        there = {name: (shape, kind) for name, shape, kind in whosmat(path)}
+        for name, (shape, kind) in named(path, there, names).items():
+            if math.prod(shape) > LARGEST: raise ValueError(f"{name} claims to be {shape}")
+            if not re.fullmatch(r"u?int\d+|single|double|logical", kind) and kind not in kinds:
+                raise ValueError(f"{name} holds no numbers but {kind}")
         found = loadmat(path, variable_names=names)
-        return named(path, found if set(names) <= set(found) else [v[0] for v in whosmat(path)], names)
+        return {name: found[name] for name in names}
 
 
 def read_h5(path: Path, *names: str) -> dict[str, np.ndarray]:
@@ -1361,7 +1425,17 @@ def read_h5_here(path: Path, *names: str) -> dict[str, np.ndarray]:
     """`read_h5` in this very process, which a crash inside HDF5 would take along."""
     with reading(path, "MATLAB 7.3 file"):
         import h5py
-        with h5py.File(path) as file: return {k: v[()] for k, v in named(path, file, names).items()}
+        with h5py.File(path) as file:
+            return {k: h5_values(file, v) for k, v in named(path, file, names).items()}
+
+
+def h5_values(file, found) -> np.ndarray:
+    """The numbers of an HDF5 data set; ValueError where they lie in another file, or are absurdly many."""
+    if found.file.filename != file.filename or found.external or found.is_virtual:
+        raise ValueError(f"{found.name} lies in another file")
+    if found.dtype.kind not in "biuf" or found.size > LARGEST:
+        raise ValueError(f"{found.name} claims to be {found.dtype} {found.shape}")
+    return found[()]
 
 
 def read_cdf(path: Path, name: str) -> np.ndarray:
@@ -1381,12 +1455,44 @@ def named(path: Path, variables, names) -> dict:
     return {name: variables[name] for name in names}
 
 
+class PickledType:
+    """Stands for a numpy.dtype in a pickle: numpy's own __setstate__ believes whatever offsets it is told."""
+
+    def __init__(self, code, *_): self.code, self.order = code, "|"
+
+    def __setstate__(self, state): self.order = state[1]
+
+    def plain(self) -> np.dtype:
+        if not re.fullmatch(r"[<>=|][biufcSUO]\d{0,4}", self.order + self.code):
+            raise ValueError(f"an array of {self.code!r}")
+        return np.dtype(self.order + self.code)
+
+
+class PickledArray(np.ndarray):
+    """An array whose __setstate__ believes nothing: numpy's reads beyond a list shorter than its shape."""
+
+    def __setstate__(self, state):
+        shape, kind, fortran, content = state[-4:]
+        dtype, content = kind.plain(), content.encode("latin1") if isinstance(content, str) else content
+        size = math.prod(shape) * (1 if dtype.hasobject else dtype.itemsize)
+        if type(content) is not (list if dtype.hasobject else bytes) or len(content) != size or size < 0:
+            raise ValueError(f"{shape} {dtype} in {len(content)} bytes")
+        super().__setstate__((1, shape, dtype, bool(fortran), content))
+
+    def __reduce__(self): return np.asarray(self).__reduce__()
+
+
 class ArraysOnly(pickle.Unpickler):
-    """Admits numpy arrays in plain containers: what a pickle names may be called, so it finds no other."""
+    """Admits numpy arrays in plain containers: what a pickle names may be called, so it finds no other, and
+    of numpy only what is made here: numpy's own ndarray would take any bytes for pointers."""
 
     def find_class(self, module: str, name: str):
-        known = {"_reconstruct": np.ndarray((0,)).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
-                 "scalar": np.float64().__reduce__()[0], "_frombuffer": np.ndarray((0,)).__reduce_ex__(5)[0],
+        known = {"ndarray": "ndarray", "dtype": lambda *code: PickledType(*code),
+                 "_reconstruct": lambda *_: np.ndarray.__new__(PickledArray, 0),
+                 "scalar": lambda kind, data: np.frombuffer(
+                     data.encode("latin1") if isinstance(data, str) else data, kind.plain(), 1)[0],
+                 "_frombuffer": lambda data, kind, shape, order: np.frombuffer(
+                     data, kind.plain()).reshape(shape, order=order),
                  "encode": lambda text, encoding: text.encode("latin1")}   # bytes in pickles of protocol 2
         if module.split(".")[0] == ("_codecs" if name == "encode" else "numpy") and name in known:
             return known[name]
@@ -1398,6 +1504,11 @@ def read_pickle(path: Path):
 
     InputError where it holds anything else: a pickle can run any command, and these come from a download.
     """
+    return in_a_process(read_pickle_here, path)
+
+
+def read_pickle_here(path: Path):
+    """`read_pickle` in this very process, which tuples in tuples by the million would take along."""
     with reading(path, "pickle"), open(path, "rb") as file:
         unpickler = ArraysOnly(file, encoding="latin1")  # python 2's str, whose arrays' bytes they are too
         unpickler.path = path
@@ -1714,7 +1825,7 @@ def read_stb(root: Path, split: str = "train", camera: str = "bb",
 
 def more_left(path: Path) -> bool:
     """Whether an index mask of RHD shows more of the left hand (2 .. 17) than of the right (18 .. 33)."""
-    with reading(path, "mask"), Image.open(path) as mask:
+    with reading(path, "mask"), Image.open(path, formats=PICTURES) as mask:
         if mask.mode not in "LP": raise ValueError(f"{mask.mode}, not one index a pixel")
         pixels = mask.histogram()
     return sum(pixels[2:18]) > sum(pixels[18:34])
@@ -2104,7 +2215,7 @@ def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[i
         for name, frames in MPI_FRAMES.items():  # annot.mat has rows beyond the video's end
             file, places = root / name / "annot.mat", MPI_JOINTS["train"]
             keys = {"annot2": 2, "annot3": 3, labels: 3}
-            found = read_mat(file, *keys)
+            found = in_a_process(partial(read_mat, kinds=("cell",)), file, *keys)
             for c in chosen:
                 try: uv, points, *other = (np.reshape(found[key][c, 0], (-1, 28, axes))[:frames, places]
                                            for key, axes in keys.items())
@@ -2186,6 +2297,7 @@ def read_surreal(root: Path, split: str = "train", frames: str = "middle", strid
             try:  # a clip of one frame lacks the last axis
                 uv, joints = (np.reshape(info[f"joints{n}D"], (n, 24, -1)).astype(float) for n in (2, 3))
                 joints = 1000 * (joints - np.reshape(info["camLoc"], (3, 1, 1)))
+                if not joints.shape[2]: raise ValueError("no frame")
             except ValueError as error:
                 raise InputError(f"{root / clip}_info.mat: no labels of SURREAL ({error})") from error
             T = joints.shape[2]
@@ -2224,13 +2336,14 @@ READERS = {  # name on the command line: (reader, skeleton, share of the samples
 def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **options) -> None:
     """ROOT as its publisher ships it -> data-set folder OUT, stored crops of `side` px."""
     reader, skeleton, max_skipped = READERS[name]
-    count, samples = reader(Path(root), **options)
     origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
     del meta["box"]
-    jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_A_JOB)), [])
-    build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), partial(convert, Path(root), side, skeleton),
-                  workers, SAMPLES_A_JOB, max_skipped)
+    with limited_memory():
+        count, samples = reader(Path(root), **options)
+        jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_A_JOB)), [])
+        work = partial(convert, Path(root), side, skeleton)
+        build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), work, workers, SAMPLES_A_JOB, max_skipped)
     meta = read_meta(Path(out))
     print(f"{out}: {meta['rows']} samples, {len(meta['skipped'])} left out", *meta["skipped"][:5], sep="\n  ")
 

@@ -743,9 +743,9 @@ def mpi(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Two sequences instead of 16; HDF5 is read in this process, not in one of its own."""
+    """Two sequences instead of 16; labels are read in this process, not in one of their own."""
     monkeypatch.setattr(data, "MPI_FRAMES", MPI_ROWS)
-    monkeypatch.setattr(data, "read_h5", data.read_h5_here)
+    monkeypatch.setattr(data, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 @pytest.fixture

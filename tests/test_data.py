@@ -635,7 +635,7 @@ def test_check(converted, tmp_path, capsys):
     assert capsys.readouterr().out.count("sound") == 5
     whole = (folder / "images.npy").read_bytes()
     for damaged, says in ((whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:], "row 0 is not what was"),
-                          (whole + b"more", "broken .npy array: its header names")):
+                          (whole + b"more", "broken .npy array: its header announces")):
         (folder / "images.npy").write_bytes(damaged)
         with refused(f"images.npy: {says}"): data.main(["check", str(folder)])
     (folder / "images.npy").write_bytes(whole)

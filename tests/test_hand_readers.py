@@ -28,6 +28,12 @@ HUES = np.array([(255, 30, 30), (255, 200, 0), (0, 230, 60), (40, 110, 255), (25
 INKS = np.array([(255, 255, 255)] + [hue * (1, 0.8, 0.6, 0.4)[k] for hue in HUES for k in range(4)], int)
 
 
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Labels are read in this process, not in one of their own."""
+    monkeypatch.setattr(data, "in_a_process", lambda function, *arguments: function(*arguments))
+
+
 def refused(message: str):
     return pytest.raises(InputError, match=message)
 
