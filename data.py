@@ -1517,7 +1517,7 @@ def read_pickle_here(path: Path):
 
 def pinhole_of(points: np.ndarray, uv: np.ndarray) -> np.ndarray:
     """Intrinsics (3, 3) px, without skew, that project points (n, 3) mm, camera, nearest to uv (n, 2) px."""
-    good, K = np.isfinite(points).all(axis=1) & np.isfinite(uv).all(axis=1), np.eye(3)
+    good, K = np.isfinite(points).all(axis=1) & np.isfinite(uv).all(axis=1) & (points[:, 2] != 0), np.eye(3)
     for axis in (0, 1):
         slope = points[good, axis] / points[good, 2]
         K[axis, axis], K[axis, 2] = np.polyfit(slope, uv[good, axis], 1)   # u = f x / z + c
@@ -1869,8 +1869,9 @@ def pan_cameras(path: Path, views: str) -> dict[str, tuple]:
     """HD cameras of a calibration file, or those numbered in `views`: name "00_07" -> size (width, height),
     K (3, 3) px, distortion (5,), and R (3, 3), t (3,) mm from the dome's frame to the camera's."""
     with reading(path, "calibration"):
-        found = {c["name"]: (tuple(c["resolution"]), np.array(c["K"], float), np.array(c["distCoef"], float),
-                             np.array(c["R"], float), 10 * np.array(c["t"], float).reshape(3))  # cm -> mm
+        array = lambda value, *shape: np.array(value, float).reshape(shape)  # noqa: E731
+        found = {c["name"]: (tuple(array(c["resolution"], 2).astype(int).tolist()), array(c["K"], 3, 3),
+                             array(c["distCoef"], 5), array(c["R"], 3, 3), 10 * array(c["t"], 3))  # cm -> mm
                  for c in json.loads(path.read_text())["cameras"] if c["type"] == "hd"}
     wanted = [f"00_{view.strip():>02}" for view in views.split(",")] if views else sorted(found)
     if missing := set(wanted) - set(found):
@@ -2055,7 +2056,8 @@ def lens_of(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray, 
     bent = np.array([[x * r2, y * r2], [x * r2 ** 2, y * r2 ** 2], [2 * x * y, r2 + 2 * y * y],
                      [r2 + 2 * x * x, 2 * x * y], [x * r2 ** 3, y * r2 ** 3]])                 # (5, 2, n)
     columns = np.array([[x, none], [one, none], [none, y], [none, one], *bent]).reshape(9, -1).T  # (2 n, 9)
-    solution = np.linalg.lstsq(columns, uv.T.ravel(), rcond=None)[0]
+    try: solution = np.linalg.lstsq(columns, uv.T.ravel(), rcond=None)[0]
+    except np.linalg.LinAlgError as error: raise InputError(f"{name}: no lens fits: {error}") from error
     fx, cx, fy, cy = solution[:4]
     apart = np.quantile(np.abs(columns @ solution - uv.T.ravel()), 0.99)
     if apart > 0.5:
@@ -2145,7 +2147,8 @@ def read_3dpw(root: Path, split: str = "train", stride: int = 1) -> tuple[int, I
                 uv = body_joints(np.where(seen[i, 2] > 0, seen[i, :2], np.nan).T, OPENPOSE_JOINTS)
                 apart = np.linalg.norm(uv - (projected := to_uv(keypoints, K)), axis=1)        # (17,) px
                 uv[~(apart <= np.nanmedian(apart))] = np.nan               # its worse half: hidden, mistaken
-                height = np.ptp(projected[np.isfinite(projected[:, 0])], axis=0).max()
+                known = projected[np.isfinite(projected).all(axis=1)]
+                height = np.ptp(known, axis=0).max() if len(known) else 0
                 yield Sample(images[i], keypoints, K, uv=uv, tolerance=max(10.0, 0.15 * height),
                              around=head_top(smpl))
 
@@ -2246,7 +2249,7 @@ def testing_3dhp(root: Path, labels: str) -> tuple[int, Iterator[Sample]]:
                     raise InputError(f"{file}: {key} {found[key].shape}, not {(n, 1, 17, last)}")
             valid = np.flatnonzero(found["valid_frame"].ravel() == 1)      # (V,) rows
             uv, points, other = (found[key][valid, 0][:, MPI_JOINTS["test"]].astype(float) for key in axes)
-            K = pinhole_of(points.reshape(-1, 3), uv.reshape(-1, 2))
+            with reading(file, "file of labels"): K = pinhole_of(points.reshape(-1, 3), uv.reshape(-1, 2))
             points = universal(points, other, file) if labels == "univ_annot3" else points
             images = [f"{name}/imageSequence/img_{row + 1:06d}.jpg" for row in valid]
             need_files(root, images, layout)

@@ -648,7 +648,7 @@ def finished_runs(folders: list[str]) -> list[Path]:
         if not here: raise u.InputError(f"{folder}: no checkpoint.pt here or below; train first")
         for path in here:
             state = u.read_checkpoint(path)
-            step, steps = (state.get(key) for key in ("step", "steps"))
+            with u.usable(path): step, steps, _ = (state[key] for key in ("step", "steps", "seconds"))
             if step == steps: paths.append(path)
             else: print(f"left out, not finished ({step} of {steps} steps): {path.parent}")
     return list({path.resolve(): path for path in paths}.values())  # a run named twice counts once

@@ -703,6 +703,7 @@ def torch_load(path: str | Path):
 def usable(path: str | Path):
     """Context in which what was read from `path` is put to use: where it does not fit, InputError."""
     try: yield
+    except InputError as error: raise InputError(f"{path}: {error}") from error
     except (AttributeError, ArithmeticError, AssertionError, IndexError, KeyError, MemoryError, RuntimeError,
             TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
@@ -766,9 +767,7 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
                for k, t in read_weights(path).items()}
     report = []
     if "pos_embed" in tensors:
-        try:
-            with usable(path): tensors["pos_embed"], why = file_positions(tensors, encoder)
-        except InputError as error: raise InputError(f"{path}: {error}") from error
+        with usable(path): tensors["pos_embed"], why = file_positions(tensors, encoder)
         report.append(f"pos_embed: {why}")
     if decoder is not None and "decoder_pos_embed" in tensors:
         tensors["decoder_pos_embed"] = decoder.decoder_pos_embed
