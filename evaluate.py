@@ -23,6 +23,7 @@ from torch import Tensor
 import data
 import udapose as u
 
+SKELETON = ("joints", "bones", "root", "depth_range")  # what a checkpoint has to know of its labels
 PCK_LIMIT = {"EPE": 50.0, "MPJPE": 150.0}  # mm: the PCK curve is taken over thresholds 0 .. so much
 
 
@@ -130,7 +131,7 @@ def load_estimator(path: Path, device) -> tuple[u.PoseEstimator, dict]:
     """f^E with f^H of a fine-tuned checkpoint, ready to predict, and the checkpoint."""
     state = u.read_checkpoint(path)
     if "head" not in state: raise u.InputError(f"{path}: holds no head; it is a checkpoint of pre-training")
-    with u.usable(path): s, skeleton = state["settings"], {"joints": 0, "bones": 0, **state["skeleton"]}
+    with u.usable(path): s, skeleton = state["settings"], dict.fromkeys(SKELETON) | state["skeleton"]
     data.check_fields(path, skeleton)
     encoder = load_encoder(state, path)
     with u.usable(path):
