@@ -13,6 +13,7 @@ Bring your own data. A data set is a folder of arrays; write it with numpy, and 
     masks.npy       (n, H, H)    uint8     0 background .. 255 foreground; only a source needs them
     keypoints.npy   (n, K, 3)    float32   mm, camera frame: x right, y down, z forward; NaN: not labelled
     intrinsics.npy  (n, 3, 3)    float32   of the stored crop, pixel centres at integers: u = fx x / z + cx
+    checksums.npy   (n, 4)       uint32    optional: CRC of each record of these four (record_sums below)
     meta.json       {"format": 1, "name": "mine", "split": "train", "joints": ["wrist", ...], "root": 0,
                      "bones": [[0, 1], ...], "depth_range": 300.0, "margin": 1.25, "origin": "whence it came"}
 
@@ -393,27 +394,19 @@ def answer(pipe, function, *arguments) -> None:
     pipe.send(result)
 
 
-def limit_memory() -> None:
-    """From now on this process has MEMORY bytes at most: what a hostile file unpacks to is a MemoryError."""
+def limit_memory(limit: int) -> int:
+    """Give this process so many bytes at most: what a hostile file unpacks to is a MemoryError then. Returns
+    the limit before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = min(n for n in (MEMORY, soft, hard) if n != resource.RLIM_INFINITY)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-
-
-@contextlib.contextmanager
-def limited_memory():
-    """Context in which foreign files are read, as `limit_memory`."""
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    limit_memory()
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_DATA, before)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))  # -1: no limit
+    return soft
 
 
 def quiet_worker() -> None:
     """Start of a worker: Ctrl-C is the parent's to handle, one thread, and no life after the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    limit_memory()
+    limit_memory(MEMORY)
     watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # noqa: E731
     threading.Thread(target=watch, daemon=True).start()  # a killed parent cannot tell its workers to go
 
@@ -1389,7 +1382,8 @@ def need_files(root: Path, names: list[str], layout: str) -> None:
     for name in names:
         folder, _, file = name.rpartition("/")
         try: present = folders[folder] = folders.get(folder) or set(os.listdir(root / folder))
-        except OSError as error: raise InputError(f"{root / folder}: no such folder. {layout}") from error
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            raise InputError(f"{root / folder}: no such folder. {layout}") from error
         if file not in present: raise InputError(f"{root / name}: missing. {layout}")
 
 
@@ -2342,11 +2336,13 @@ def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **o
     origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
     del meta["box"]
-    with limited_memory():
+    before = limit_memory(MEMORY)
+    try:
         count, samples = reader(Path(root), **options)
         jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_A_JOB)), [])
         work = partial(convert, Path(root), side, skeleton)
         build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), work, workers, SAMPLES_A_JOB, max_skipped)
+    finally: limit_memory(before)
     meta = read_meta(Path(out))
     print(f"{out}: {meta['rows']} samples, {len(meta['skipped'])} left out", *meta["skipped"][:5], sep="\n  ")
 
