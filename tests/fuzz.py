@@ -1,16 +1,16 @@
-"""Feed every loader of foreign files thousands of damaged ones, and see that each ends in success or one line.
+"""Feed every loader of foreign files thousands of damaged ones: each has to end in success or in one line.
 
     python tests/fuzz.py                                2,000 files for each loader
     python tests/fuzz.py --files 100 --only pan image   fewer; only these loaders
     python tests/fuzz.py --only rhd --case 1234         this one file again, with its traceback
 
-Damage is of two kinds: of bytes (bits flipped, runs overwritten, zeroed, doubled, cut out or in, ends lost, counts
-and offsets at their extremes), and of content (a JSON, pickle, checkpoint, MATLAB, HDF5, CDF or .npy file whose
-values are replaced by others that its loader does not expect, and which is whole as a file). A file is loaded in a
-worker process with limits on memory and time. A loader fails here if it raises anything but InputError, if its
-message has more than two lines or does not name a file of the data, if it crashes, hangs, opens what lies outside
-of its folder, starts a process, a connection or a canary's command. A crash or hang of a reader is tried again with
-the command itself, which reads in worker processes and has to end in its line.
+Damage is of two kinds: of bytes (bits flipped, runs overwritten, zeroed, doubled, cut out or in, ends lost,
+counts and offsets at their extremes), and of content (a JSON, pickle, checkpoint, MATLAB, HDF5, CDF or .npy
+file whose values are replaced by others that its loader does not expect, and which is whole as a file).
+A file is loaded in a worker process with limits on memory and time. A loader fails here if it raises anything but
+InputError, if its message has more than two lines or does not name a file of the data, if it crashes, hangs,
+opens what lies outside of its folder, starts a process, a connection or a canary's command. A crash or hang
+of a reader is tried again with the command itself, which reads in worker processes and has to end in a line.
 
 The same --files gives the same damage: case i of a loader depends on (loader, i) alone.
 """
@@ -56,8 +56,10 @@ CPU = torch.device("cpu")
 # ==========================================================================================================
 # Damage
 # ==========================================================================================================
-EXTREMES = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
-NUMBERS = [b"0", b"-1", b"1e308", b"-1e308", b"NaN", b"99999999999999999999", b"2147483648", b"null", b"[]", b"1e-320"]
+EXTREMES = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40,
+            (1 << 63) - 1, (1 << 64) - 1]
+NUMBERS = [b"0", b"-1", b"1e308", b"-1e308", b"NaN", b"99999999999999999999", b"2147483648",
+           b"null", b"[]", b"1e-320"]
 
 
 def damage_bytes(rng, content: bytes, others: list[bytes]) -> bytes:
@@ -93,18 +95,23 @@ def damage_bytes(rng, content: bytes, others: list[bytes]) -> bytes:
 
 def odd_value(rng, old, plain: bool):
     """A value that a loader does not expect in the place of `old`; `plain`: such as JSON knows."""
-    odd = [None, True, -1, 0, 1, 2 ** 31, 2 ** 63 - 1, 10 ** 30, 1e308, -1e308, float("nan"), float("inf"), "", "x", "00_00",
-           "../../../etc/passwd", "/etc/passwd", "a\0b", [], {}, [[]], [None], {"x": 1}, [0] * 5000, "9" * 5000]
+    odd = [None, True, -1, 0, 1, 2 ** 31, 2 ** 63 - 1, 10 ** 30, 1e308, -1e308, float("nan"),
+           float("inf"), "", "x", "00_00", "../../../etc/passwd", "/etc/passwd", "a\0b", [], {}, [[]], [None],
+           {"x": 1}, [0] * 5000, "9" * 5000]
     if not plain:
-        odd += [b"\0\1", (), np.zeros((0, 3)), np.full((2, 2), np.nan), np.zeros((1, 1, 1, 1)), np.array(["a", "b"])]
+        odd += [b"\0\1", (), np.zeros((0, 3)), np.full((2, 2), np.nan), np.zeros((1, 1, 1, 1)),
+                np.array(["a", "b"])]
         odd += [torch.zeros(0), torch.full((2, 3), torch.nan), torch.zeros(3, dtype=torch.complex64),
-                torch.zeros(2, 2, dtype=torch.int8), torch.eye(3).to_sparse(), torch.zeros(1).expand(4096, 4096)]
+                torch.zeros(2, 2, dtype=torch.int8), torch.eye(3).to_sparse(),
+                torch.zeros(1).expand(4096, 4096)]
     if isinstance(old, (int, float)) and rng.random() < 0.6:
-        odd = [-old, old + 1, old * 1000, old / 1000, old * 1e30, 0, -1, 10 ** 9, 100000, str(old), float(old)]
+        odd = [-old, old + 1, old * 1000, old / 1000, old * 1e30, 0, -1, 10 ** 9, 100000, str(old),
+               float(old)]
     if isinstance(old, (np.ndarray, torch.Tensor)) and rng.random() < 0.8:
-        odd = [old[:0], old[:1], old[..., None], -old if old.dtype not in (bool, torch.bool) else old, old.reshape(-1),
-               old.T if old.ndim == 2 else old, old * 1000 if rng.random() < 0.5 else old * float("inf"), old[::-1] if
-               isinstance(old, np.ndarray) and old.ndim else old, old != 0]
+        odd = [old[:0], old[:1], old[..., None], -old if old.dtype not in (bool, torch.bool) else old,
+               old.reshape(-1), old.T if old.ndim == 2 else old,
+               old * 1000 if rng.random() < 0.5 else old * float("inf"),
+               old[::-1] if isinstance(old, np.ndarray) and old.ndim else old, old != 0]
     return odd[rng.integers(len(odd))]
 
 
@@ -112,10 +119,12 @@ def damage_tree(rng, value, plain: bool, depth: int = 0):
     """A copy of nested dicts and lists with one node replaced, left out or doubled."""
     if isinstance(value, (dict, list, tuple)) and len(value) and (depth == 0 or rng.random() < 0.85):
         keys = list(value) if isinstance(value, dict) else range(len(value))
-        key, changed = keys[rng.integers(len(keys))], copy.copy(value) if isinstance(value, dict) else list(value)
+        key = keys[rng.integers(len(keys))]
+        changed = copy.copy(value) if isinstance(value, dict) else list(value)
         kind = rng.random()
         if kind < 0.08: del changed[key]
-        elif kind < 0.12 and isinstance(changed, dict): changed[odd_value(rng, 0, True) if not plain else "x"] = changed[key]
+        elif kind < 0.12 and isinstance(changed, dict):
+            changed["x" if plain else odd_value(rng, 0, True)] = changed[key]
         elif kind < 0.16 and isinstance(changed, list): changed.insert(key, changed[key])
         else: changed[key] = damage_tree(rng, changed[key], plain, depth + 1)
         return tuple(changed) if isinstance(value, tuple) else changed
@@ -126,7 +135,8 @@ def damage_array(rng, array: np.ndarray) -> np.ndarray:
     """Another type, shape, order, or odd values in an array."""
     array = np.array(array)
     match int(rng.integers(7)):
-        case 0: return array.astype(str(rng.choice(["float64", "float32", "int16", "uint8", "bool", "complex64", "U3", "O"])))
+        case 0: return array.astype(str(rng.choice(["float64", "float32", "int16", "uint8", "bool",
+                                                    "complex64", "U3", "O"])))
         case 1: return array[:int(rng.integers(len(array)))] if array.ndim and len(array) else array
         case 2: return array[..., None] if rng.random() < 0.5 else array.reshape(-1)
         case 3: return np.asfortranarray(array.T)
@@ -134,7 +144,8 @@ def damage_array(rng, array: np.ndarray) -> np.ndarray:
         case 5: return np.zeros(0, array.dtype)
     array = array.astype(float) if array.dtype.kind in "biuf" and rng.random() < 0.5 else array
     if array.dtype.kind == "f" and array.size:
-        array.reshape(-1)[rng.integers(array.size, size=max(1, array.size // 9))] = rng.choice([np.nan, np.inf, 1e38, -5, 0])
+        some = rng.integers(array.size, size=max(1, array.size // 9))
+        array.reshape(-1)[some] = rng.choice([np.nan, np.inf, 1e38, -5, 0])
     return array
 
 
@@ -152,8 +163,10 @@ class Call:
 
 def through_pickle(rng, content):
     value = pickle.loads(content, encoding="latin1")
-    calls = (os.system, "touch canary"), (eval, "open('canary', 'w')"), (np.load, "x", None, True), (getattr, np, "save")
-    changed = damage_tree(rng, value, False) if rng.random() < 0.8 else {0: value, 1: Call(*calls[rng.integers(4)])}
+    calls = ((os.system, "touch canary"), (eval, "open('canary', 'w')"), (np.load, "x", None, True),
+             (getattr, np, "save"))
+    hostile = rng.random() >= 0.8
+    changed = {0: value, 1: Call(*calls[rng.integers(4)])} if hostile else damage_tree(rng, value, False)
     return pickle.dumps(changed, int(rng.integers(6)))
 
 
@@ -161,7 +174,8 @@ def through_torch(rng, content):
     with torch.serialization.safe_globals([argparse.Namespace]):
         value = torch.load(io.BytesIO(content), weights_only=True)
     out = io.BytesIO()
-    changed = damage_tree(rng, value, False) if rng.random() < 0.9 else {**value, "x": Call(os.system, "touch canary")}
+    hostile = rng.random() >= 0.9
+    changed = {**value, "x": Call(os.system, "touch canary")} if hostile else damage_tree(rng, value, False)
     torch.save(changed, out)
     return out.getvalue()
 
@@ -182,7 +196,8 @@ def through_mat(rng, content):
     if content[512:520] == b"\x89HDF\r\n\x1a\n" or content[:4] == b"\x89HDF": return through_h5(rng, content)
     values = {k: v for k, v in scipy.io.loadmat(io.BytesIO(content)).items() if not k.startswith("__")}
     key, out = list(values)[rng.integers(len(values))], io.BytesIO()
-    odd = [damage_array(rng, values[key]), np.array([[{"a": 1}]], object), "text", {"field": 1}, np.zeros((2, 2)), None]
+    odd = [damage_array(rng, values[key]), np.array([[{"a": 1}]], object), "text", {"field": 1},
+           np.zeros((2, 2))]
     values[key] = odd[0] if rng.random() < 0.6 else odd[rng.integers(5)]
     if rng.random() < 0.1: del values[key]
     scipy.io.savemat(out, values, do_compression=bool(rng.random() < 0.5))
@@ -224,13 +239,13 @@ def through_png(rng, content):
         at += 12 + length
     i = int(rng.integers(len(chunks))) if rng.random() < 0.6 else 0
     chunks[i] = chunks[i][0], damage_bytes(rng, chunks[i][1], [b"\0\0\0\0"])
-    return content[:8] + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-                                  for kind, body in chunks)
+    return content[:8] + b"".join(struct.pack(">I", len(body)) + kind + body
+                                  + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
 
 
 CONTENT = {".json": through_json, ".pickle": through_pickle, ".pkl": through_pickle, ".pt": through_torch,
-           ".pth": through_torch, ".npy": through_npy, ".safetensors": through_safetensors, ".mat": through_mat,
-           ".cdf": through_cdf, ".png": through_png}
+           ".pth": through_torch, ".npy": through_npy, ".safetensors": through_safetensors,
+           ".mat": through_mat, ".cdf": through_cdf, ".png": through_png}
 
 
 # ==========================================================================================================
@@ -246,7 +261,8 @@ class Places:
         return self.top / name
 
 
-SETTINGS = {"image": 32, "patch": 8, "width": 16, "depth": 2, "heads": 2, "head_channels": 8, "sigma": 2.0, "source": "nowhere"}
+SETTINGS = {"image": 32, "patch": 8, "width": 16, "depth": 2, "heads": 2, "head_channels": 8,
+            "sigma": 2.0, "source": "nowhere"}
 
 
 def write_checkpoint(path: Path) -> None:
@@ -257,9 +273,9 @@ def write_checkpoint(path: Path) -> None:
     optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()])
     skeleton = {key: data.HAND[key] for key in ("joints", "bones", "root", "depth_range")}
     skeleton["bones"] = [list(bone) for bone in skeleton["bones"]]
-    torch.save({"settings": SETTINGS, "encoder": encoder.state_dict(), "head": head.state_dict(), "step": 3, "steps": 3,
-                "optimiser": optimiser.state_dict(), "skeleton": skeleton, "seconds": 1.0, "stage": "finetuning",
-                "scaler": {}, "sums": torch.zeros(3)}, path)
+    torch.save({"settings": SETTINGS, "encoder": encoder.state_dict(), "head": head.state_dict(), "step": 3,
+                "steps": 3, "optimiser": optimiser.state_dict(), "skeleton": skeleton, "seconds": 1.0,
+                "stage": "finetuning", "scaler": {}, "sums": torch.zeros(3)}, path)
 
 
 def build_checkpoint(top: Path) -> Path:
@@ -272,9 +288,9 @@ def load_checkpoint(root: Path, _) -> None:
     path = root / "run/checkpoint.pt"
     if not evaluate.finished_runs([str(root)]): return
     estimator, state = evaluate.load_estimator(path, CPU)
-    evaluate.millimetres_per_pixel(np.ones((len(state["skeleton"]["joints"]), 2)), np.ones(len(state["skeleton"]["joints"])), state)
-    with torch.no_grad(): estimator.heatmaps(torch.zeros(1, 3, estimator.encoder.patch * estimator.encoder.grid[0],
-                                                         estimator.encoder.patch * estimator.encoder.grid[1]))
+    K, (rows, columns), P = len(state["skeleton"]["joints"]), estimator.encoder.grid, estimator.encoder.patch
+    evaluate.millimetres_per_pixel(np.ones((K, 2)), np.ones(K), state)
+    with torch.no_grad(): estimator.heatmaps(torch.zeros(1, 3, rows * P, columns * P))
     own = u.PoseEstimator(u.Encoder((32, 32), 8, 16, 2, 2), u.KeypointHead((4, 4), 16, 8, 21))
     run = u.Run.__new__(u.Run)                                                 # a resume, without a lock
     run.folder, run.rank = root / "run", 0
@@ -285,8 +301,9 @@ def load_checkpoint(root: Path, _) -> None:
 def public_weights() -> dict:
     torch.manual_seed(0)
     encoder, decoder = u.Encoder((32, 32), 8, 16, 2, 2), u.Decoder((4, 4), 8, 16, 8, 1, 2)
-    return {k: v.clone() for k, v in {**encoder.state_dict(), **decoder.state_dict(), "pos_embed": u.sincos_positions((4, 4), 16),
-            "decoder_pos_embed": torch.zeros(1, 17, 8)}.items()}
+    positions = {"pos_embed": u.sincos_positions((4, 4), 16), "decoder_pos_embed": torch.zeros(1, 17, 8)}
+    tensors = {**encoder.state_dict(), **decoder.state_dict(), **positions}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def build_weights(top: Path) -> Path:
@@ -336,13 +353,16 @@ def load_folder(root: Path, touched: Path) -> None:
 def build_image(top: Path) -> Path:
     (top / "run").mkdir()
     write_checkpoint(top / "run/checkpoint.pt")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)).resize((90, 120))
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((90, 120))
     exif = Image.Exif()
     exif[0x0112] = 6
-    image.save(top / "a.jpg", exif=exif), image.save(top / "b.png"), image.convert("P").save(top / "c.png", transparency=3)
-    image.save(top / "d.gif"), image.save(top / "e.webp"), image.save(top / "f.webp", lossless=True)
-    image.save(top / "g.tif", compression="tiff_lzw"), image.save(top / "h.bmp"), image.save(top / "i.jpg", progressive=True)
-    image.convert("CMYK").save(top / "j.jpg"), image.save(top / "k.tif", compression="tiff_adobe_deflate")
+    for name, how in {"a.jpg": {"exif": exif}, "b.png": {}, "d.gif": {}, "e.webp": {}, "h.bmp": {},
+                      "f.webp": {"lossless": True}, "g.tif": {"compression": "tiff_lzw"},
+                      "i.jpg": {"progressive": True}, "k.tif": {"compression": "tiff_adobe_deflate"}}.items():
+        image.save(top / name, **how)
+    image.convert("P").save(top / "c.png", transparency=3)
+    image.convert("CMYK").save(top / "j.jpg")
     Image.fromarray(np.full((40, 60), 40000, np.uint16)).save(top / "l.png")
     return top
 
@@ -394,7 +414,8 @@ class Loader:
 
 
 def of_reader(name: str, build, options=lambda there: {}, files: str = "**/*") -> Loader:
-    def command(there): return [name] + [part for k, v in options(there).items() for part in (f"--{k}", str(v))]
+    def command(there):
+        return [name] + [part for k, v in options(there).items() for part in (f"--{k}", str(v))]
     return Loader(build, reader(name, options), files, command)
 
 
@@ -412,7 +433,8 @@ LOADERS = {
     "pan": of_reader("pan", fixture("test_hand_readers", "pan"),
                      lambda there: {"split": "test" if data.PAN_TEST in there else "train", "stride": 1}),
     "gan": of_reader("gan", fixture("test_hand_readers", "gan"), lambda there: {"share": 0.0}),
-    "h36m": of_reader("h36m", fixture("test_body_readers", "h36m"), lambda there: {"split": "test"}, "S9/**/*"),
+    "h36m": of_reader("h36m", fixture("test_body_readers", "h36m"), lambda there: {"split": "test"},
+                      "S9/**/*"),
     "3dpw": of_reader("3dpw", fixture("test_body_readers", "pw3d"), lambda there: {
         "split": "test" if "test" in there or "imageFiles" in there else "train"}),
     "3dhp": of_reader("3dhp", fixture("test_body_readers", "mpi"), lambda there: {
@@ -426,8 +448,8 @@ LOADERS = {
 # One case, and thousands
 # ==========================================================================================================
 seen: list[str] = []                   # what a loader did that no loader should do
-FORBIDDEN = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "socket.connect",
-             "socket.getaddrinfo", "ctypes.dlopen"}
+FORBIDDEN = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
+             "socket.connect", "socket.getaddrinfo", "ctypes.dlopen"}
 
 
 def watch(place: Path) -> None:
@@ -445,7 +467,8 @@ def files_of(loader: Loader, root: Path) -> list[list[Path]]:
     """The files to damage, by suffix."""
     groups: dict = {}
     for path in sorted(root.glob(loader.files)):
-        if path.is_file() and "run" not in path.parts or path.suffix == ".pt": groups.setdefault(path.suffix, []).append(path)
+        if path.is_file() and "run" not in path.parts or path.suffix == ".pt":
+            groups.setdefault(path.suffix, []).append(path)
     return list(groups.values())
 
 
@@ -471,7 +494,8 @@ def judge(loader: Loader, root: Path, path: Path) -> tuple[str, str]:
         outcome, text = "accepted", ""
     except u.InputError as error:
         outcome, text = "refused", str(error)
-        if len(text.splitlines()) > 2 or len(text) > 1500: outcome, text = "failed", f"a long message: {text[:3000]}"
+        if len(text.splitlines()) > 2 or len(text) > 1500:
+            outcome, text = "failed", f"a long message: {text[:3000]}"
         elif str(root) not in text: outcome, text = "failed", f"names no file: {text}"
     except BaseException: outcome, text = "failed", traceback.format_exc()
     if seen: outcome, text = "failed", f"did what no loader should do: {seen[:3]}"
@@ -513,9 +537,9 @@ def again(name: str, root: Path, case: int) -> tuple[str, str]:
     before, out = path.read_bytes(), root.parent / "out"
     path.write_bytes(content or b"")
     command = loader.command(path.relative_to(root).as_posix())
-    script = "import data, udapose, sys; data.READ_SECONDS = 30; udapose.run_script(lambda: data.main(sys.argv[1:]))"
-    call = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}", command[0], str(root), str(out),
-            *command[1:], "--workers", "2"]
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data, udapose; data.READ_SECONDS = 30; "
+              "udapose.run_script(lambda: data.main(sys.argv[1:]))")
+    call = [sys.executable, "-c", script, command[0], str(root), str(out), *command[1:], "--workers", "2"]
     try:
         done = subprocess.run(call, capture_output=True, text=True, timeout=240, cwd=root.parent)
         last = done.stderr.strip().splitlines()[-1:] or [""]
@@ -545,14 +569,13 @@ def fuzz(name: str, files: int, keep: Path, first: int = 0) -> dict:
     counts, failures = dict.fromkeys(("accepted", "refused", "caught", "failed"), 0), []
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as place:
         (top := Path(place) / "files").mkdir()
-        if name in ("3dhp", "h36m", "3dpw", "surreal"): import test_body_readers  # noqa: F401 so that forks have it
+        if name in ("3dhp", "h36m", "3dpw", "surreal"): import test_body_readers  # noqa: F401, for the forks
         root = built(name, top)
-        outcome, text = judge(LOADERS[name], root, files_of(LOADERS[name], root)[0][0]) if files == 0 else ("", "")
+        whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
         case, end = first, first + files
         while case < end:
             mine, its = FORK.Pipe(False)
             process = FORK.Process(target=work, args=(its, name, root, range(case, end)))
-            whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} if case == first else whole
             process.start()
             its.close()
             while True:
@@ -585,29 +608,33 @@ def fuzz(name: str, files: int, keep: Path, first: int = 0) -> dict:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--files", type=int, default=2000, help="for each loader [%(default)s]")
     parser.add_argument("--only", nargs="+", choices=list(LOADERS), default=list(LOADERS), metavar="LOADER",
                         help=", ".join(LOADERS))
     parser.add_argument("--case", type=int, help="this case alone")
     parser.add_argument("--keep", default="runs/fuzz", help="folder for the files that fail [%(default)s]")
     a = parser.parse_args(arguments)
-    print(f"{'loader':12} {'files':>6} {'accepted':>9} {'refused':>8} {'C crash or hang -> line':>24} {'failed':>7} {'s':>6}")
+    print(f"{'loader':12} {'files':>6} {'accepted':>9} {'refused':>8} {'C crash or hang -> line':>24} "
+          f"{'failed':>7} {'s':>6}")
     failed = 0
     for name in a.only:
         begin, files = time.perf_counter(), a.files if a.case is None else 1
         found = fuzz(name, files, Path(a.keep), a.case or 0)
         failed += found["failed"]
-        print(f"{name:12} {files:6} {found['accepted']:9} {found['refused']:8} {found['caught']:24} {found['failed']:7} "
-              f"{time.perf_counter() - begin:6.0f}", flush=True)
+        print(f"{name:12} {files:6} {found['accepted']:9} {found['refused']:8} {found['caught']:24} "
+              f"{found['failed']:7} {time.perf_counter() - begin:6.0f}", flush=True)
         kinds: dict = {}
-        for number, text in found["failures"]: kinds.setdefault(text.strip().splitlines()[-1][:150], []).append((number, text))
+        for number, text in found["failures"]:
+            kinds.setdefault(text.strip().splitlines()[-1][:150], []).append((number, text))
         for kind, cases in kinds.items():
             print(f"    {len(cases)} x {kind}   (cases {', '.join(str(n) for n, _ in cases[:6])})")
             places = re.findall(r'File "[^"]*/(\w+\.py)", line (\d+)', cases[0][1])
-            if places: print("        at " + " <- ".join(f"{file}:{line}" for file, line in places[::-1][:6]), flush=True)
+            way = " <- ".join(f"{file}:{line}" for file, line in places[::-1][:6])
+            if places: print(f"        at {way}", flush=True)
             if a.case is not None: print(cases[0][1])
-    print("failures" if failed else "no failure", f"of {len(a.only)} loaders; failing files in {a.keep}" if failed else "")
+    print(f"{failed} failures, their files in {a.keep}" if failed else "no failure")
     return int(failed > 0)
 
 

@@ -586,7 +586,7 @@ REFUSED = {
     "double keypoints": (saved("keypoints", lambda a: a.astype(float)), "keypoints.npy: float64"),
     "infinite label": (saved("keypoints", lambda a: spoilt(a, np.inf)), "keypoints.npy: row 3 is infinite"),
     "half a meta.json": (lambda f: cut(f / "meta.json"), "meta.json: broken JSON file"),
-    "binary meta.json": (lambda f: (f / "meta.json").write_bytes(b"\x00\xff" * 9), "meta.json: broken JSON file"),
+    "binary meta.json": (lambda f: (f / "meta.json").write_bytes(b"\x00\xff" * 9), "meta.json: broken JSON"),
     "meta.json is a number": (lambda f: (f / "meta.json").write_text("3"), "meta.json: not a JSON object"),
     "empty meta.json": (lambda f: (f / "meta.json").write_text("{}"), "lacks bones, depth_range, format"),
     "another format": (lambda f: (f / "meta.json").write_text(json.dumps(META | {"format": 2})), "format 2"),

@@ -393,7 +393,8 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path):
              (np.fromfile, str(path)), (os.mkdir, str(trace))]
     for protocol, call in itertools.product((0, 2, 4, 5), calls):
         path.write_bytes(pickle.dumps({"xyz": np.zeros(3), 3: [Malicious(*call)]}, protocol))
-        with refused("bad.pkl: names .*, no array: refused, nothing of it was run"): data.read_pickle_here(path)
+        with refused("bad.pkl: names .*, no array: refused, nothing of it was run"):
+            data.read_pickle_here(path)
         assert not trace.exists()
     path.write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.")         # a dotted name
     with refused("bad.pkl: names numpy.ndarray.tofile"): data.read_pickle_here(path)
