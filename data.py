@@ -1351,6 +1351,7 @@ def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None
                 empty = key >= len(cell) or not cell[key, 0] or "MATLAB_empty" in file[cell[key, 0]].attrs
                 if empty: raise Missing(f"mask: {path.name} has none for this frame")
                 values = h5_values(file, file[cell[key, 0]]).T             # (H, W)
+        if np.ndim(values) != 2: raise ValueError(f"shape {np.shape(values)}, not (height, width)")
         return (values >= foreground[0]) & (values <= foreground[1])
 
 
@@ -1407,6 +1408,8 @@ def read_mat(path: Path, *names: str, kinds: tuple = ()) -> dict[str, np.ndarray
             if not re.fullmatch(r"u?int\d+|single|double|logical", kind) and kind not in kinds:
                 raise ValueError(f"{name} holds no numbers but {kind}")
         found = loadmat(path, variable_names=names)
+        if any(found[name].dtype.kind not in "biuf" + "O" * bool(kinds) for name in names):
+            raise ValueError("complex numbers")
         return {name: found[name] for name in names}
 
 
@@ -2294,7 +2297,7 @@ def read_surreal(root: Path, split: str = "train", frames: str = "middle", strid
             try:  # a clip of one frame lacks the last axis
                 uv, joints = (np.reshape(info[f"joints{n}D"], (n, 24, -1)).astype(float) for n in (2, 3))
                 joints = 1000 * (joints - np.reshape(info["camLoc"], (3, 1, 1)))
-                if not joints.shape[2]: raise ValueError("no frame")
+                if not 0 < joints.shape[2] == uv.shape[2]: raise ValueError("no frames, or not as many in 2D")
             except ValueError as error:
                 raise InputError(f"{root / clip}_info.mat: no labels of SURREAL ({error})") from error
             T = joints.shape[2]

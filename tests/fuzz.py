@@ -7,12 +7,13 @@
 Damage is of two kinds: of bytes (bits flipped, runs overwritten, zeroed, doubled, cut out or in, ends lost,
 counts and offsets at their extremes), and of content (a JSON, pickle, checkpoint, MATLAB, HDF5, CDF or .npy
 file whose values are replaced by others that its loader does not expect, and which is whole as a file).
-A file is loaded in a worker process with limits on memory and time. A loader fails here if it raises anything but
-InputError, if its message has more than two lines or does not name a file of the data, if it crashes, hangs,
-opens what lies outside of its folder, starts a process, a connection or a canary's command. A crash or hang
-of a reader is tried again with the command itself, which reads in worker processes and has to end in a line.
+A file is loaded in a worker process with limits on memory and time. A loader fails here if it raises anything
+but InputError, if its message has more than two lines or does not name a file of the data, if it crashes,
+hangs, opens what lies outside of its folder, starts a process, a connection or a canary's command. A crash or
+hang of a reader is tried again with the command itself, which reads in worker processes and has to end in a
+line.
 
-The same --files gives the same damage: case i of a loader depends on (loader, i) alone.
+The damage is the same each time: case i of a loader depends on (loader, i) alone.
 """
 import argparse
 import contextlib
