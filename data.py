@@ -13,6 +13,7 @@ Bring your own data. A data set is a folder of arrays; write it with numpy, and 
     masks.npy       (n, H, H)    uint8     0 background .. 255 foreground; only a source needs them
     keypoints.npy   (n, K, 3)    float32   mm, camera frame: x right, y down, z forward; NaN: not labelled
     intrinsics.npy  (n, 3, 3)    float32   of the stored crop, pixel centres at integers: u = fx x / z + cx
+    checksums.npy   (n, 4)       uint32    optional: CRC of each record of these four (record_sums below)
     meta.json       {"format": 1, "name": "mine", "split": "train", "joints": ["wrist", ...], "root": 0,
                      "bones": [[0, 1], ...], "depth_range": 300.0, "margin": 1.25, "origin": "whence it came"}
 
@@ -33,8 +34,11 @@ import multiprocessing
 import os
 import pickle
 import queue
+import re
+import resource
 import signal
 import threading
+import warnings
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -56,7 +60,13 @@ from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back
 
 FORMAT = 1
 ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of each array of a data set
-          "keypoints": (3, np.float32), "intrinsics": (3, np.float32)}
+          "keypoints": (3, np.float32), "intrinsics": (3, np.float32), "checksums": (2, np.uint32)}
+START = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+MEMORY, READ_SECONDS = 4 << 30, 600  # of a process that reads foreign files; of one that reads a single one
+LARGEST = 1 << 28                    # numbers in a publisher's array; pixels of a picture, 1 << 27
+VIDEOS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts"
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's; its EPS runs Ghostscript
+RECORDS = [name for name in ARRAYS if name != "checksums"]  # a column of checksums.npy each
 
 
 # ==========================================================================================================
@@ -65,17 +75,22 @@ ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of e
 class Dataset:
     """A data-set folder; `fields` names the arrays to open, memory-mapped. What is not named is not opened.
 
-    Raises InputError, naming file, value and remedy, for a missing, truncated or ill-shaped array.
+    Raises InputError, naming file, value and remedy, for a missing, truncated or ill-shaped array; and later,
+    where the folder has checksums.npy, for a record that is not what was written, when it is first read.
     """
 
     def __init__(self, folder: str | Path, *fields: str):
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
-        self.images = self.masks = self.keypoints = self.intrinsics = None
+        self.images = self.masks = self.keypoints = self.intrinsics = self.checksums = None
+        written = self.meta.get("crc", {})
+        if "checksums" in written or (self.folder / "checksums.npy").exists(): fields += ("checksums",)
         for field in ("images", *fields): setattr(self, field, self.open_array(field))
         n, H, W, channels = self.images.shape
         if (H, channels) != (W, 3) or n == 0:
             raise InputError(f"{self.folder}/images.npy: shape {self.images.shape}; not (n > 0, H, H, 3)")
+        if n != self.meta.get("rows", n):
+            raise InputError(f"{self.folder}/images.npy: {n} rows; meta.json counts {self.meta['rows']}")
         self.check("masks", (n, H, H))
         self.check("keypoints", (n, len(self.meta["joints"]), 3))
         self.check("intrinsics", (n, 3, 3))
@@ -84,17 +99,22 @@ class Dataset:
             if infinite.any():
                 raise InputError(f"{self.folder}/keypoints.npy: row {i + int(infinite.argmax())} is "
                                  "infinite; write NaN for no label")
+        if self.checksums is None: return                                      # a folder made by hand
+        self.check("checksums", (n, len(RECORDS)))
+        value = zlib.crc32(np.ascontiguousarray(self.checksums))
+        if value != written.get("checksums", value):
+            raise InputError(f"{self.folder}/checksums.npy: not the one that meta.json was written with")
+        for i, field in enumerate(RECORDS):
+            if (array := getattr(self, field)) is not None:
+                setattr(self, field, Records(array, self.checksums[:, i], self.folder / f"{field}.npy"))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def open_array(self, field: str) -> np.ndarray:
         path, (ndim, dtype) = self.folder / f"{field}.npy", ARRAYS[field]
-        try: array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: missing; this use of the folder needs it") from error
-        except (ValueError, OSError, EOFError) as error:
-            raise InputError(f"{path}: not a whole .npy array ({error}); write it again") from error
+        if not path.exists(): raise InputError(f"{path}: missing; this use of the folder needs it")
+        array = open_npy(path)
         if array.ndim != ndim or array.dtype != dtype:
             raise InputError(f"{path}: {array.dtype}, {array.ndim} axes; not {np.dtype(dtype)}, {ndim} axes")
         return array
@@ -106,24 +126,98 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the data: meta.json (which holds checksums, where we wrote it) and the shape."""
-        return f"{zlib.crc32((json.dumps(self.meta, sort_keys=True) + str(self.images.shape)).encode()):08x}"
+        """Changes with the data: meta.json (which holds checksums, where we wrote it; else 256 rows of each
+        array do) and the shape."""
+        crc = {k: v for k, v in self.meta.get("crc", {}).items() if k in RECORDS}  # with checksums.npy or not
+        meta = self.meta | ({"crc": crc} if "crc" in self.meta else {})
+        value = zlib.crc32((json.dumps(meta, sort_keys=True) + str(self.images.shape)).encode())
+        some = np.linspace(0, len(self) - 1, min(256, len(self))).astype(int)
+        for array in () if crc else (self.images, self.masks, self.keypoints, self.intrinsics):
+            if array is not None: value = zlib.crc32(np.ascontiguousarray(array[some]), value)
+        return f"{value:08x}"
+
+
+class Records:
+    """An array of a data set: a record is held against its CRC when this process first reads it."""
+
+    def __init__(self, array: np.ndarray, sums: np.ndarray, path: Path):
+        self.array, self.sums, self.path = array, sums, path
+        self.new, self.shape, self.dtype = np.ones(len(array), bool), array.shape, array.dtype
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self[:], dtype)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        found = self.array[rows]
+        if self.new[rows].any():
+            index = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.atleast_1d(rows)
+            for i, record in zip(index, found if np.ndim(self.new[rows]) else [found]):
+                if self.new[i] and zlib.crc32(np.ascontiguousarray(record)) != self.sums[i]:
+                    raise InputError(f"{self.path}: row {i} is not what was written: damaged, or of another "
+                                     "data set; convert it again")
+            self.new[index] = False
+        return found
+
+
+def record_sums(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """CRC (n, 4) uint32 of each record of arrays of n rows, a column for each of RECORDS; 0: no array."""
+    sums = np.zeros((len(next(iter(arrays.values()))), len(RECORDS)), np.uint32)
+    for name, rows in arrays.items():
+        rows = np.ascontiguousarray(rows, ARRAYS[name][1])
+        sums[:, RECORDS.index(name)] = [zlib.crc32(row) for row in rows]
+    return sums
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """A .npy file, memory-mapped; InputError unless it has exactly the bytes that its header announces."""
+    with reading(path, ".npy array"):
+        array = np.lib.format.open_memmap(path, "r")
+        size = array.offset + array.nbytes
+        if size != path.stat().st_size: raise ValueError(f"its header announces {size} bytes")
+        return array
 
 
 def read_meta(folder: Path) -> dict:
     """meta.json, optional fields filled in; InputError if it is missing, broken or of another format."""
-    try: meta = json.loads((folder / "meta.json").read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: no data set here (no meta.json); see `python data.py -h`") from error
-    except ValueError as error: raise InputError(f"{folder}/meta.json: not JSON ({error})") from error
-    if not isinstance(meta, dict): raise InputError(f"{folder}/meta.json: not a JSON object")
+    path = folder / "meta.json"
+    if not path.exists():
+        raise InputError(f"{folder}: no data set here (no meta.json); see `python data.py -h`")
+    with reading(path, "JSON file"): meta = json.loads(path.read_text())
+    if not isinstance(meta, dict): raise InputError(f"{path}: not a JSON object")
     missing = {"format", "name", "joints", "bones", "root", "depth_range"} - set(meta)
-    if missing: raise InputError(f"{folder}/meta.json: lacks {', '.join(sorted(missing))}")
+    if missing: raise InputError(f"{path}: lacks {', '.join(sorted(missing))}")
     if meta["format"] != FORMAT:
-        raise InputError(f"{folder}/meta.json: format {meta['format']}; this code reads {FORMAT}")
-    if set(meta.get("compare") or []) - set(range(len(meta["joints"]))):
-        raise InputError(f"{folder}/meta.json: compare {meta['compare']}; give indices of its joints")
-    return {"margin": 1.25, "split": "", "origin": ""} | meta
+        raise InputError(f"{path}: format {str(meta['format'])[:60]}; this code reads {FORMAT}")
+    check_fields(path, meta := {"margin": 1.25, "split": "", "origin": ""} | meta)
+    return meta
+
+
+def check_fields(path: Path, meta: dict) -> None:
+    """InputError unless the fields of a meta.json, or of a checkpoint's skeleton, are what META says."""
+    for key, (says, fits) in META.items():
+        if key in meta and not fits(meta[key], meta["joints"]):
+            raise InputError(f"{path}: {key} is {str(meta[key])[:60]}; give {says}")
+
+
+def indices(value, joints: list) -> bool:
+    """Whether `value` is a list of indices of the joints."""
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < len(joints) for i in value)
+
+
+META = {  # field of meta.json: what it has to be, and whether it is; joints come first
+    "joints": ("a list of names", lambda v, _: isinstance(v, list) and all(isinstance(n, str) for n in v)),
+    "bones": ("pairs of indices of its joints", lambda v, joints: isinstance(v, list) and all(
+        indices(bone, joints) and len(bone) == 2 for bone in v)),
+    "root": ("an index of its joints", lambda v, joints: indices([v], joints or [0])),
+    "compare": ("indices of its joints", lambda v, joints: v is None or indices(v, joints)),
+    "depth_range": ("millimetres, up to 1e6", lambda v, _: type(v) in (int, float) and 0 < v <= 1e6),
+    "margin": ("a number from 1 to 10", lambda v, _: type(v) in (int, float) and 1 <= v <= 10),
+    "rows": ("their number", lambda v, _: type(v) is int),
+    "crc": ("the arrays' checksums", lambda v, _: isinstance(v, dict) and all(type(c) is int
+                                                                             for c in v.values()))}
 
 
 class Writer:
@@ -161,8 +255,9 @@ class Writer:
     def append(self, arrays: dict[str, np.ndarray], skipped: list[str] = ()) -> None:
         """Rows of one job, arrays of the same length; `skipped` names the samples left out and why."""
         state, crc = self.state, dict(self.state["crc"])
-        shape = {name: list(rows.shape[1:]) for name, rows in arrays.items()} or state["shape"]
         counts = {len(rows) for rows in arrays.values()} or {0}
+        if arrays and len(counts) == 1: arrays = arrays | {"checksums": record_sums(arrays)}
+        shape = {name: list(rows.shape[1:]) for name, rows in arrays.items()} or state["shape"]
         if len(counts) > 1 or (state["rows"] and shape != state["shape"]):
             raise InputError(f"{self.part}: rows {shape} ({counts}) after rows {state['shape']}: one data "
                              "set holds one kind of rows")
@@ -264,8 +359,7 @@ def ordered_results(work, jobs, workers: int):
 
 def process_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     """Worker processes that start afresh and leave Ctrl-C to their parent."""
-    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
-    return concurrent.futures.ProcessPoolExecutor(workers, context, quiet_worker)
+    return concurrent.futures.ProcessPoolExecutor(workers, START, quiet_worker)
 
 
 def culprit(work, jobs: list) -> str:
@@ -282,17 +376,45 @@ def culprit(work, jobs: list) -> str:
 
 
 def in_a_process(function, path: Path, *arguments):
-    """function(path, *arguments) in a process of its own: a C library that dies of it is an InputError."""
-    with process_pool(1) as pool:
-        try: return pool.submit(function, path, *arguments).result()
-        except BrokenProcessPool as error:
-            raise InputError(f"{path}: kills the process that reads it: broken? Download it again") from error
+    """function(path, *arguments) in a process of its own: a file that crashes it, or holds it up for
+    READ_SECONDS, is an InputError."""
+    mine, its = multiprocessing.Pipe(duplex=False)
+    process = START.Process(target=answer, args=(its, function, path, *arguments), daemon=True)
+    process.start()
+    its.close()
+    try:
+        if not mine.poll(READ_SECONDS): raise InputError(f"{path}: not read in {READ_SECONDS} s: broken?")
+        result = mine.recv()
+    except (EOFError, OSError) as error:
+        raise InputError(f"{path}: kills the process that reads it: broken? Download it again") from error
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, Exception): raise result
+    return result
+
+
+def answer(pipe, function, *arguments) -> None:
+    """The process of `in_a_process`: sends what the function returns or raises."""
+    quiet_worker()
+    try: result = function(*arguments)
+    except Exception as error: result = error
+    pipe.send(result)
+
+
+def limit_memory(limit: int) -> int:
+    """Give this process so many bytes at most: what a hostile file unpacks to is a MemoryError then. Returns
+    the limit before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))  # -1: no limit
+    return soft
 
 
 def quiet_worker() -> None:
     """Start of a worker: Ctrl-C is the parent's to handle, one thread, and no life after the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    limit_memory(MEMORY)
     watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # noqa: E731
     threading.Thread(target=watch, daemon=True).start()  # a killed parent cannot tell its workers to go
 
@@ -514,9 +636,7 @@ def chunks(count: int, size: int = 100) -> list[np.ndarray]:
 
 def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
     """Masks (n, H, H) uint8 of a data set in a file of their own: f^S's lie in the run."""
-    try: masks = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: no readable masks ({error})") from error
+    masks = open_npy(Path(path))
     if masks.shape != dataset.images.shape[:3] or masks.dtype != np.uint8:
         raise InputError(f"{path}: {masks.dtype} {masks.shape}; expected uint8 {dataset.images.shape[:3]}")
     return masks
@@ -1086,7 +1206,7 @@ def make_benchmark(kind: str, root: str | Path, side: int = 60, workers: int = 0
     """Render the folders of BENCHMARK, of `kind`, that are not there yet under root, crops of `side` px."""
     for name, (domain, count) in BENCHMARK.items():
         if (Path(root) / name).exists():
-            there = np.load(Path(root) / name / "images.npy", mmap_mode="r").shape[1]
+            there = Dataset(Path(root) / name).images.shape[1]
             if there != side: raise InputError(f"{root}/{name}: exists with {there} px; remove it")
             continue
         skeleton = {k: v for k, v in KINDS[kind].skeleton.items() if k != "box"}
@@ -1148,7 +1268,10 @@ class Missing(Exception):
 @contextlib.contextmanager
 def reading(path: Path, what: str):
     """Whatever goes wrong while a file is read becomes one line that names it."""
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
     except (InputError, Missing): raise
     except ImportError as error:
         library = (error.name or str(error)).partition(".")[0]
@@ -1165,7 +1288,7 @@ def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarra
     If `width` px of it (0: its shorter side) are to become `side` px, a JPEG is decoded at 1/2, 1/4 or 1/8 of
     its size where that leaves as many pixels: a quarter of the time, or less.
     """
-    with reading(path, "picture"), Image.open(path) as image:
+    with reading(path, "picture"), Image.open(path, formats=PICTURES) as image:
         size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
         share = side / (width or min(size))
         if side: image.draft("RGB", [math.ceil(share * length) for length in image.size])
@@ -1186,7 +1309,9 @@ class Video:
 
     def __init__(self, path: Path):
         import av
-        self.container = av.open(str(path))
+        # a playlist under the name of a video would have FFmpeg open what it names, files and addresses
+        safe = {"format_whitelist": VIDEOS, "protocol_whitelist": "file"}
+        self.container = av.open(str(path), options=safe)
         self.stream = self.container.streams.video[0]
         self.stream.codec_context.thread_count = 1  # there are other workers
         packets = [(p.pts, p.pts if p.dts is None else p.dts, p.is_keyframe)
@@ -1224,7 +1349,7 @@ def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None
     """A mask as (H, W) bool: True where the value lies in the closed range; `key` as Sample.mask_key."""
     with reading(path, "mask"):
         if key is None:
-            with Image.open(path) as image:
+            with Image.open(path, formats=PICTURES) as image:
                 values = np.asarray(image if image.mode in "PL" else image.convert("L"))
         elif isinstance(key, str): values = read_mat(path, key)[key]
         else:
@@ -1233,7 +1358,8 @@ def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None
                 cell = file["Masks"]                                       # (F, 1) of references
                 empty = key >= len(cell) or not cell[key, 0] or "MATLAB_empty" in file[cell[key, 0]].attrs
                 if empty: raise Missing(f"mask: {path.name} has none for this frame")
-                values = file[cell[key, 0]][()].T                          # (H, W)
+                values = h5_values(file, file[cell[key, 0]]).T             # (H, W)
+        if np.ndim(values) != 2: raise ValueError(f"shape {np.shape(values)}, not (height, width)")
         return (values >= foreground[0]) & (values <= foreground[1])
 
 
@@ -1243,6 +1369,9 @@ def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
     Picture and mask must have the size that the publisher says; a JPEG of which `width` px become `side` px
     may be decoded smaller, (h, w).
     """
+    for name in (sample.image, sample.mask or ""):  # such names stand in files of labels
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise InputError(f"{root}: its labels name {name!r}, which lies outside of it: refused")
     path, mask = root / sample.image, None
     if sample.frame is None: image, size = open_picture(path, side, width)
     else:
@@ -1262,7 +1391,8 @@ def need_files(root: Path, names: list[str], layout: str) -> None:
     for name in names:
         folder, _, file = name.rpartition("/")
         try: present = folders[folder] = folders.get(folder) or set(os.listdir(root / folder))
-        except OSError as error: raise InputError(f"{root / folder}: no such folder. {layout}") from error
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            raise InputError(f"{root / folder}: no such folder. {layout}") from error
         if file not in present: raise InputError(f"{root / name}: missing. {layout}")
 
 
@@ -1275,12 +1405,20 @@ def read_json_array(path: Path, *shape: int) -> np.ndarray:
     return array
 
 
-def read_mat(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Variables of a MATLAB file of version 5 as scipy gives them: MATLAB's axes, two at least."""
+def read_mat(path: Path, *names: str, kinds: tuple = ()) -> dict[str, np.ndarray]:
+    """Variables of a MATLAB file of version 5 as scipy gives them: MATLAB's axes, two at least. Arrays of
+    numbers; with `kinds` of those too, as cells, which may lie in each other until a process dies of it."""
     with reading(path, "MATLAB file"):
         from scipy.io import loadmat, whosmat
+        there = {name: (shape, kind) for name, shape, kind in whosmat(path)}
+        for name, (shape, kind) in named(path, there, names).items():
+            if math.prod(shape) > LARGEST: raise ValueError(f"{name} claims to be {shape}")
+            if not re.fullmatch(r"u?int\d+|single|double|logical", kind) and kind not in kinds:
+                raise ValueError(f"{name} holds no numbers but {kind}")
         found = loadmat(path, variable_names=names)
-        return named(path, found if set(names) <= set(found) else [v[0] for v in whosmat(path)], names)
+        if any(found[name].dtype.kind not in "biuf" + "O" * bool(kinds) for name in names):
+            raise ValueError("complex numbers")
+        return {name: found[name] for name in names}
 
 
 def read_h5(path: Path, *names: str) -> dict[str, np.ndarray]:
@@ -1292,7 +1430,17 @@ def read_h5_here(path: Path, *names: str) -> dict[str, np.ndarray]:
     """`read_h5` in this very process, which a crash inside HDF5 would take along."""
     with reading(path, "MATLAB 7.3 file"):
         import h5py
-        with h5py.File(path) as file: return {k: v[()] for k, v in named(path, file, names).items()}
+        with h5py.File(path) as file:
+            return {k: h5_values(file, v) for k, v in named(path, file, names).items()}
+
+
+def h5_values(file, found) -> np.ndarray:
+    """The numbers of an HDF5 data set; ValueError where they lie in another file, or are absurdly many."""
+    if found.file.filename != file.filename or found.external or found.is_virtual:
+        raise ValueError(f"{found.name} lies in another file")
+    if found.dtype.kind not in "biuf" or found.size > LARGEST:
+        raise ValueError(f"{found.name} claims to be {found.dtype} {found.shape}")
+    return found[()]
 
 
 def read_cdf(path: Path, name: str) -> np.ndarray:
@@ -1312,12 +1460,44 @@ def named(path: Path, variables, names) -> dict:
     return {name: variables[name] for name in names}
 
 
+class PickledType:
+    """Stands for a numpy.dtype in a pickle: numpy's own __setstate__ believes whatever offsets it is told."""
+
+    def __init__(self, code, *_): self.code, self.order = code, "|"
+
+    def __setstate__(self, state): self.order = state[1]
+
+    def plain(self) -> np.dtype:
+        if not re.fullmatch(r"[<>=|][biufcSUO]\d{0,4}", self.order + self.code):
+            raise ValueError(f"an array of {self.code!r}")
+        return np.dtype(self.order + self.code)
+
+
+class PickledArray(np.ndarray):
+    """An array whose __setstate__ believes nothing: numpy's reads beyond a list shorter than its shape."""
+
+    def __setstate__(self, state):
+        shape, kind, fortran, content = state[-4:]
+        dtype, content = kind.plain(), content.encode("latin1") if isinstance(content, str) else content
+        size = math.prod(shape) * (1 if dtype.hasobject else dtype.itemsize)
+        if type(content) is not (list if dtype.hasobject else bytes) or len(content) != size or size < 0:
+            raise ValueError(f"{shape} {dtype} in {len(content)} bytes")
+        super().__setstate__((1, shape, dtype, bool(fortran), content))
+
+    def __reduce__(self): return np.asarray(self).__reduce__()
+
+
 class ArraysOnly(pickle.Unpickler):
-    """Admits numpy arrays in plain containers: what a pickle names may be called, so it finds no other."""
+    """Admits numpy arrays in plain containers: what a pickle names may be called, so it finds no other, and
+    of numpy only what is made here: numpy's own ndarray would take any bytes for pointers."""
 
     def find_class(self, module: str, name: str):
-        known = {"_reconstruct": np.ndarray((0,)).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
-                 "scalar": np.float64().__reduce__()[0], "_frombuffer": np.ndarray((0,)).__reduce_ex__(5)[0],
+        known = {"ndarray": "ndarray", "dtype": lambda *code: PickledType(*code),
+                 "_reconstruct": lambda *_: np.ndarray.__new__(PickledArray, 0),
+                 "scalar": lambda kind, data: np.frombuffer(
+                     data.encode("latin1") if isinstance(data, str) else data, kind.plain(), 1)[0],
+                 "_frombuffer": lambda data, kind, shape, order: np.frombuffer(
+                     data, kind.plain()).reshape(shape, order=order),
                  "encode": lambda text, encoding: text.encode("latin1")}   # bytes in pickles of protocol 2
         if module.split(".")[0] == ("_codecs" if name == "encode" else "numpy") and name in known:
             return known[name]
@@ -1329,6 +1509,11 @@ def read_pickle(path: Path):
 
     InputError where it holds anything else: a pickle can run any command, and these come from a download.
     """
+    return in_a_process(read_pickle_here, path)
+
+
+def read_pickle_here(path: Path):
+    """`read_pickle` in this very process, which tuples in tuples by the million would take along."""
     with reading(path, "pickle"), open(path, "rb") as file:
         unpickler = ArraysOnly(file, encoding="latin1")  # python 2's str, whose arrays' bytes they are too
         unpickler.path = path
@@ -1337,7 +1522,7 @@ def read_pickle(path: Path):
 
 def pinhole_of(points: np.ndarray, uv: np.ndarray) -> np.ndarray:
     """Intrinsics (3, 3) px, without skew, that project points (n, 3) mm, camera, nearest to uv (n, 2) px."""
-    good, K = np.isfinite(points).all(axis=1) & np.isfinite(uv).all(axis=1), np.eye(3)
+    good, K = np.isfinite(points).all(axis=1) & np.isfinite(uv).all(axis=1) & (points[:, 2] != 0), np.eye(3)
     for axis in (0, 1):
         slope = points[good, axis] / points[good, 2]
         K[axis, axis], K[axis, 2] = np.polyfit(slope, uv[good, axis], 1)   # u = f x / z + c
@@ -1645,7 +1830,7 @@ def read_stb(root: Path, split: str = "train", camera: str = "bb",
 
 def more_left(path: Path) -> bool:
     """Whether an index mask of RHD shows more of the left hand (2 .. 17) than of the right (18 .. 33)."""
-    with reading(path, "mask"), Image.open(path) as mask:
+    with reading(path, "mask"), Image.open(path, formats=PICTURES) as mask:
         if mask.mode not in "LP": raise ValueError(f"{mask.mode}, not one index a pixel")
         pixels = mask.histogram()
     return sum(pixels[2:18]) > sum(pixels[18:34])
@@ -1689,8 +1874,9 @@ def pan_cameras(path: Path, views: str) -> dict[str, tuple]:
     """HD cameras of a calibration file, or those numbered in `views`: name "00_07" -> size (width, height),
     K (3, 3) px, distortion (5,), and R (3, 3), t (3,) mm from the dome's frame to the camera's."""
     with reading(path, "calibration"):
-        found = {c["name"]: (tuple(c["resolution"]), np.array(c["K"], float), np.array(c["distCoef"], float),
-                             np.array(c["R"], float), 10 * np.array(c["t"], float).reshape(3))  # cm -> mm
+        array = lambda value, *shape: np.array(value, float).reshape(shape)  # noqa: E731
+        found = {c["name"]: (tuple(array(c["resolution"], 2).astype(int).tolist()), array(c["K"], 3, 3),
+                             array(c["distCoef"], 5), array(c["R"], 3, 3), 10 * array(c["t"], 3))  # cm -> mm
                  for c in json.loads(path.read_text())["cameras"] if c["type"] == "hd"}
     wanted = [f"00_{view.strip():>02}" for view in views.split(",")] if views else sorted(found)
     if missing := set(wanted) - set(found):
@@ -1875,7 +2061,8 @@ def lens_of(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray, 
     bent = np.array([[x * r2, y * r2], [x * r2 ** 2, y * r2 ** 2], [2 * x * y, r2 + 2 * y * y],
                      [r2 + 2 * x * x, 2 * x * y], [x * r2 ** 3, y * r2 ** 3]])                 # (5, 2, n)
     columns = np.array([[x, none], [one, none], [none, y], [none, one], *bent]).reshape(9, -1).T  # (2 n, 9)
-    solution = np.linalg.lstsq(columns, uv.T.ravel(), rcond=None)[0]
+    try: solution = np.linalg.lstsq(columns, uv.T.ravel(), rcond=None)[0]
+    except np.linalg.LinAlgError as error: raise InputError(f"{name}: no lens fits: {error}") from error
     fx, cx, fy, cy = solution[:4]
     apart = np.quantile(np.abs(columns @ solution - uv.T.ravel()), 0.99)
     if apart > 0.5:
@@ -1965,7 +2152,8 @@ def read_3dpw(root: Path, split: str = "train", stride: int = 1) -> tuple[int, I
                 uv = body_joints(np.where(seen[i, 2] > 0, seen[i, :2], np.nan).T, OPENPOSE_JOINTS)
                 apart = np.linalg.norm(uv - (projected := to_uv(keypoints, K)), axis=1)        # (17,) px
                 uv[~(apart <= np.nanmedian(apart))] = np.nan               # its worse half: hidden, mistaken
-                height = np.ptp(projected[np.isfinite(projected[:, 0])], axis=0).max()
+                known = projected[np.isfinite(projected).all(axis=1)]
+                height = np.ptp(known, axis=0).max() if len(known) else 0
                 yield Sample(images[i], keypoints, K, uv=uv, tolerance=max(10.0, 0.15 * height),
                              around=head_top(smpl))
 
@@ -2035,7 +2223,7 @@ def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[i
         for name, frames in MPI_FRAMES.items():  # annot.mat has rows beyond the video's end
             file, places = root / name / "annot.mat", MPI_JOINTS["train"]
             keys = {"annot2": 2, "annot3": 3, labels: 3}
-            found = read_mat(file, *keys)
+            found = in_a_process(partial(read_mat, kinds=("cell",)), file, *keys)
             for c in chosen:
                 try: uv, points, *other = (np.reshape(found[key][c, 0], (-1, 28, axes))[:frames, places]
                                            for key, axes in keys.items())
@@ -2066,7 +2254,7 @@ def testing_3dhp(root: Path, labels: str) -> tuple[int, Iterator[Sample]]:
                     raise InputError(f"{file}: {key} {found[key].shape}, not {(n, 1, 17, last)}")
             valid = np.flatnonzero(found["valid_frame"].ravel() == 1)      # (V,) rows
             uv, points, other = (found[key][valid, 0][:, MPI_JOINTS["test"]].astype(float) for key in axes)
-            K = pinhole_of(points.reshape(-1, 3), uv.reshape(-1, 2))
+            with reading(file, "file of labels"): K = pinhole_of(points.reshape(-1, 3), uv.reshape(-1, 2))
             points = universal(points, other, file) if labels == "univ_annot3" else points
             images = [f"{name}/imageSequence/img_{row + 1:06d}.jpg" for row in valid]
             need_files(root, images, layout)
@@ -2117,6 +2305,7 @@ def read_surreal(root: Path, split: str = "train", frames: str = "middle", strid
             try:  # a clip of one frame lacks the last axis
                 uv, joints = (np.reshape(info[f"joints{n}D"], (n, 24, -1)).astype(float) for n in (2, 3))
                 joints = 1000 * (joints - np.reshape(info["camLoc"], (3, 1, 1)))
+                if not 0 < joints.shape[2] == uv.shape[2]: raise ValueError("no frames, or not as many in 2D")
             except ValueError as error:
                 raise InputError(f"{root / clip}_info.mat: no labels of SURREAL ({error})") from error
             T = joints.shape[2]
@@ -2155,15 +2344,18 @@ READERS = {  # name on the command line: (reader, skeleton, share of the samples
 def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **options) -> None:
     """ROOT as its publisher ships it -> data-set folder OUT, stored crops of `side` px."""
     reader, skeleton, max_skipped = READERS[name]
-    count, samples = reader(Path(root), **options)
     origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
     del meta["box"]
     if Path(out).exists() and read_meta(Path(out)).get("origin") == origin:
         return print(f"{out}: made already by the same command; remove it to make it again")
-    jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_A_JOB)), [])
-    build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), partial(convert, Path(root), side, skeleton),
-                  workers, SAMPLES_A_JOB, max_skipped)
+    before = limit_memory(MEMORY)
+    try:
+        count, samples = reader(Path(root), **options)
+        jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_A_JOB)), [])
+        work = partial(convert, Path(root), side, skeleton)
+        build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), work, workers, SAMPLES_A_JOB, max_skipped)
+    finally: limit_memory(before)
     meta = read_meta(Path(out))
     print(f"{out}: {meta['rows']} samples, {len(meta['skipped'])} left out", *meta["skipped"][:5], sep="\n  ")
 
@@ -2176,7 +2368,7 @@ COLOURS = ((230, 60, 60), (240, 170, 30), (60, 200, 80), (60, 140, 250), (200, 9
 
 def open_all(folder: str) -> Dataset:
     """A data set with every array that its folder holds."""
-    return Dataset(folder, *(name for name in ARRAYS if (Path(folder) / f"{name}.npy").exists()))
+    return Dataset(folder, *(name for name in RECORDS if (Path(folder) / f"{name}.npy").exists()))
 
 
 def draw_skeleton(draw: ImageDraw.ImageDraw, uv: np.ndarray, bones: list, width: int,
@@ -2228,9 +2420,10 @@ def check(folder: str) -> None:
         if array is None and name not in crc: continue
         if array is None: raise InputError(f"{path}: missing; meta.json counts on it")
         for i in range(0, len(array), 256): value = zlib.crc32(np.ascontiguousarray(array[i:i + 256]), value)
-        if path.stat().st_size != array.offset + array.nbytes or value != crc.get(name, value):
-            raise InputError(f"{path}: size or checksum is not what was written; convert it again")
+        if value != crc.get(name, value):
+            raise InputError(f"{path}: its checksum is not what was written; convert it again")
         print(f"{name}.npy: {array.shape} {array.dtype}, {'sound' if name in crc else 'without a checksum'}")
+    if dataset.checksums is None: print("no checksums.npy: training cannot tell a damaged record")
     if dataset.keypoints is None or dataset.intrinsics is None: return
     faults = []
     for i, (keypoints, K) in enumerate(zip(dataset.keypoints, dataset.intrinsics)):

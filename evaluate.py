@@ -24,6 +24,7 @@ from torch import Tensor
 import data
 import udapose as u
 
+SKELETON = ("joints", "bones", "root", "depth_range")  # what a checkpoint has to know of its labels
 PCK_LIMIT = {"EPE": 50.0, "MPJPE": 150.0}  # mm: the PCK curve is taken over thresholds 0 .. so much
 
 
@@ -120,7 +121,10 @@ def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
 def load_encoder(state: dict, path: Path) -> u.Encoder:
     """f^E of a checkpoint, of either stage."""
     s = state["settings"]
-    encoder = u.Encoder((s["image"], s["image"]), s["patch"], s["width"], s["depth"], s["heads"])
+    with u.usable(path):
+        if 48 * s["depth"] * s["width"] ** 2 > path.stat().st_size or s["image"] > 256 * s["patch"]:
+            raise ValueError("its settings ask for larger weights than it holds")
+        encoder = u.Encoder((s["image"], s["image"]), s["patch"], s["width"], s["depth"], s["heads"])
     u.load_parts(path, state, encoder=encoder)
     return encoder
 
@@ -129,9 +133,13 @@ def load_estimator(path: Path, device) -> tuple[u.PoseEstimator, dict]:
     """f^E with f^H of a fine-tuned checkpoint, ready to predict, and the checkpoint."""
     state = u.read_checkpoint(path)
     if "head" not in state: raise u.InputError(f"{path}: holds no head; it is a checkpoint of pre-training")
-    s, skeleton = state["settings"], state["skeleton"]
+    with u.usable(path): s, skeleton = state["settings"], dict.fromkeys(SKELETON) | state["skeleton"]
+    data.check_fields(path, skeleton)
     encoder = load_encoder(state, path)
-    head = u.KeypointHead(encoder.grid, s["width"], s["head_channels"], len(skeleton["joints"]))
+    with u.usable(path):
+        if 64 * s["head_channels"] * s["width"] > path.stat().st_size:
+            raise ValueError("its settings ask for larger weights than it holds")
+        head = u.KeypointHead(encoder.grid, s["width"], s["head_channels"], len(skeleton["joints"]))
     u.load_parts(path, state, head=head)
     return u.PoseEstimator(encoder, head).eval().to(device), state
 
@@ -141,7 +149,7 @@ def load_segmentation(path: Path, device) -> tuple[u.UNet, float] | None:
     seg = path.parent / "segmentation.pt"
     if not seg.exists(): return None
     state = u.read_checkpoint(seg)
-    net = u.UNet(state["settings"]["seg_channels"])
+    with u.usable(path): net = u.UNet(state["settings"]["seg_channels"])
     u.load_parts(seg, state, segmentation=net)
     return net.eval().to(device), state["seconds"]
 
@@ -733,8 +741,8 @@ def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tup
     """
     s, known = state["settings"], state["skeleton"]
     a, b = np.array(known["bones"]).T
-    try: poses = data.Dataset(s["source"], "keypoints").keypoints[:1000]                 # (n, K, 3) mm
-    except u.InputError: return known["depth_range"] / s["image"], f"{s['source']} is missing, a guess"
+    try: poses = data.Dataset(str(s.get("source")), "keypoints").keypoints[:1000]        # (n, K, 3) mm
+    except u.InputError: return known["depth_range"] / s["image"], f"{s.get('source')} is not whole, a guess"
     L2 = np.nanmean(np.square(poses[:, a] - poses[:, b]).sum(-1), axis=0).sum()
     flat, deep = np.square(uv[a] - uv[b]).sum(), np.square(depth[a] - depth[b]).sum()
     return float(np.sqrt(max(L2 - deep, 0.1 * L2) / max(flat, 1e-6))), "bones as long as in training"
@@ -791,8 +799,9 @@ def finished_runs(folders: list[str]) -> list[Path]:
         if not here: raise u.InputError(f"{folder}: no checkpoint.pt here or below; train first")
         for path in here:
             state = u.read_checkpoint(path)
-            if state["step"] == state["steps"]: paths.append(path)
-            else: print(f"left out, not finished ({state['step']} of {state['steps']} steps): {path.parent}")
+            with u.usable(path): step, steps, _ = (state[key] for key in ("step", "steps", "seconds"))
+            if step == steps: paths.append(path)
+            else: print(f"left out, not finished ({step} of {steps} steps): {path.parent}")
     return list({path.resolve(): path for path in paths}.values())  # a run named twice counts once
 
 

@@ -182,9 +182,10 @@ def build(s: Settings, keypoints: int, rank: int, device):
     elif s.init:
         state = u.read_checkpoint(path)
         if "decoder" not in state: raise u.InputError(f"{s.init}: not a pre-training run; --init takes one")
-        if state["step"] != state["steps"]:
-            raise u.InputError(f"{s.init}: stands at step {state['step']} of {state['steps']}: finish it")
-        theirs = {k: state["settings"][k] for k in ("image", "patch", "width", "depth", "heads")}
+        with u.usable(path): step, steps = state["step"], state["steps"]
+        if step != steps: raise u.InputError(f"{s.init}: stands at step {step} of {steps}: finish it")
+        with u.usable(path):
+            theirs = {k: state["settings"][k] for k in ("image", "patch", "width", "depth", "heads")}
         other = [f"{k} {v} there, {getattr(s, k)} here" for k, v in theirs.items() if v != getattr(s, k)]
         if other: raise u.InputError(f"{s.init}: another architecture: {', '.join(other)}")
         u.load_parts(path, state, encoder=encoder)

@@ -36,6 +36,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -684,14 +685,39 @@ def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> T
 # ==========================================================================================================
 # Public weights: MAE, timm and ViTPose files into f^E (and f^D)
 # ==========================================================================================================
+def torch_load(path: str | Path):
+    """What a torch file holds: tensors, plain values, an argparse.Namespace; nothing in it is run.
+
+    ValueError where a part is not what was written, which torch does not look at, or is packed: then a few
+    bytes may unpack to any number of them.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+                raise ValueError("its parts are compressed; torch.save writes none such")
+            if (part := file.testzip()) is not None: raise ValueError(f"{part} is not what was written")
+    with torch.serialization.safe_globals([argparse.Namespace]):           # official MAE files hold one
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def usable(path: str | Path):
+    """Context in which what was read from `path` is put to use: where it does not fit, InputError."""
+    try: yield
+    except InputError as error: raise InputError(f"{path}: {error}") from error
+    except (AttributeError, ArithmeticError, AssertionError, IndexError, KeyError, MemoryError, RuntimeError,
+            TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path}: not what it should be ({what})") from error
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file by name. Nothing in the file is run (`weights_only`)."""
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file  # optional: needed for this format only
             return load_file(str(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official MAE files hold one
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch_load(path)
     except ImportError as error:
         raise InputError(f"{path}: this format needs safetensors: pip install safetensors") from error
     except FileNotFoundError as error: raise InputError(f"{path}: no such file") from error
@@ -701,7 +727,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if isinstance(state, dict): state = state.get(key, state)
     if not isinstance(state, dict) or not any(isinstance(t, Tensor) for t in state.values()):
         raise InputError(f"{path}: holds no named tensors")
-    return {k: t for k, t in state.items() if isinstance(t, Tensor)}
+    tensors = {str(k): t for k, t in state.items() if isinstance(t, Tensor)}
+    for key, tensor in tensors.items():
+        with usable(path):
+            if not torch.isfinite(tensor).all(): raise ValueError(f"{key} has values that are no numbers")
+    return tensors
 
 
 def resample_positions(positions: Tensor, grid: tuple[int, int], file_grid: tuple[int, int]) -> Tensor:
@@ -738,8 +768,7 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
                for k, t in read_weights(path).items()}
     report = []
     if "pos_embed" in tensors:
-        try: tensors["pos_embed"], why = file_positions(tensors, encoder)
-        except InputError as error: raise InputError(f"{path}: {error}") from error
+        with usable(path): tensors["pos_embed"], why = file_positions(tensors, encoder)
         report.append(f"pos_embed: {why}")
     if decoder is not None and "decoder_pos_embed" in tensors:
         tensors["decoder_pos_embed"] = decoder.decoder_pos_embed
@@ -756,7 +785,8 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
     if foreign: raise InputError(f"{path}: {foreign[0]} {tuple(tensors[foreign[0]].shape)} is nothing here: "
                                  "the file is deeper, or has another kind of block")
     for module in filter(None, (encoder, decoder)):
-        module.load_state_dict({k: t for k, t in tensors.items() if k in module.state_dict()}, strict=False)
+        own = {k: t for k, t in tensors.items() if k in module.state_dict()}
+        with usable(path): module.load_state_dict(own, strict=False)
     report.insert(0, f"used {len(wanted.keys() & tensors.keys())} of {len(tensors)} tensors of {path}")
     missing = [k for k in wanted if k not in tensors]
     if missing: report.append(f"not in the file, left at their initial values: {', '.join(missing[:4])}"
@@ -1052,12 +1082,14 @@ def write_json(path: Path, value) -> None:
 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of this project: tensors and plain values only, so nothing in it can run."""
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
+    try: state = torch_load(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such checkpoint; train it first (same --preset, --seed)") from error
     except Exception as error:
         raise InputError(f"{path}: not a readable checkpoint ({first_line(error)})") from error
-    if not isinstance(state, dict) or "settings" not in state:
+    kinds = {"settings": dict, "step": int, "steps": int, "seconds": (int, float), "stage": str}
+    if not isinstance(state, dict) or "settings" not in state \
+            or not all(isinstance(state.get(key, kind), kind) for key, kind in kinds.items() if key in state):
         raise InputError(f"{path}: not a checkpoint of this project")
     return state
 
@@ -1065,14 +1097,19 @@ def read_checkpoint(path: str | Path) -> dict:
 def load_parts(path: str | Path, state: dict, **parts: nn.Module) -> None:
     """Copy the weights state[name] into each module; InputError names the first key that does not fit."""
     for name, module in parts.items():
-        if name not in state: raise InputError(f"{path}: holds no {name}; it is a checkpoint of another kind")
+        if not isinstance(state.get(name), dict):
+            raise InputError(f"{path}: holds no {name}; it is a checkpoint of another kind")
         own = module.state_dict()
         for key in [*own, *(k for k in state[name] if k not in own)]:
-            theirs, ours = (tuple(d[key].shape) if key in d else "nothing" for d in (state[name], own))
+            theirs, ours = (tuple(getattr(d[key], "shape", ["no tensor"])) if key in d else "nothing"
+                            for d in (state[name], own))
             if theirs != ours:
                 raise InputError(f"{path}: {name}.{key} is {theirs} in the file and {ours} here: another "
                                  "architecture; give the settings it was trained with")
-        module.load_state_dict(state[name])
+            with usable(path):
+                if not torch.isfinite(state[name][key]).all():
+                    raise ValueError(f"{name}.{key} has values that are no numbers")
+        with usable(path): module.load_state_dict(state[name])
 
 
 class Run:
@@ -1138,11 +1175,9 @@ class Run:
         if from_rank_0(path.exists()):
             state = read_checkpoint(path)
             load_parts(path, state, **parts)
-            try:
+            with usable(path):
                 optimiser.load_state_dict(state["optimiser"])
                 state["step"], state["stage"]
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise InputError(f"{path}: not a checkpoint of this run ({first_line(error)})") from error
         if self.rank == 0 and log.exists():  # steps after the checkpoint are done again, and logged again
             whole = log.read_text().rpartition("\n")[0]  # a kill can cut the last line
             lines = [(json.loads(line), line) for line in whole.splitlines()]

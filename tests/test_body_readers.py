@@ -303,7 +303,7 @@ def test_h36m(h36m_set, capsys):
 
 def test_h36m_crops_are_pinhole_images_with_masks(h36m_set):
     """The lens is undone in picture and mask: the mask covers the pinhole projections and no background."""
-    green = np.abs(h36m_set.images.astype(int) - GREEN).sum(-1) < 30           # (n, H, H)
+    green = np.abs(h36m_set.images[:].astype(int) - GREEN).sum(-1) < 30           # (n, H, H)
     assert share_on_mask(h36m_set) > 0.99 and (h36m_set.masks[:][green] < 128).mean() > 0.99
     assert 0.02 < (h36m_set.masks[:] >= 128).mean() < 0.2
 
@@ -743,9 +743,9 @@ def mpi(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Two sequences instead of 16; HDF5 is read in this process, not in one of its own."""
+    """Two sequences instead of 16; labels are read in this process, not in one of their own."""
     monkeypatch.setattr(data, "MPI_FRAMES", MPI_ROWS)
-    monkeypatch.setattr(data, "read_h5", data.read_h5_here)
+    monkeypatch.setattr(data, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 @pytest.fixture
@@ -774,7 +774,7 @@ def test_3dhp(split, mpi, tmp_path, capsys):
     official = run_3dhp(mpi, tmp_path / "univ", "--split", split)
     assert_sound(official, MPI_ENLARGED * truth, capsys)
     relative = universal(truth) - universal(truth)[:, :1]
-    assert np.allclose(official.keypoints - official.keypoints[:, :1], relative, atol=0.01)
+    assert np.allclose(official.keypoints[:] - official.keypoints[:][:, :1], relative, atol=0.01)
     assert np.array_equal(official.images, metric.images)
     assert np.allclose(official.intrinsics, metric.intrinsics, rtol=1e-5)
 

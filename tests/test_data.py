@@ -520,7 +520,7 @@ def test_photos(tmp_path):
     dataset = data.Dataset(tmp_path / "xc")
     assert len(dataset) == 6 and dataset.meta["joints"] == []
     assert [text.split(": ")[0][-9:] for text in dataset.meta["skipped"]] == ["g_cut.jpg", "_text.jpg"]
-    images = dataset.images.astype(int)
+    images = dataset.images[:].astype(int)
     assert (images[:2] == 200).all() and np.abs(images[2] - (255, 0, 0)).max() < 12
     assert np.abs(images[3][:, :12] - (255, 0, 0)).max() < 40 < np.abs(images[3][:, 20:] - (255, 0, 0)).max()
     assert np.abs(images[3][:, 20:] - (0, 0, 255)).max() < 40                  # blue is on the right now
@@ -574,10 +574,10 @@ def saved(name, change):
 REFUSED = {
     "no folder": (lambda f: shutil.rmtree(f), "no data set here"),
     "missing array": (lambda f: (f / "masks.npy").unlink(), "masks.npy: missing"),
-    "truncated array": (lambda f: cut(f / "images.npy"), "images.npy: not a whole .npy array"),
-    "empty file": (lambda f: cut(f / "keypoints.npy", 0), "keypoints.npy: not a whole .npy array"),
-    "not an array": (lambda f: (f / "images.npy").write_text("images"), "images.npy: not a whole .npy array"),
-    "pickled objects": (saved("masks", lambda a: np.array([{}])), "masks.npy: not a whole .npy array"),
+    "truncated array": (lambda f: cut(f / "images.npy"), "images.npy: broken .npy array"),
+    "empty file": (lambda f: cut(f / "keypoints.npy", 0), "keypoints.npy: broken .npy array"),
+    "not an array": (lambda f: (f / "images.npy").write_text("images"), "images.npy: broken .npy array"),
+    "pickled objects": (saved("masks", lambda a: np.array([{}])), "masks.npy: broken .npy array"),
     "wrong number of joints": (saved("keypoints", lambda a: np.repeat(a, 2, 1)), "keypoints.npy: shape"),
     "wrong number of intrinsics": (saved("intrinsics", lambda a: a[:5]), "intrinsics.npy: shape"),
     "not square": (saved("images", lambda a: a[:, :40]), "images.npy: shape"),
@@ -586,8 +586,8 @@ REFUSED = {
     "float images, a NaN in them": (saved("images", lambda a: spoilt(a / 255, np.nan)), "npy: float64"),
     "double keypoints": (saved("keypoints", lambda a: a.astype(float)), "keypoints.npy: float64"),
     "infinite label": (saved("keypoints", lambda a: spoilt(a, np.inf)), "keypoints.npy: row 3 is infinite"),
-    "half a meta.json": (lambda f: cut(f / "meta.json"), "meta.json: not JSON"),
-    "binary meta.json": (lambda f: (f / "meta.json").write_bytes(b"\x00\xff" * 9), "meta.json: not JSON"),
+    "half a meta.json": (lambda f: cut(f / "meta.json"), "meta.json: broken JSON file"),
+    "binary meta.json": (lambda f: (f / "meta.json").write_bytes(b"\x00\xff" * 9), "meta.json: broken JSON"),
     "meta.json is a number": (lambda f: (f / "meta.json").write_text("3"), "meta.json: not a JSON object"),
     "empty meta.json": (lambda f: (f / "meta.json").write_text("{}"), "lacks bones, depth_range, format"),
     "another format": (lambda f: (f / "meta.json").write_text(json.dumps(META | {"format": 2})), "format 2"),
@@ -633,11 +633,12 @@ def test_masks_of_a_run(own, tmp_path):
 def test_check(converted, tmp_path, capsys):
     folder = Path(shutil.copytree(converted.folder, tmp_path / "set"))
     data.main(["check", str(folder)])
-    assert capsys.readouterr().out.count("sound") == 4
+    assert capsys.readouterr().out.count("sound") == 5
     whole = (folder / "images.npy").read_bytes()
-    for damaged in (whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:], whole + b"more"):
+    for damaged, says in ((whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:], "row 0 is not what was"),
+                          (whole + b"more", "broken .npy array: its header announces")):
         (folder / "images.npy").write_bytes(damaged)
-        with refused("images.npy: size or checksum is not"): data.main(["check", str(folder)])
+        with refused(f"images.npy: {says}"): data.main(["check", str(folder)])
     (folder / "images.npy").write_bytes(whole)
     (folder / "masks.npy").unlink()
     with refused("masks.npy: missing"): data.main(["check", str(folder)])
@@ -646,7 +647,7 @@ def test_check(converted, tmp_path, capsys):
 def test_check_of_own_data(converted, own, tmp_path, capsys):
     data.main(["check", str(own)])
     assert capsys.readouterr().out.count("without a checksum") == 4
-    for name in data.ARRAYS: shutil.copy(converted.folder / f"{name}.npy", own)
+    for name in data.RECORDS: shutil.copy(converted.folder / f"{name}.npy", own)
     meta = json.loads((converted.folder / "meta.json").read_text())
     (own / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("crc", "rows")}))
     resave(own, "keypoints", lambda a: a / 1000)
@@ -792,8 +793,8 @@ def test_parameters_mean_what_they_say(column, value, expected):
 def test_no_augmentation_is_the_centre_crop(own):
     dataset = every(own)
     x, m, _ = data.crops(dataset, np.arange(6), data.no_augmentation(6), 40, CPU, dataset.masks)
-    assert np.allclose(255 * x.permute(0, 2, 3, 1).numpy(), dataset.images[:, 5:45, 5:45], atol=0.01)
-    assert np.allclose(255 * m[:, 0].numpy(), dataset.masks[:, 5:45, 5:45], atol=0.01)
+    assert np.allclose(255 * x.permute(0, 2, 3, 1).numpy(), dataset.images[:][:, 5:45, 5:45], atol=0.01)
+    assert np.allclose(255 * m[:, 0].numpy(), dataset.masks[:][:, 5:45, 5:45], atol=0.01)
 
 
 def test_warp_repeats_the_edge():

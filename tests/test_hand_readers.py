@@ -28,6 +28,12 @@ HUES = np.array([(255, 30, 30), (255, 200, 0), (0, 230, 60), (40, 110, 255), (25
 INKS = np.array([(255, 255, 255)] + [hue * (1, 0.8, 0.6, 0.4)[k] for hue in HUES for k in range(4)], int)
 
 
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Labels are read in this process, not in one of their own."""
+    monkeypatch.setattr(data, "in_a_process", lambda function, *arguments: function(*arguments))
+
+
 def refused(message: str):
     return pytest.raises(InputError, match=message)
 
@@ -73,7 +79,7 @@ def on_their_dots(dataset: data.Dataset, apart: float = 8) -> float:
     """Share of joints that land on a dot of their own ink, of those with no other joint within `apart` px."""
     uv = project(torch.tensor(dataset.keypoints[:]), torch.tensor(dataset.intrinsics[:])).numpy()
     met = []
-    for image, points in zip(dataset.images.astype(int), uv):
+    for image, points in zip(dataset.images[:].astype(int), uv):
         far = np.linalg.norm(points[:, None] - points, axis=-1) + 99 * np.eye(21)
         for joint, (u, v) in enumerate(np.round(points).astype(int)):
             if far[joint].min() > apart and 0 <= u < SIDE and 0 <= v < SIDE:
@@ -85,7 +91,7 @@ def on_their_dots(dataset: data.Dataset, apart: float = 8) -> float:
 def agrees(dataset: data.Dataset, points: np.ndarray, K: np.ndarray) -> None:
     """The rows hold these joints (n, 21, 3) mm of right hands, and the intrinsics of crops of pictures with
     K (n, 3, 3): scaled and shifted, so that the joints' box is in the middle and 1 / 1.875 of the crop."""
-    assert len(dataset) == len(points) and np.abs(dataset.keypoints - points).max() < 2e-3
+    assert len(dataset) == len(points) and np.abs(dataset.keypoints[:] - points).max() < 2e-3
     to_crop = np.float64(dataset.intrinsics) @ np.linalg.inv(K)                          # (n, 3, 3)
     uv = project(torch.tensor(points), torch.tensor(K)).numpy()                          # (n, 21, 2) px
     low, high = uv.min(1), uv.max(1)
@@ -421,7 +427,7 @@ def test_rhd_the_other_hand_only_a_comparison_tells(rhd, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "more_left", lambda path, right=data.more_left: not right(path))
     left, right, near = rhd_hands("training")
     other = convert("rhd", rhd, tmp_path / "other")
-    assert np.abs(other.keypoints - np.where(near[:, None, None], left * MIRROR, right)).max() > 50
+    assert np.abs(other.keypoints[:] - np.where(near[:, None, None], left * MIRROR, right)).max() > 50
 
 
 def test_rhd_malicious_pickle_runs_nothing(rhd, tmp_path):
