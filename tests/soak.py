@@ -220,7 +220,7 @@ def mid_write(count: int):
 
 
 def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: str) -> bool:
-    """One kill of a stage: at a random time or step, as a `.part` shows, inside a write. False: it finished."""
+    """One kill of a stage: at a random time or step, as a `.part` shows, in a write. False: it finished."""
     script, arguments, folders, _ = STAGES[name]
     moment = time.perf_counter() + rng.uniform(0.1, 0.8) * duration
     process = Process(place, script, arguments, mid_write(rng.randint(1, 8)) if how == "planted" else None)
