@@ -220,14 +220,16 @@ def mid_write(count: int):
 
 
 def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: str) -> bool:
-    """One kill of a stage: at a random time; as a `.part` file shows; in a write. False: it had finished."""
+    """One kill of a stage: at a random time or step, as a `.part` shows, in a write. False: it finished."""
     script, arguments, folders, _ = STAGES[name]
     moment = time.perf_counter() + rng.uniform(0.1, 0.8) * duration
     process = Process(place, script, arguments, mid_write(rng.randint(1, 8)) if how == "planted" else None)
     skip = rng.randint(0, 3)                                               # so many `.part` files pass
+    goal = logged(place / folders[0]) + rng.randint(1, 25)                 # lines of the log
     seen = set()
     while process.poll() is None:
         if how == "time" and time.perf_counter() > moment: break
+        if how == "step" and logged(place / folders[0]) >= goal: break
         if how == "part":
             now = {str(p) for folder in folders for p in [*place.glob(f"{folder}.part*"),
                                                           *place.glob(f"{folder}/*.part*")]}
@@ -244,7 +246,7 @@ def disturbed(place: Path, whole: Path, name: str, kills: int, rng, duration: fl
     """A stage killed up to `kills` times, to its end by the same command, and compared."""
     _, _, folders, every = STAGES[name]
     for i in range(kills):
-        how = ("time", "planted", "part", "time")[rng.randrange(4)]
+        how = rng.choice(["planted", "part", "time", "step" if every else "time"])
         if not kill_once(place, name, rng, duration, how): break
         part, redone = name, 0
         if every:
@@ -253,7 +255,7 @@ def disturbed(place: Path, whole: Path, name: str, kills: int, rng, duration: fl
             need(redone <= every, name, "lost", redone, "steps, more than the", every, "between checkpoints")
             part = {"pretraining": "pre-training", "segmentation": "f^S", "finetuning": name}.get(part, part)
         count[part, "kills"] += 1
-        count[part, "inside a write" if how != "time" else "at a random time"] += 1
+        count[part, "inside a write" if how in ("planted", "part") else "at a random time"] += 1
         count[part, "steps redone"] += redone
         count[part, "bytes written again"] += half_written(place)
     finish(place, name)
@@ -482,9 +484,9 @@ def disk(work: Path, number: int, rng: random.Random) -> dict:
     place, refused = fresh(work, "disk"), collections.Counter()
     for name in ("pre-training", "fine-tuning", "evaluation"):
         script, arguments, folders, every = STAGES[name]
-        for size in (100, 700, 3000, 20_000, 60_000):
+        for size in (100, 700, 3000, 20_000, 60_000)[::1 if number > 1 else 2]:
             before = {p: p.read_bytes() for p in place.glob("runs/*/*.pt")}
-            process = Process(place, script, arguments, no_room(size) if size != 700 else stdout_full)
+            process = Process(place, script, arguments, no_room(size) if size != 3000 else stdout_full)
             status = process.wait()
             text = process.output()
             need(status in (0, 2) and "Traceback" not in text, name, size, status, text[-3000:])
@@ -531,7 +533,7 @@ def folders(work: Path, number: int, rng: random.Random) -> dict:
 
 
 PARTS = {part.__name__: part for part in (kills, workers, peers, torchrun, signals, elastic, disk, folders)}
-QUICK = {"kills": 10, "peers": 1, "signals": 1, "elastic": 1, "disk": 1, "folders": 1}
+QUICK = {"kills": 5, "peers": 1, "signals": 1, "elastic": 1, "disk": 1, "folders": 1}
 
 
 def prepare(work: Path) -> None:
@@ -556,6 +558,7 @@ def main() -> int:
     a = parser.parse_args()
     torch.set_num_threads(1)
     make_small()
+    if a.quick: STAGES["evaluation"][1].extend(["--pictures", "none"])
     counts = QUICK if a.quick else {name: 6 for name in PARTS} | {"kills": a.kills, "workers": 3}
     wanted = a.only.split(",") if a.only else list(counts)
     work, failed = Path(a.work or tempfile.mkdtemp(prefix="soak")), 0
