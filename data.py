@@ -84,7 +84,7 @@ class Dataset:
         self.meta = read_meta(self.folder)
         self.images = self.masks = self.keypoints = self.intrinsics = self.checksums = None
         written = self.meta.get("crc", {})
-        if "checksums" in written or (self.folder / "checksums.npy").exists(): fields += ("checksums",)
+        if (self.folder / "checksums.npy").exists(): fields += ("checksums",)
         for field in ("images", *fields): setattr(self, field, self.open_array(field))
         n, H, W, channels = self.images.shape
         if (H, channels) != (W, 3) or n == 0:

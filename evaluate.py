@@ -742,7 +742,7 @@ def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tup
     s, known = state["settings"], state["skeleton"]
     a, b = np.array(known["bones"]).T
     try: poses = data.Dataset(str(s.get("source")), "keypoints").keypoints[:1000]        # (n, K, 3) mm
-    except u.InputError: return known["depth_range"] / s["image"], f"{s.get('source')} is not whole, a guess"
+    except u.InputError: return known["depth_range"] / s["image"], f"no labels in {s.get('source')}, a guess"
     L2 = np.nanmean(np.square(poses[:, a] - poses[:, b]).sum(-1), axis=0).sum()
     flat, deep = np.square(uv[a] - uv[b]).sum(), np.square(depth[a] - depth[b]).sum()
     return float(np.sqrt(max(L2 - deep, 0.1 * L2) / max(flat, 1e-6))), "bones as long as in training"

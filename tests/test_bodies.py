@@ -280,7 +280,7 @@ def test_hands_count_every_joint_as_before():
 def test_compare_must_name_joints(tmp_path):
     meta = data.HUMAN | {"format": 1, "name": "x", "compare": [3, 17]}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(u.InputError, match="compare .3, 17.; give indices of its joints"):
+    with pytest.raises(u.InputError, match="compare is .3, 17.; give indices of its joints"):
         data.read_meta(tmp_path)
 
 

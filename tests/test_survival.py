@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_kind_is_refused(sets, pretrained, finetuned, tm
     encoder = u.Encoder((48, 48), 8, 16, 2, 2)
     (tmp_path / "checkpoint.pt").write_bytes((pretrained / "checkpoint.pt").read_bytes())
     optimiser = torch.optim.AdamW(encoder.parameters())
-    with pytest.raises(u.InputError, match="checkpoint.pt: not a checkpoint of this run"):
+    with pytest.raises(u.InputError, match="checkpoint.pt: not what it should be"):
         run.resume("checkpoint.pt", optimiser, {"encoder": encoder})
 
 
@@ -165,7 +165,7 @@ def test_one_writer_to_a_data_set(tmp_path):
     second = data.Writer(tmp_path / "set", meta)
     second.append(rows), second.finish()
     assert len(data.Dataset(tmp_path / "set")) == 4
-    assert {path.name for path in (tmp_path / "set").iterdir()} == {"images.npy", "meta.json"}
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {"images.npy", "checksums.npy", "meta.json"}
 
 
 def test_no_room_for_what_is_printed(capfd, monkeypatch):

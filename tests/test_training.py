@@ -344,7 +344,7 @@ def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     (["--batch", "16", "--micro-batch", "5"], "does not divide"),
     (["--heads", "5"], "not divisible by the number of heads"),
     (["--precision", "int8"], "choose auto, float32, bfloat16 or float16"),
-    (["--target-masks", "nowhere.npy"], "nowhere.npy: no readable masks"),
+    (["--target-masks", "nowhere.npy"], "nowhere.npy: missing"),
     (["--out", "/dev/null/run"], "cannot hold a run"),
 ])
 def test_pretraining_refuses(sets, tmp_path, more, message):
