@@ -969,8 +969,12 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Context in which products are taken in dtype; nothing changes for float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    """Context in which products are taken in dtype; nothing changes for float32.
+
+    No cache of rounded weights: it belongs to the process, and `prefetch`'s thread, leaving an autocast of its
+    own, would empty it now and then, after which gradients are summed in another precision.
+    """
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def grad_scaler(device: torch.device, dtype: torch.dtype, state: dict) -> torch.amp.GradScaler:

@@ -1,5 +1,6 @@
 """Fast = readable: where udapose.py computes something another way than it is written, both must agree."""
 import math
+import threading
 
 import pytest
 import torch
@@ -245,6 +246,26 @@ def test_float32_inside_autocast(name):
     function = float32_functions()[name]
     with torch.autocast("cpu", torch.bfloat16): inside = function()
     close(inside, function())
+
+
+def check_threads_do_not_meddle(autocast):
+    """A weight used twice has one gradient, whether or not a thread leaves an autocast of its own between."""
+    def elsewhere():
+        with torch.autocast("cpu", enabled=False): pass
+    layer, x = torch.nn.Linear(32, 32), torch.randn(2, 64, 32)
+    gradients = []
+    for meddle in (lambda: None, elsewhere):
+        with autocast():
+            y = layer(x[0])
+            (thread := threading.Thread(target=meddle)).start(), thread.join()
+            y = y.square().sum() + layer(x[1]).square().sum()
+        gradients.append(torch.autograd.grad(y, layer.weight)[0])
+    assert torch.equal(*gradients)
+
+
+def test_what_a_thread_does_changes_no_gradient():
+    check_threads_do_not_meddle(lambda: u.autocast(torch.device("cpu"), torch.bfloat16))
+    rejected(check_threads_do_not_meddle, lambda: torch.autocast("cpu", torch.bfloat16))
 
 
 # ==========================================================================================================
