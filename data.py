@@ -2434,6 +2434,7 @@ def check(folder: str) -> None:
 
 
 def main(arguments=None) -> None:
+    """`python data.py ..`: render, convert, show or check."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

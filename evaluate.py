@@ -280,10 +280,14 @@ def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
             for key in sorted(groups, key=lambda key: [in_order(v) for v in key])}
 
 
-def plain(value) -> str: return f"{value:g}" if isinstance(value, float) else str(value)
+def plain(value) -> str:
+    """A setting's value as it is printed: 0.75, not 0.750."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def in_order(value) -> tuple: return isinstance(value, str), value  # numbers before words
+def in_order(value) -> tuple:
+    """Sorting key of settings' values: numbers before words."""
+    return isinstance(value, str), value
 
 
 def group_results(results: list[dict], kind: str) -> dict[str, dict[str, list[dict]]]:
@@ -452,6 +456,7 @@ CURVES = {"L_WMAE": "L_WMAE, Eq. (3)", "L_kpt": "L_kpt, Eq. (5)", "L_attn": "lam
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture, its folder with it, and say so; InputError where that cannot be."""
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise u.InputError(f"{path.parent}: cannot be made ({error.strerror}); name another") from error

@@ -971,8 +971,8 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
 def autocast(device: torch.device, dtype: torch.dtype):
     """Context in which products are taken in dtype; nothing changes for float32.
 
-    No cache of rounded weights: it belongs to the process, and `prefetch`'s thread, leaving an autocast of its
-    own, would empty it now and then, after which gradients are summed in another precision.
+    No cache of rounded weights: it belongs to the process, and a thread that prepares batches, leaving an
+    autocast of its own, would empty it now and then; gradients are then summed in another precision.
     """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 

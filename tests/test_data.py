@@ -441,7 +441,7 @@ def test_resume_refuses_other_settings_and_lost_rows(tmp_path, freihand, broken)
     run(freihand, tmp_path / "set")                                                   # mended: it goes on
     run(freihand, tmp_path / "fresh")
     assert {**contents(tmp_path / "set")} == {**contents(tmp_path / "fresh")}
-    run(freihand, tmp_path / "set")                                                   # it says that it is there
+    run(freihand, tmp_path / "set")                                        # it says that it is there
     with refused("exists; remove it"): run(freihand, tmp_path / "set", "--side", "80")
 
 
