@@ -227,35 +227,35 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Ru
 # ==========================================================================================================
 # The masked autoencoder
 # ==========================================================================================================
+def rows_of(s: Settings, step: int, own: slice, domains: list) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the domains, and which row of it, each image of a share of batch `step` is: (b,) and (b,)."""
+    counts = np.array([len(dataset) for dataset, _, _ in domains])
+    ends = counts.cumsum()
+    rows = data.batch_rows(int(ends[-1]), s.seed, "pretraining order", step, s.batch)[own]    # of their union
+    which = np.searchsorted(ends, rows, "right")
+    return which, rows - (ends - counts)[which]
+
+
 def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconstrained, device) -> tuple:
     """One share of global batch `step`: images (b, 3, H, W), normalised; weights and masking noise (b, N).
 
     domains: (data set, its masks or None, whether they weight Eq. 2); rows come from their union.
     """
     rng, N = u.random_generator(s.seed, "pretraining", step), (s.image // s.patch) ** 2
-    ends = np.cumsum([len(dataset) for dataset, _, _ in domains])
-    rows = data.batch_rows(int(ends[-1]), s.seed, "pretraining order", step, s.batch)[own]
+    which, rows = rows_of(s, step, own, domains)
     parameters = data.augmentation(rng, s.batch, s.jitter)[own]
     noise = torch.from_numpy(rng.random((s.batch, N), np.float32)[own]).to(device)       # (b, N)
     x = torch.empty(len(rows), 3, s.image, s.image, device=device)
     m, w = torch.zeros_like(x[:, :1]), torch.ones(len(rows), N, device=device)
-    for (dataset, masks, weighted), end in zip(domains, ends):
-        here = np.flatnonzero((rows >= end - len(dataset)) & (rows < end))
+    for i, (dataset, masks, weighted) in enumerate(domains):
+        here = np.flatnonzero(which == i)
         if not len(here): continue
-        at, local = torch.from_numpy(here).to(device), rows[here] - (end - len(dataset))
-        x[at], mask, _ = data.crops(dataset, local, parameters[here], s.image, device, masks)
+        at = torch.from_numpy(here).to(device)
+        x[at], mask, _ = data.crops(dataset, rows[here], parameters[here], s.image, device, masks)
         if masks is not None: m[at] = mask
         if weighted: w[at] = u.foreground_weights(mask, s.patch, s.alpha)                # Eq. (2)
     if s.xc > 0: x = swap_backgrounds(s, rng, x, m, s.xc, own, s.batch, unconstrained, s.jitter, 0.0)
     return data.normalise(x), w, noise
-
-
-def images_of(s: Settings, step: int, own: slice, domains: list) -> tuple[list, list]:
-    """The data set, and the row in it, of each image of a share of batch `step`."""
-    ends = np.cumsum([len(dataset) for dataset, _, _ in domains])
-    rows = data.batch_rows(int(ends[-1]), s.seed, "pretraining order", step, s.batch)[own]
-    which = np.searchsorted(ends, rows, "right")
-    return [domains[i][0] for i in which], [row - ends[i] + len(domains[i][0]) for i, row in zip(which, rows)]
 
 
 def reconstruction_loss(s: Settings, model, x, w, noise, device, dtype):
@@ -302,9 +302,9 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     def losses(step):  # of each image alone
         for own in shares:
             batch = pretraining_batch(s, step, own, domains, unconstrained, device)
-            for dataset, row, *one in zip(*images_of(s, step, own, domains), *(t.split(1) for t in batch)):
+            for i, row, *one in zip(*rows_of(s, step, own, domains), *(t.split(1) for t in batch)):
                 with torch.no_grad(): L_WMAE, _ = reconstruction_loss(s, mae, *one, device, dtype)
-                yield "L_WMAE", L_WMAE, dataset, row
+                yield "L_WMAE", L_WMAE, domains[i][0], row
     guard = u.Guard(optimiser, scaler, mae, sums, save, losses)
     for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches, device)):
         rate = u.cosine_rate(step, steps, round(s.warmup * steps), s.lr)
