@@ -199,22 +199,22 @@ def same(place: Path, whole: Path, folder: str, what: str) -> None:
 # ==========================================================================================================
 # Kills
 # ==========================================================================================================
-def mid_write(count: int):
-    """The process kills itself at its `count`-th fsync, half of the file gone, or after the next rename."""
+def mid_write(count: int, half: bool):
+    """The process kills itself at its `count`-th fsync, with half of the file; or after the next rename."""
     def plant():
         calls, fsync, replace = [0], os.fsync, os.replace
 
         def cut(file):
             calls[0] += 1
             name = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
-            if calls[0] == count:
-                if count % 2 and name.endswith(".part"): os.truncate(name, os.path.getsize(name) // 2)
+            if calls[0] == count and half:
+                if ".part/" not in name: os.truncate(name, os.path.getsize(name) // 2)   # a set only grows
                 os.kill(os.getpid(), signal.SIGKILL)
             fsync(file)
 
         def rename(a, b):
             replace(a, b)
-            if calls[0] == count + 1: os.kill(os.getpid(), signal.SIGKILL)
+            if calls[0] >= count and not half: os.kill(os.getpid(), signal.SIGKILL)
         os.fsync, os.replace = cut, rename
     return plant
 
@@ -223,7 +223,8 @@ def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: 
     """One kill of a stage: at a random time or step, as a `.part` shows, in a write. False: it finished."""
     script, arguments, folders, _ = STAGES[name]
     moment = time.perf_counter() + rng.uniform(0.1, 0.8) * duration
-    process = Process(place, script, arguments, mid_write(rng.randint(1, 8)) if how == "planted" else None)
+    process = Process(place, script, arguments, mid_write(rng.randint(1, 8), rng.random() < 0.7) if how == "planted"
+                      else None)
     skip = rng.randint(0, 3)                                               # so many `.part` files pass
     goal = logged(place / folders[0]) + rng.randint(1, 25)                 # lines of the log
     seen = set()
@@ -246,7 +247,8 @@ def disturbed(place: Path, whole: Path, name: str, kills: int, rng, duration: fl
     """A stage killed up to `kills` times, to its end by the same command, and compared."""
     _, _, folders, every = STAGES[name]
     for i in range(kills):
-        how = rng.choice(["planted", "part", "time", "step" if every else "time"])
+        done = sum(n for (_, what), n in count.items() if what == "kills")
+        how = ["planted", "time", "planted", "part", "step" if every else "time"][done % 5]
         if not kill_once(place, name, rng, duration, how): break
         part, redone = name, 0
         if every:

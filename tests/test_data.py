@@ -708,8 +708,18 @@ def test_batch_rows():
     assert sorted(data.batch_rows(3, 0, "order", 0, 9)) == 3 * [0] + 3 * [1] + 3 * [2]  # three epochs in one
 
 
-def test_prefetch():
-    assert list(data.prefetch(iter(range(7)), torch.device("cpu"))) == list(range(7))
+@pytest.mark.parametrize("cores", [1, 8])
+def test_prefetch(cores, monkeypatch):
+    """With a thread, where a core is free, and without: the same batches, and their errors come through."""
+    monkeypatch.setattr(data, "CORES", cores)
+    workers = []
+
+    def counted():
+        for i in range(7):
+            workers.append(threading.current_thread())
+            yield i
+    assert list(data.prefetch(counted(), torch.device("cpu"))) == list(range(7))
+    assert (workers[0] is threading.main_thread()) == (cores == 1)
 
     def failing():
         yield 1
@@ -717,8 +727,9 @@ def test_prefetch():
     with refused("no such row"): list(data.prefetch(failing(), torch.device("cpu")))
 
 
-def test_prefetch_ends_with_its_reader():
+def test_prefetch_ends_with_its_reader(monkeypatch):
     """A loop that stops early leaves no thread at work: one inside torch would abort a process that exits."""
+    monkeypatch.setattr(data, "CORES", 8)
     made, before = [], threading.active_count()
     batches = data.prefetch((made.append(i) or i for i in range(10 ** 6)), torch.device("cpu"))
     assert next(batches) == 0
