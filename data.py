@@ -236,8 +236,12 @@ class Writer:
             raise InputError(f"{self.part}: another process writes it; wait for that one") from error
         except OSError as error: raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
         path = self.part / "state.json"
-        self.state = json.loads(path.read_text()) if path.exists() else \
-            {"meta": self.meta, "jobs": 0, "rows": 0, "skipped": [], "crc": {}, "shape": {}}
+        self.state = {"meta": self.meta, "jobs": 0, "rows": 0, "skipped": [], "crc": {}, "shape": {}}
+        if path.exists():
+            try: state = dict(json.loads(path.read_text()))
+            except (ValueError, TypeError): state = {}
+            if state.keys() != self.state.keys(): raise InputError(f"{path}: broken; remove {self.part}")
+            self.state = state
         if self.state["meta"] != self.meta:
             raise InputError(f"{self.part}: was begun with other settings; give those again, or remove it")
 

@@ -435,7 +435,10 @@ def read_results(folders: list[str], test: str = "") -> list[dict]:
     for path in (path for folder in folders for path in sorted(Path(folder).rglob(pattern))):
         try: result = json.loads(path.read_text())
         except ValueError as error: raise u.InputError(f"{path}: not JSON ({error}); remove it") from error
-        if "kind" in result and test in ("", "*", result.get("test", "target_test")): found.append(result)
+        if not isinstance(result, dict) or "kind" not in result: continue  # another's file
+        if missing := {"settings", "source", "target"} - result.keys():
+            raise u.InputError(f"{path}: lacks {', '.join(sorted(missing))}; remove it and measure the run again")
+        if test in ("", "*", result.get("test", "target_test")): found.append(result)
     if not found: raise u.InputError(f"{', '.join(folders)}: no result.json{f' of {test}' * bool(test)}; run "
                                      "evaluate.py without --table")
     return found
@@ -653,8 +656,9 @@ def draw_curves(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image
         for name, ((path, result), *_) in runs.items():
             log = path.parent / "log.jsonl"
             factor = result["settings"].get("lam", 0) if key == "L_attn" else 1
-            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            points = [(line["step"], factor * line[key]) for line in lines if factor and key in line]
+            with u.usable(log):
+                lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+                points = [(line["step"], factor * line[key]) for line in lines if factor and key in line]
             if points: curves[name] = tuple(zip(*points))
         if curves: panels.append((chart(curves, colours), f"{title}, over steps"))
     rows = [panels[i:i + 2] for i in range(0, len(panels), 2)]
@@ -816,8 +820,8 @@ def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
     result = kind(path, tests, device) | {"tests": {n: d.fingerprint for n, d in tests.items()},
                                           "test": tests["target"].folder.name, "torch": torch.__version__}
     place = path.parent / "result.json"
-    if place.exists() and json.loads(place.read_text()).get("tests") != result["tests"]:
-        place = path.parent / f"{tests['target'].folder.name}.json"
+    with u.usable(place): other = place.exists() and json.loads(place.read_text()).get("tests") != result["tests"]
+    if other: place = path.parent / f"{tests['target'].folder.name}.json"
     u.write_json(place, result)
     return result
 

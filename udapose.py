@@ -708,7 +708,7 @@ def usable(path: str | Path):
     except (AttributeError, ArithmeticError, AssertionError, IndexError, KeyError, MemoryError, RuntimeError,
             TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{path}: not what it should be ({what})") from error
+        raise InputError(f"{path}: not what it should be ({what}); restore or remove it") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -1127,7 +1127,7 @@ class Run:
         self.folder, self.rank, self.lock = Path(folder), rank, None
         try: problem = self.claim(settings, facts, elastic) if rank == 0 else None
         except OSError as error: problem = InputError(f"{folder}: cannot hold a run ({error.strerror})")
-        except (ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError) as error:
             problem = InputError(f"{folder}/config.json: broken ({first_line(error)}); remove the folder")
         except InputError as error: problem = error
         from_rank_0(problem)
@@ -1183,9 +1183,10 @@ class Run:
                 optimiser.load_state_dict(state["optimiser"])
                 state["step"], state["stage"]
         if self.rank == 0 and log.exists():  # steps after the checkpoint are done again, and logged again
-            whole = log.read_text().rpartition("\n")[0]  # a kill can cut the last line
-            lines = [(json.loads(line), line) for line in whole.splitlines()]
-            kept = [t for v, t in lines if v["stage"] != state["stage"] or v["step"] <= state["step"]]
+            with usable(log):
+                whole = log.read_text().rpartition("\n")[0]  # a kill can cut the last line
+                lines = [(json.loads(line), line) for line in whole.splitlines()]
+                kept = [t for v, t in lines if v["stage"] != state["stage"] or v["step"] <= state["step"]]
             write_atomically(log, lambda part: part.write_text("".join(t + "\n" for t in kept)))
         return state
 

@@ -223,8 +223,8 @@ def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: 
     """One kill of a stage: at a random time or step, as a `.part` shows, in a write. False: it finished."""
     script, arguments, folders, _ = STAGES[name]
     moment = time.perf_counter() + rng.uniform(0.1, 0.8) * duration
-    process = Process(place, script, arguments, mid_write(rng.randint(1, 8), rng.random() < 0.7) if how == "planted"
-                      else None)
+    plant = mid_write(rng.randint(1, 8), rng.random() < 0.7)
+    process = Process(place, script, arguments, plant if how == "planted" else None)
     skip = rng.randint(0, 3)                                               # so many `.part` files pass
     goal = logged(place / folders[0]) + rng.randint(1, 25)                 # lines of the log
     seen = set()

@@ -1,5 +1,6 @@
 """Runs that survive: the short form of tests/soak.py, and losses that are not finite."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import data
+import evaluate
 import soak
 import train_finetune
 import train_pretrain
@@ -120,6 +122,49 @@ def test_two_words_for_many_images():
     losses = [("L", "a", row, False) for row in range(40)] + [("M", "b", 3, True), ("M", "c", 4, False)]
     assert u.blame(losses) == ("L is not finite for 40 images of a (rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, "
                                "11, 12, 13, 14, 15, ..), M is not finite for 1 images of c (rows 4)")
+
+
+# ==========================================================================================================
+# A run's own files, damaged: the command that made them, and evaluate.py, say which
+# ==========================================================================================================
+OWN = {"half": lambda b: b[:len(b) // 2], "empty": lambda b: b"", "a list": lambda b: b"[1, 2]\n",
+       "a bit": lambda b: b[:len(b) // 3] + bytes([b[len(b) // 3] ^ 0x55]) + b[len(b) // 3 + 1:],
+       "not text": lambda b: b"\xff\xfe" + b, "a word": lambda b: b'{"kind": "finetuning"}\n'}
+
+
+@pytest.mark.parametrize("name, which", [  # file; commands that read it: measure, --table, pretrain
+    ("config.json", (2,)), ("log.jsonl", (0, 2)), ("segmentation.pt", (0,)), ("target_masks.npy", (2,)),
+    ("checkpoint.pt", (0, 2)), ("result.json", (0, 1))])
+def test_damaged_files_of_a_run(sets, pretrained, tmp_path, name, which):  # noqa: F811
+    def measure(*more):
+        pictures = f"{tmp_path}/pictures" if name == "log.jsonl" else "none"
+        return evaluate.main([f"{tmp_path}/run", "--source-test", f"{sets}/source_test", "--target-test",
+                              f"{sets}/target_test", "--pictures", pictures, "--device", "cpu", *more])
+    for kind, change in OWN.items():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(pretrained, tmp_path / "run")
+        commands = [measure, lambda: measure("--table"), lambda: pretrain(sets, tmp_path / "run")]
+        if name == "result.json": measure()
+        path = tmp_path / "run" / name
+        path.write_bytes(change(path.read_bytes()))
+        damaged, said = path.read_bytes(), 0
+        for i in which:
+            try: commands[i]()
+            except u.InputError as error: said += name in str(error) and path.read_bytes() == damaged
+        # a log's half ends as a kill may leave it, and masks have no checksum
+        assert said or (name, kind) in {("log.jsonl", "half"), ("log.jsonl", "empty"), ("target_masks.npy", "a bit")}
+
+
+def test_a_damaged_record_of_a_conversion(tmp_path):
+    for change in OWN.values():
+        writer = data.Writer(tmp_path / "set", {"name": "set"})
+        writer.append({"images": np.zeros((3, 8, 8, 3), np.uint8)})
+        writer.save()
+        path = tmp_path / "set.part/state.json"
+        path.write_bytes(change(path.read_bytes()))
+        del writer
+        with pytest.raises(u.InputError, match="set.part"): data.Writer(tmp_path / "set", {"name": "set"}).finish()
+        shutil.rmtree(tmp_path / "set.part", ignore_errors=True)
 
 
 # ==========================================================================================================
