@@ -437,7 +437,7 @@ def read_results(folders: list[str], test: str = "") -> list[dict]:
         except ValueError as error: raise u.InputError(f"{path}: not JSON ({error}); remove it") from error
         if not isinstance(result, dict) or "kind" not in result: continue  # another's file
         if missing := {"settings", "source", "target"} - result.keys():
-            raise u.InputError(f"{path}: lacks {', '.join(sorted(missing))}; remove it and measure the run again")
+            raise u.InputError(f"{path}: lacks {min(missing)}; remove it, measure the run again")
         if test in ("", "*", result.get("test", "target_test")): found.append(result)
     if not found: raise u.InputError(f"{', '.join(folders)}: no result.json{f' of {test}' * bool(test)}; run "
                                      "evaluate.py without --table")
@@ -820,8 +820,8 @@ def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
     result = kind(path, tests, device) | {"tests": {n: d.fingerprint for n, d in tests.items()},
                                           "test": tests["target"].folder.name, "torch": torch.__version__}
     place = path.parent / "result.json"
-    with u.usable(place): other = place.exists() and json.loads(place.read_text()).get("tests") != result["tests"]
-    if other: place = path.parent / f"{tests['target'].folder.name}.json"
+    with u.usable(place): before = (json.loads(place.read_text()) if place.exists() else result).get("tests")
+    if before != result["tests"]: place = path.parent / f"{tests['target'].folder.name}.json"
     u.write_json(place, result)
     return result
 

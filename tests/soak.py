@@ -348,9 +348,9 @@ def finish_two(place: Path, command: list[str]) -> None:
     for p in two_ranks(place, train_pretrain, command): need(p.wait() == 0, p.output()[-3000:])
 
 
-def start(place: Path, command: list[str], world: int) -> list[Process]:
-    """A pre-training on so many processes."""
-    return (two_ranks if world == 2 else lambda *given: [Process(*given)])(place, train_pretrain, command)
+def start(place: Path, command: list[str], world: int, script=train_pretrain) -> list[Process]:
+    """A run on so many processes."""
+    return (two_ranks if world == 2 else lambda *given: [Process(*given)])(place, script, command)
 
 
 def peers(work: Path, number: int, rng: random.Random) -> dict:
@@ -419,19 +419,22 @@ def is_rank(environ: Path, parent: int) -> bool:
 def signals(work: Path, number: int, rng: random.Random) -> dict:
     """SIGTERM and Ctrl-C, to one process and to one of two: all save the same step and exit 143 or 130."""
     place, seconds = fresh(work, "signals"), []
-    command = [*MAE, "--epochs", "1000", "--out", "runs/mae"]
-    for count, kind in ((1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)):
-        shutil.rmtree(place / "runs/mae", ignore_errors=True)
-        ranks = start(place, command, count)
-        wait_for(lambda: logged(place / "runs/mae") >= rng.randint(3, 9), ranks)
+    f_S = train_pretrain, [*PRETRAIN, "--seg-steps", "9999"]
+    autoencoder, pose = (train_pretrain, MAE), (train_finetune, [*FINETUNE, "--variant", "scratch"])
+    cases = [(1, signal.SIGTERM, f_S), (1, signal.SIGINT, pose), (1, signal.SIGINT, autoencoder),
+             (2, signal.SIGINT, f_S), (2, signal.SIGTERM, autoencoder), (2, signal.SIGINT, pose)]
+    for world, kind, (script, arguments) in cases:
+        shutil.rmtree(place / "runs/run", ignore_errors=True)
+        ranks = start(place, [*arguments, "--epochs", "9999", "--out", "runs/run"], world, script)
+        wait_for(lambda: logged(place / "runs/run") >= rng.randint(3, 9), ranks)
         ranks[-1].kill(kind)
         begin = time.perf_counter()
         statuses = [p.wait(60) for p in ranks]
         seconds.append(round(time.perf_counter() - begin, 3))
         need(set(statuses) == {128 + kind}, kind, "exit", statuses, ranks[0].output()[-3000:])
-        _, last, saved = steps(place / "runs/mae")
-        need(last == saved, kind.name, "logged", last, "saved", saved)
-    return {"stops": 4, "seconds until all had saved and stopped": seconds}
+        stage, last, saved = steps(place / "runs/run")
+        need(last == saved, stage, kind.name, "logged", last, "saved", saved)
+    return {"stops": len(cases), "seconds until all had saved and stopped": seconds}
 
 
 def elastic(work: Path, number: int, rng: random.Random) -> dict:

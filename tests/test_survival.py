@@ -152,7 +152,8 @@ def test_damaged_files_of_a_run(sets, pretrained, tmp_path, name, which):  # noq
             try: commands[i]()
             except u.InputError as error: said += name in str(error) and path.read_bytes() == damaged
         # a log's half ends as a kill may leave it, and masks have no checksum
-        assert said or (name, kind) in {("log.jsonl", "half"), ("log.jsonl", "empty"), ("target_masks.npy", "a bit")}
+        assert said or (name, kind) in {("log.jsonl", "half"), ("log.jsonl", "empty"),
+                                        ("target_masks.npy", "a bit")}
 
 
 def test_a_damaged_record_of_a_conversion(tmp_path):
@@ -163,7 +164,8 @@ def test_a_damaged_record_of_a_conversion(tmp_path):
         path = tmp_path / "set.part/state.json"
         path.write_bytes(change(path.read_bytes()))
         del writer
-        with pytest.raises(u.InputError, match="set.part"): data.Writer(tmp_path / "set", {"name": "set"}).finish()
+        with pytest.raises(u.InputError, match="set.part"):
+            data.Writer(tmp_path / "set", {"name": "set"}).finish()
         shutil.rmtree(tmp_path / "set.part", ignore_errors=True)
 
 
