@@ -11,6 +11,7 @@ takes milliseconds. Prints one JSON line a part, and ends with status 1 where an
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -501,7 +502,23 @@ def disk(work: Path, number: int, rng: random.Random) -> dict:
             refused[name] += status == 2
         finish(place, name)
         same(place, work / "whole", folders[0], f"{name} after a full disk")
-    for name in ("pre-training", "fine-tuning"):
+    stages = ("pre-training", "fine-tuning")
+    for name, file in itertools.product(stages[:number], ("log.jsonl", "checkpoint.pt")):
+        script, arguments, (folder,), _ = STAGES[name]                     # no room from some moment on
+        shutil.rmtree(place / folder)
+        process, checkpoint = Process(place, script, arguments), place / folder / "checkpoint.pt"
+        wait_for(lambda: checkpoint.exists() and logged(place / folder) >= 5, [process])
+        process.kill(signal.SIGSTOP)
+        room = (place / folder / file).stat().st_size + (20 if file == "log.jsonl" else -1000)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        process.kill(signal.SIGCONT)
+        text = (process.wait(), process.output())[1]
+        need(process.status == 2 and text.count("error: ") == 1 and f"{folder}/{file}: " in text, name, text)
+        need(checkpoint.exists() and u.read_checkpoint(checkpoint), name, "has lost its checkpoint")
+        finish(place, name)
+        same(place, work / "whole", folder, f"{name} after a disk that filled")
+        refused[f"{name}, {file} finds no more room"] += 1
+    for name in stages:
         script, arguments, (folder,), _ = STAGES[name]
         if name == "pre-training": arguments = [*arguments, "--out", (folder := "runs/deleted")]
         else: shutil.rmtree(place / folder)
