@@ -84,13 +84,14 @@ def make_small() -> None:
 
 class Process:
     """A script in a fork of this process, working in the folder `place`; it prints into a pipe."""
+    every: list = []
 
     def __init__(self, place: Path, script, arguments: list[str], before=None, **environment):
         self.place, self.status, self.text = place, None, b""
         (self.pipe, output) = os.pipe()
         sys.stdout.flush()
         self.pid = os.fork()
-        if self.pid: os.close(output), os.set_blocking(self.pipe, False); return
+        if self.pid: os.close(output), os.set_blocking(self.pipe, False), self.every.append(self); return
         try:
             os.chdir(place)
             os.dup2(output, 1), os.dup2(output, 2)
@@ -592,6 +593,8 @@ def main() -> int:
         begin = time.perf_counter()
         try: found = PARTS[name](work, counts.get(name, 6), random.Random(f"{a.seed} {name}"))
         except (Broken, OSError) as error: found, failed = {"BROKEN": str(error)}, 1
+        for process in Process.every: process.kill()                       # those of a broken part
+        Process.every.clear()
         seconds = round(time.perf_counter() - begin, 1)
         print(json.dumps({"part": name, "seconds": seconds} | found), flush=True)
     if failed: return 1  # what it left stays
