@@ -20,6 +20,7 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,10 +239,10 @@ def attention_only(model, x_t, device, dtype):
     with u.autocast(device, dtype): return model.encoder.attention_maps(x_t)
 
 
-def laps_of(works: dict, device, rounds: int = 3) -> dict:
-    """The least time of each, taken in turn, so that a busy neighbour hits all alike."""
-    laps = {name: [] for name in works}
-    for _ in range(rounds):
+def laps_of(works: dict, device, seconds: float = 8) -> dict:
+    """The least time of each, taken in turn, so that a busy neighbour hits all alike; three rounds or more."""
+    laps, end = {name: [] for name in works}, time.perf_counter() + seconds
+    while len(next(reversed(laps.values()))) < 3 or time.perf_counter() < end:
         for name, work in works.items(): laps[name].append(seconds_of(work, device, 1))
     return {name: min(values) for name, values in laps.items()}
 
@@ -301,7 +302,7 @@ def scaling_worker(rank: int, world: int, folder: str, name: str, port: int, box
     torch.distributed.destroy_process_group()
 
 
-def measure_scaling(root: str, device: torch.device, most: int) -> dict:
+def measure_scaling(most: int, root: str, device: torch.device) -> dict:
     """Images per second of 1 and of `most` processes, one thread (or GPU) each, a full batch each."""
     random_folder(Path(root) / "set", 512, 60)
     context, rates = multiprocessing.get_context("spawn"), {}
@@ -428,8 +429,9 @@ def measure_conversion(root: str, device: torch.device) -> dict:
 # ==========================================================================================================
 def alone(function, *arguments) -> dict:
     """function(*arguments, root) in a process of its own, with a temporary folder."""
-    with tempfile.TemporaryDirectory() as root, multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(in_folder, (function, arguments, root))
+    spawn = multiprocessing.get_context("spawn")                           # a Pool's worker may start none
+    with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(in_folder, function, arguments, root).result()
 
 
 def in_folder(function, arguments, root: str) -> dict:
@@ -462,15 +464,12 @@ def main(arguments=None) -> None:
             for stage in STAGES]
     jobs += [(f, size) for f in (measure_forms, measure_compile) for size in given.sizes]
     training, conversion = (given.only in (None, part) for part in ("training", "conversion"))
-    for function, *which in jobs * training + [(measure_conversion,)] * conversion:
+    processes = torch.cuda.device_count() if given.device == "cuda" else min(2, os.cpu_count() or 1)
+    jobs = jobs * training + [(measure_scaling, processes)] * (training and processes > 1)
+    for function, *which in jobs + [(measure_conversion,)] * conversion:
         results.append(alone(function, *which, *where))
         show(results[-1])
-    processes = torch.cuda.device_count() if given.device == "cuda" else min(2, os.cpu_count() or 1)
-    if processes > 1 and training:
-        with tempfile.TemporaryDirectory() as root:
-            results.append(measure_scaling(root, torch.device(given.device), processes))
-        show(results[-1])
-    if given.json: u.write_json(Path(given.json), results)
+        if given.json: u.write_json(Path(given.json), results)
 
 
 if __name__ == "__main__": main()
