@@ -77,7 +77,7 @@ PRESETS = {
 TASKS = {  # what the embedded benchmark of bodies changes
     "hand": {},
     "human": dict(source="datasets/bodies/source_train", target="datasets/bodies/target_train",
-                  validation="datasets/bodies/source_val", lam=100.0),  # 10: 1 % of L_kpt
+                  validation="datasets/bodies/source_val", lam=100.0),  # 10: 1.5 % of L_kpt
 }
 VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-training variant of the row
     "full": {},

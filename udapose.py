@@ -20,6 +20,7 @@ Letters in the shape comments:
     T tokens of a sequence  D width of a token            M attention heads, d = D / M
     L blocks                K keypoints                   S side of the heatmap volume, in voxels
     H, W image side in px   P side of a patch in px       C channels
+    r share of patches masked   D' width of a token in f^D   H^, H predicted and true heatmaps, Eq. (5)
 Pixels and voxels have their centres at integers. The camera frame: x right, y down, z forward, millimetres.
 Where the paper is silent the comment says `not in the paper:` and why.
 """
@@ -108,7 +109,7 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
     only it is computed, in float32. Mean over heads (Table 8 prints one row a block); attention to itself is
     dropped and the rest is not scaled up again ("excluding the j-th element").
     """
-    with torch.autocast(q.device.type, enabled=False):                     # it would round to bfloat16 again
+    with torch.autocast(q.device.type, enabled=False):                    # it would compute this in bfloat16
         scores = q[:, :, :1].float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])   # (B, M, 1, 1+N)
         return scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]                              # (B, N)
 
@@ -117,14 +118,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The output (B, M, T, d) of `plain_attention` by the faster of its two forms.
 
     The fused form never makes A, and wins on CUDA and in float32. Its bfloat16 backward pass on a CPU (torch
-    2.13) is 2 to 8 times slower than the written form's: tests/benchmark.py measures it.
+    2.13) is 2 to 6 times slower than the written form's: tests/benchmark.py measures it.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu": return plain_attention(q, k, v)[0]
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patches (B, N, P*P*3) to tokens (B, N, D); a convolution, as in public weights."""
+    """Linear map of patches (B, N, P*P*3) to tokens (B, N, D); its weight has a convolution's shape, as in
+    public files."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
@@ -236,7 +238,8 @@ class Encoder(nn.Module):
         return checkpoint(block, x, attention, use_reentrant=False)
 
     def attention_maps(self, images: Tensor) -> Tensor:
-        """a_cls of every block on the unmasked image, Table 8: (B, L, N). The last block does no more."""
+        """a_cls of every block on the unmasked image, Table 8: (B, L, N). Of the last block nothing
+        else is computed."""
         x, maps = self.embed(images), []
         for block in self.blocks[:-1]:
             x, row = self.run(block, x, attention=True)
@@ -294,8 +297,8 @@ class Decoder(nn.Module):
         """F_MAE (B, 1 + V, D) and `restore` (B, N) of `random_masking` to pixels x^ (B, N, P*P*3)."""
         x = self.decoder_embed(latent)                                                   # (B, 1 + V, D')
         masked = restore.shape[1] + 1 - x.shape[1]
-        M = self.mask_token.to(x.dtype).expand(len(x), masked, -1)                       # (B, N - V, D')
-        tokens = take_tokens(torch.cat([x[:, 1:], M], dim=1), restore)             # (B, N, D') in image order
+        hidden = self.mask_token.to(x.dtype).expand(len(x), masked, -1)                  # (B, N - V, D')
+        tokens = take_tokens(torch.cat([x[:, 1:], hidden], dim=1), restore)        # (B, N, D') in image order
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed                # (B, 1 + N, D')
         for block in self.decoder_blocks: x, _ = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]                            # (B, N, P*P*3)
@@ -342,7 +345,7 @@ def replace_background(images: Tensor, masks: Tensor, unconstrained: Tensor) -> 
     """Sec. 3.1, data augmentation: keep the foreground of x and take the background from x_c.
 
     images, unconstrained (B, 3, H, W); masks (B, 1, H, W) in 0..1. not in the paper: the soft mask is cut at
-    0.5, and one with under 1 % or over 90 % foreground is taken for a failure of f^S: that image stays.
+    0.5; with under 1 % or over 90 % foreground it counts as a failure of f^S, and the image stays as it is.
     """
     hard = masks >= 0.5                                                    # (B, 1, H, W) True = foreground
     share = hard.float().mean(dim=(1, 2, 3))[:, None, None, None]          # (B, 1, 1, 1)
@@ -482,7 +485,7 @@ def keypoint_loss_expanded(features: Tensor, conv: nn.Conv2d, centres: Tensor, v
     H^ = W F is linear in the head's features F (B, C, S, S), and the Gaussian H = z y x is a product, so
         ||H^ - H||² = ||W F||² - 2 <W F, H> + ||H||²,   ||W F||² = trace(W (F F^T) W^T),
         <W F, H> = sum_c (z^T W)_c (F (y x))_c,         ||H||² = |z|² |y|² |x|²,
-    and nothing of size K S³ is ever made. In float32, exact to about 1e-6 of ||H||².
+    and nothing of size K S³ is ever made. In float32, exact to 1e-5 of ||H||².
     """
     (B, C, S, _), K = features.shape, centres.shape[1]
     with torch.autocast(features.device.type, enabled=False):
@@ -537,7 +540,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def gather_features(phi: Tensor) -> Tensor:
-    """phi (b, D) of every process in one (B, D): DDC and DAN are no sums over images, as DANN is.
+    """phi (b, D) of every process in one (B, D): unlike DANN, DDC and DAN are not sums over images.
 
     Every process then has the whole loss, but a way back to f^E through its own rows only. As
     DistributedDataParallel takes the mean of the gradients where a sum is due, these count `world` times; the
@@ -688,8 +691,8 @@ def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> T
 def torch_load(path: str | Path):
     """What a torch file holds: tensors, plain values, an argparse.Namespace; nothing in it is run.
 
-    ValueError where a part is not what was written, which torch does not look at, or is packed: then a few
-    bytes may unpack to any number of them.
+    ValueError for a part whose checksum fails (torch does not look at it) or that is compressed (a few bytes
+    could unpack to any number).
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
@@ -807,8 +810,9 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     """Rank, number of processes, device. Started by `python` it is one process; by `torchrun`, many.
 
     A process that dies is missed at once: gloo's connections to it break, and `StopSignal` reduces over them
-    at every step, on a GPU too. Who waits for it in nccl is ended by torchrun, within 30 s; who waits for one
-    that hangs by gloo, or nccl's watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default), after PATIENCE.
+    at every step, on a GPU too. A process that waits for a dead one in nccl is ended by torchrun within 30 s.
+    One that waits for a process that hangs gives up after PATIENCE (in nccl by its watchdog, which
+    TORCH_NCCL_ASYNC_ERROR_HANDLING turns on by default).
     """
     if device not in ("auto", "cpu", "cuda"): raise InputError(f"--device {device}: choose auto, cpu or cuda")
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -971,8 +975,8 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
 def autocast(device: torch.device, dtype: torch.dtype):
     """Context in which products are taken in dtype; nothing changes for float32.
 
-    No cache of rounded weights: it belongs to the process, and a thread that prepares batches, leaving an
-    autocast of its own, would empty it now and then; gradients are then summed in another precision.
+    No cache of rounded weights: all threads of a process share it, and the thread that prepares batches would
+    empty it at random whenever it leaves an autocast of its own, which changes how gradients are summed.
     """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 

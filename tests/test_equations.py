@@ -553,6 +553,17 @@ def test_eq6_by_hand():
     assert u.attention_loss(a_E, a_A).item() == 1.5
 
 
+def test_eq3_gradient_reaches_the_class_token():
+    """Its output is dropped by f^D, but patches attend to it in the blocks of f^E and f^D: that trains it."""
+    encoder = u.Encoder((8, 8), 4, 8, 2, 2)
+    images = torch.randn(3, 3, 8, 8)
+    mae = u.MaskedAutoencoder(encoder, u.Decoder(encoder.grid, 4, 8, 8, 1, 2))
+    predicted, m = mae(images, torch.rand(3, 4), 0.5)
+    u.weighted_mae_loss(predicted, u.patchify(images, 4), torch.ones(3, 4), m).backward()
+    gradients = {name: p.grad.abs().sum() for name, p in encoder.named_parameters()}
+    assert gradients["cls_token"] > 0 and all(size > 0 for size in gradients.values())
+
+
 def test_eq6_gradient_reaches_queries_and_keys_only():
     """Eq. (6) regularises f^E up to q and k of its last block: v, projection, FFN, norm, f^H get none."""
     encoder = u.Encoder((8, 8), 4, 8, 2, 2)
