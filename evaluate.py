@@ -111,6 +111,33 @@ def measure_attention(encoder, dataset: data.Dataset, side: int, device) -> dict
     return {"lift": [round(float(v), 3) for v in share / area], "area": round(float(area), 4)}
 
 
+def reconstruction_error(predicted: Tensor, patches: Tensor, m: Tensor, area: Tensor) -> Tensor:
+    """Sum of the squared error of hidden patches, a pixel's mean, and their number: (2, 3) for patches on the
+    foreground (half of it or more), on its edge (a tenth or more), and beside it.
+
+    predicted, patches (n, N, P*P*3); m (n, N), 1 = hidden; area (n, N): share of foreground in a patch.
+    """
+    error = (predicted.float() - patches).square().mean(-1)                # (n, N)
+    kinds = torch.stack([area >= 0.5, (area >= 0.1) & (area < 0.5), area < 0.1]) & (m > 0)       # (3, n, N)
+    return torch.stack([(kinds * error).sum(dim=(1, 2)), kinds.sum(dim=(1, 2))])
+
+
+@torch.no_grad()
+def measure_reconstruction(mae, dataset: data.Dataset, s: dict, device) -> list[float]:
+    """`reconstruction_error` of f^E and f^D as means over a whole test set: what Eq. (2) is worth."""
+    total, rng = torch.zeros(2, 3, device=device), u.random_generator(0, "reconstruction")
+    for x, mask in with_masks(dataset, s["image"], device):
+        patches = u.patchify(x, s["patch"])                                # (b, N, P*P*3)
+        noise = torch.from_numpy(rng.random(patches.shape[:2], np.float32)).to(device)
+        predicted, m = mae(x, noise, s["mask_ratio"])
+        if s["norm_pix"]:  # in the units of the loss
+            mean, deviation = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+            patches = (patches - mean) / deviation
+        area = torch.nn.functional.avg_pool2d(mask, s["patch"]).flatten(1)                 # (n, N)
+        total += reconstruction_error(predicted, patches, m, area)
+    return [round(float(v), 4) for v in total[0] / total[1].clamp(min=1)]
+
+
 @torch.no_grad()
 def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
     """IoU of f^S over a whole test set."""
@@ -127,6 +154,15 @@ def load_encoder(state: dict, path: Path) -> u.Encoder:
         encoder = u.Encoder((s["image"], s["image"]), s["patch"], s["width"], s["depth"], s["heads"])
     u.load_parts(path, state, encoder=encoder)
     return encoder
+
+
+def load_autoencoder(state: dict, path: Path, device) -> u.MaskedAutoencoder:
+    """f^E and f^D of a pre-training checkpoint, ready to reconstruct."""
+    s, encoder = state["settings"], load_encoder(state, path)
+    sizes = (s[f"decoder_{key}"] for key in ("width", "depth", "heads"))
+    decoder = u.Decoder(encoder.grid, s["patch"], s["width"], *sizes)
+    u.load_parts(path, state, decoder=decoder)
+    return u.MaskedAutoencoder(encoder, decoder).eval().to(device)
 
 
 def load_estimator(path: Path, device) -> tuple[u.PoseEstimator, dict]:
@@ -173,17 +209,18 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
 
 
 def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> dict:
-    """Mask IoU of f^S and class attention of f^A on the test sets."""
+    """Mask IoU of f^S, class attention of f^A, errors of reconstruction on the test sets."""
     state = u.read_checkpoint(path)
     s, result = state["settings"], {"kind": "pretraining", "settings": state["settings"],
                                     "seconds": round(state["seconds"], 1), "steps": state["step"]}
-    encoder = load_encoder(state, path).eval().to(device)
+    mae = load_autoencoder(state, path, device)
     segmentation = load_segmentation(path, device)
     if segmentation: result["seg_seconds"] = round(segmentation[1], 1)
     for name, dataset in tests.items():
         result[name] = {}
         if dataset.masks is None: continue
-        result[name]["attention"] = measure_attention(encoder, dataset, s["image"], device)
+        result[name]["attention"] = measure_attention(mae.encoder, dataset, s["image"], device)
+        result[name]["reconstruction"] = measure_reconstruction(mae, dataset, s, device)
         if segmentation:
             result[name]["mask_iou"] = measure_masks(segmentation[0], dataset, s["image"], device)
     return result
@@ -408,14 +445,17 @@ def error_notes(results: list[dict]) -> list[str]:
 
 
 def pretraining_table(results: list[dict]) -> list[list[str]]:
-    """Rows of text, the header first: IoU of f^S, and attention of f^A on the target's foreground."""
-    lines = [["pre-training", "seeds", "IoU of f^S, target", "IoU of f^S, source", "attention lift"]]
+    """Rows of text, the header first: IoU of f^S; on the target, attention of f^A and errors of f^D."""
+    lines = [["pre-training", "seeds", "IoU of f^S, target", "IoU of f^S, source", "attention lift",
+              "error on, at edge of, beside the foreground"]]
     rows = group_results(results, "pretraining")
     for name, group in ((name + what, group) for name in rows for what, group in rows[name].items()):
         with_masks = [r for r in group if "mask_iou" in r["target"]]
         iou = [spread([r[domain]["mask_iou"] for r in with_masks], 2) if with_masks else "-"
                for domain in ("target", "source")]
-        lines.append([name, str(len(group)), *iou, per_block(group)])
+        errors = [r["target"]["reconstruction"] for r in group if "reconstruction" in r["target"]]
+        errors = " ".join(f"{v:.3f}" for v in np.mean(errors, axis=0)) if errors else "-"            # (3,)
+        lines.append([name, str(len(group)), *iou, per_block(group), errors])
     return lines
 
 
@@ -561,22 +601,18 @@ def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
 def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, device) -> Image.Image:
     """Fig. 2: masked input, reconstruction, original and, if there is f^S, its mask and the weights w."""
     state = u.read_checkpoint(path)
-    s, encoder, f_S = state["settings"], load_encoder(state, path), load_segmentation(path, device)
-    sizes = (s[f"decoder_{key}"] for key in ("width", "depth", "heads"))
-    decoder = u.Decoder(encoder.grid, s["patch"], s["width"], *sizes)
-    u.load_parts(path, state, decoder=decoder)
+    s, mae, f_S = state["settings"], load_autoencoder(state, path, device), load_segmentation(path, device)
     as_it_is = data.no_augmentation(len(rows))
     crops = [data.crops(d, rows, as_it_is, s["image"], device)[0] for d in tests.values()]
     x = data.normalise(torch.cat(crops))                                                 # (n, 3, H, W)
     patches = u.patchify(x, s["patch"])                                                  # (n, N, P*P*3)
     noise = torch.from_numpy(u.random_generator(0, "pictures").random(patches.shape[:2], np.float32))
-    mae = u.MaskedAutoencoder(encoder, decoder).eval().to(device)
     predicted, m = mae(x, noise.to(device), s["mask_ratio"])                           # (n, N, P*P*3), (n, N)
     if s["norm_pix"]:  # the output has no brightness or contrast of its own: lend it the true patch's
         predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
     hidden = m[..., None] > 0                                                            # (n, N, 1)
     tiles = torch.where(hidden, 0.0, patches), torch.where(hidden, predicted, patches), patches
-    images = [data.denormalise(u.unpatchify(t, s["patch"], encoder.grid)) for t in tiles]
+    images = [data.denormalise(u.unpatchify(t, s["patch"], mae.encoder.grid)) for t in tiles]
     panels = [[(to_panel(image), "") for image in row] for row in zip(*images)]
     for row, mask in zip(panels, f_S[0](x).sigmoid() if f_S else []):                    # (1, H, W)
         w = u.foreground_weights(mask[None], s["patch"], s["alpha"])[0]                  # (N,), Eq. (2)

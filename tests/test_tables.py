@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
@@ -344,3 +345,78 @@ def test_chart_draws_bars_and_dots():
     grid = np.flatnonzero((np.array(panel)[round(at(37))] == e.PALE).all(-1))           # upright lines
     assert set(np.round((grid - left) / (right - left), 2)) == {0, 1}                    # at the marks alone
     assert tuple(colour_at(panel, (left + 7, at(10)))) == RED                            # a dot, not a corner
+
+
+# ==========================================================================================================
+# Measures of a pre-training run, by hand
+# ==========================================================================================================
+def rejected(check, *wrong) -> None:
+    """Each of these wrong variants fails the check."""
+    for variant in wrong:
+        with pytest.raises(AssertionError): check(variant)
+
+
+def half_and_quarter():
+    """Masks (2, 1, 4, 8) of 2 patches of 4 px: the left patch half foreground; the right one a quarter."""
+    masks = torch.zeros(2, 1, 4, 8)
+    masks[0, :, :2, :4] = 1
+    masks[1, :, :1, 4:] = 1
+    return masks
+
+
+def check_lift(attention_lift):
+    """Share of attention on the foreground, a patch counting by its share of it; its area."""
+    maps = torch.tensor([[[0.3, 0.1], [0.0, 0.5]], [[0.2, 0.6], [0.1, 0.0]]])                # (2, L, N)
+    share, area = attention_lift(maps, half_and_quarter(), 4)
+    assert torch.allclose(share, torch.tensor([[0.5 * 0.75, 0.0], [0.25 * 0.75, 0.0]]))
+    assert torch.allclose(area, torch.tensor([0.25, 0.125]))
+    share, area = attention_lift(torch.full((2, 3, 2), 0.4), half_and_quarter(), 4)
+    assert torch.allclose(share / area[:, None], torch.ones(2, 3))         # indifference
+
+
+def test_attention_lift():
+    check_lift(e.attention_lift)
+    area = lambda masks: torch.nn.functional.avg_pool2d(masks, 4).flatten(1)  # noqa: E731
+    rejected(check_lift, lambda maps, x, patch: ((maps * area(x)[:, None]).sum(-1), area(x).mean(1)),
+             lambda maps, x, patch: (e.attention_lift(maps, x, patch)[0], area(x).sum(1)))
+
+
+def check_iou(mask_iou):
+    predicted, truth = torch.tensor([[0.9, 0.6, 0.4, 0.1], [0.5, 0.0, 0.0, 0.0]]), torch.tensor(
+        [[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    assert mask_iou(predicted, truth) == pytest.approx(2 / 4)              # over all images together
+    assert mask_iou(torch.zeros(2, 4), torch.zeros(2, 4)) == 0
+
+
+def test_mask_iou():
+    check_iou(e.mask_iou)
+    both, any_ = (lambda p, t: (p >= 0.5) & (t >= 0.5)), (lambda p, t: (p >= 0.5) | (t >= 0.5))
+    rejected(check_iou, lambda p, t: float((both(p, t).sum(1) / any_(p, t).sum(1).clamp(min=1)).mean()))
+
+
+def check_reconstruction(reconstruction_error):
+    """Hidden patches alone, on, at the edge of, beside the foreground; a pixel's mean: sums, numbers."""
+    patches = torch.zeros(2, 4, 2)                                         # squared errors 5, 4, 8, 49
+    predicted = torch.tensor([[1.0, 3.0], [2.0, 2.0], [4.0, 0.0], [7.0, 7.0]]).expand(2, 4, 2)
+    m = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
+    area = torch.tensor([[0.5, 0.1, 0.09, 1.0], [0.9, 0.3, 0.49, 0.0]])
+    assert reconstruction_error(predicted, patches, m, area).tolist() == [[10, 12, 8], [2, 2, 1]]
+
+
+def test_reconstruction_error():
+    right = e.reconstruction_error
+    check_reconstruction(right)
+    rejected(check_reconstruction, lambda p, x, m, area: right(p, x, torch.ones_like(m), area),
+             lambda p, x, m, area: right(p, x, 1 - m, area), lambda p, x, m, area: right(p, x, m, 1 - area),
+             lambda p, x, m, area: right(p, x, m, area) * torch.tensor([[2.0], [1.0]]))
+
+
+def test_a_better_autoencoder_has_smaller_errors(tmp_path):
+    """The whole measure: an f^D that always answers the mean colour, and one that answers a worse one."""
+    save_dataset(tmp_path / "set")
+    dataset = data.Dataset(tmp_path / "set", "masks")
+    s = {"image": 48, "patch": 8, "mask_ratio": 0.75, "norm_pix": False}
+    answer = lambda value: lambda x, noise, r: (  # noqa: E731
+        torch.full((len(x), 36, 192), value), (noise < 0.75).float())
+    near, far = (e.measure_reconstruction(answer(v), dataset, s, torch.device("cpu")) for v in (0.0, 9.0))
+    assert len(near) == 3 and all(0 < a < b for a, b in zip(near, far))
