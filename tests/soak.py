@@ -419,7 +419,7 @@ def is_rank(environ: Path, parent: int) -> bool:
 
 
 def signals(work: Path, number: int, rng: random.Random) -> dict:
-    """SIGTERM and Ctrl-C, to one process and to one of two: all save the same step and exit 143 or 130."""
+    """SIGTERM and Ctrl-C to one process, and to one of two, in each loop: all save that step and exit so."""
     place, seconds = fresh(work, "signals"), []
     f_S = train_pretrain, [*PRETRAIN, "--seg-steps", "9999"]
     autoencoder, pose = (train_pretrain, MAE), (train_finetune, [*FINETUNE, "--variant", "scratch"])
@@ -427,7 +427,8 @@ def signals(work: Path, number: int, rng: random.Random) -> dict:
              (2, signal.SIGINT, f_S), (2, signal.SIGTERM, autoencoder), (2, signal.SIGINT, pose)]
     for world, kind, (script, arguments) in cases:
         shutil.rmtree(place / "runs/run", ignore_errors=True)
-        ranks = start(place, [*arguments, "--epochs", "9999", "--out", "runs/run"], world, script)
+        command = [*arguments, "--epochs", "9999", "--save-every", "9999", "--out", "runs/run"]
+        ranks = start(place, command, world, script)
         wait_for(lambda: logged(place / "runs/run") >= rng.randint(3, 9), ranks)
         ranks[-1].kill(kind)
         begin = time.perf_counter()
