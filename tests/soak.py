@@ -201,15 +201,16 @@ def same(place: Path, whole: Path, folder: str, what: str) -> None:
 # ==========================================================================================================
 # Kills
 # ==========================================================================================================
-def mid_write(count: int, half: bool):
-    """The process kills itself at its `count`-th fsync, with half of the file; or after the next rename."""
+def mid_write(count: int, half: bool, named: str = ""):
+    """The process kills itself at its `count`-th fsync (of a file with `named` in its name), with half of the
+    file; or after the next rename."""
     def plant():
         calls, fsync, replace = [0], os.fsync, os.replace
 
         def cut(file):
-            calls[0] += 1
             name = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
-            if calls[0] == count and half:
+            calls[0] += named in name
+            if calls[0] == count and half and named in name:
                 if ".part/" not in name: os.truncate(name, os.path.getsize(name) // 2)   # a set only grows
                 os.kill(os.getpid(), signal.SIGKILL)
             fsync(file)
@@ -221,11 +222,12 @@ def mid_write(count: int, half: bool):
     return plant
 
 
-def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: str) -> bool:
-    """One kill of a stage: at a random time or step, as a `.part` shows, in a write. False: it finished."""
+def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: str, masks: bool) -> bool:
+    """One kill of a stage: at a random time or step, as a `.part` shows, in a write (`masks`: in that of the
+    target's). False: it finished."""
     script, arguments, folders, _ = STAGES[name]
     moment = time.perf_counter() + rng.uniform(0.1, 0.8) * duration
-    plant = mid_write(rng.randint(1, 8), rng.random() < 0.7)
+    plant = mid_write(1, True, "target_masks") if masks else mid_write(rng.randint(1, 8), rng.random() < 0.7)
     process = Process(place, script, arguments, plant if how == "planted" else None)
     skip = rng.randint(0, 3)                                               # so many `.part` files pass
     goal = logged(place / folders[0]) + rng.randint(1, 25)                 # lines of the log
@@ -251,7 +253,7 @@ def disturbed(place: Path, whole: Path, name: str, kills: int, rng, duration: fl
     for i in range(kills):
         done = sum(n for (_, what), n in count.items() if what == "kills")
         how = ["planted", "time", "planted", "part", "step" if every else "time"][done % 5]
-        if not kill_once(place, name, rng, duration, how): break
+        if not kill_once(place, name, rng, duration, how, name == "pre-training" and done % 2 == 0): break
         part, redone = name, 0
         if every:
             part, logged, saved = steps(place / folders[0])
