@@ -2081,6 +2081,19 @@ def lens_of(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray, 
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), solution[4:] * 2 / (fx + fy)
 
 
+def h36m_place(root: Path, subject: str, kind: str) -> str:
+    """The folder of a subject's positions in ROOT: as unpacked, or one folder for each download."""
+    here, there = f"{subject}/MyPoseFeatures/{kind}", f"{subject}/Poses_{kind}"
+    return there if (root / there).is_dir() else here
+
+
+def h36m_positions(root: Path, subject: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of a video, (F, 32, 3) mm in the camera frame and (F, 32, 2) px."""
+    points = read_positions(root / h36m_place(root, subject, "D3_Positions_mono") / f"{name}.cdf", 3)
+    uv = read_positions(root / h36m_place(root, subject, "D2_Positions") / f"{name}.cdf", 2)
+    return points[:len(uv)], uv[:len(points)]
+
+
 def read_h36m(root: Path, split: str = "train", stride: int = 5,
               masks: str = "yes") -> tuple[int, Iterator[Sample]]:
     """Human3.6M (Ionescu et al., PAMI 2014): videos of 1000 x 1000 (1002) px, 50 frames a second.
@@ -2096,27 +2109,18 @@ def read_h36m(root: Path, split: str = "train", stride: int = 5,
     layout = ("ROOT holds S1/Videos/*.mp4, S1/MyPoseFeatures/D3_Positions_mono/*.cdf and D2_Positions/*.cdf "
               "(or S1/Poses_.. for both), S1/MySegmentsMat/ground_truth_bs/*.mat (or --masks no), S5 ..")
 
-    def place(subject: str, kind: str) -> str:  # as unpacked, or one folder for each download
-        here, there = f"{subject}/MyPoseFeatures/{kind}", f"{subject}/Poses_{kind}"
-        return there if (root / there).is_dir() else here
-
-    def positions(subject: str, name: str) -> tuple:  # (F, 32, 3) mm, camera; (F, 32, 2) px
-        points = read_positions(root / place(subject, "D3_Positions_mono") / f"{name}.cdf", 3)
-        uv = read_positions(root / place(subject, "D2_Positions") / f"{name}.cdf", 2)
-        return points[:len(uv)], uv[:len(points)]
-
     videos, lenses, longest = {}, {}, 0
     for subject in H36M_SUBJECTS[split]:
-        kinds = {f"{subject}/Videos": ".mp4", place(subject, "D3_Positions_mono"): ".cdf"}
+        kinds = {f"{subject}/Videos": ".mp4", h36m_place(root, subject, "D3_Positions_mono"): ".cdf"}
         found = {path.stem for folder, end in kinds.items() for path in (root / folder).glob(f"*{end}")}
-        kinds[place(subject, "D2_Positions")] = ".cdf"
+        kinds[h36m_place(root, subject, "D2_Positions")] = ".cdf"
         if masks == "yes": kinds[f"{subject}/MySegmentsMat/ground_truth_bs"] = ".mat"
         names = sorted(name for name in found if not name.startswith("_ALL")
                        and (subject, name) != ("S11", "Directions.54138969")) or ["Directions.54138969"]
         need_files(root, [f"{folder}/{name}{end}" for folder, end in kinds.items() for name in names], layout)
         for name in names: videos.setdefault((subject, name.rpartition(".")[2]), []).append(name)
     for (subject, camera), names in videos.items():
-        some = [positions(subject, name) for name in names[::max(1, len(names) // 4)]]
+        some = [h36m_positions(root, subject, name) for name in names[::max(1, len(names) // 4)]]
         longest = max(longest, *(len(uv) for _, uv in some))
         points, uv = (np.concatenate(parts) for parts in zip(*some))       # (n, 32, 3) mm, (n, 32, 2) px
         lenses[subject, camera] = lens_of(points, uv, f"{root / subject}, camera {camera}")
@@ -2124,7 +2128,7 @@ def read_h36m(root: Path, split: str = "train", stride: int = 5,
     def samples() -> Iterator[Sample]:
         for (subject, camera), names in videos.items():
             for name in names:
-                points, uv = (part[:, H36M_JOINTS] for part in positions(subject, name))
+                points, uv = (part[:, H36M_JOINTS] for part in h36m_positions(root, subject, name))
                 mask = f"{subject}/MySegmentsMat/ground_truth_bs/{name}.mat" if masks == "yes" else None
                 K, distortion = lenses[subject, camera]
                 for i in range(0, len(points), stride):
