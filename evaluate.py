@@ -69,10 +69,10 @@ def attention_lift(maps: Tensor, masks: Tensor, patch: int) -> tuple[Tensor, Ten
     return share, area.mean(dim=1)
 
 
-def mask_iou(predicted: Tensor, truth: Tensor) -> float:
-    """Intersection over union at 0.5, over all images (n, 1, H, W) together."""
+def overlap(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Pixels of the intersection and of the union of masks, cut at 0.5, over all images together: (2,)."""
     p, t = predicted >= 0.5, truth >= 0.5
-    return float((p & t).sum() / (p | t).sum().clamp(min=1))
+    return torch.stack([(p & t).sum(), (p | t).sum()])
 
 
 def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> float:
@@ -87,17 +87,25 @@ def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> f
 # ==========================================================================================================
 # Measuring one run
 # ==========================================================================================================
+def watched(dataset: data.Dataset, what: str):
+    """The rows of a test set in chunks, with a line now and then where it takes long."""
+    progress = u.Progress(f"{dataset.folder.name}, {what}", len(dataset), 1)
+    for rows in data.chunks(len(dataset)):
+        yield rows
+        progress.show(int(rows[-1]) + 1)
+
+
 @torch.no_grad()
 def measure_pose(estimator, dataset: data.Dataset, side: int, device) -> dict:
     """Errors over a whole test set."""
-    pairs = [data.predict(estimator, dataset, rows, side, device) for rows in data.chunks(len(dataset))]
+    pairs = [data.predict(estimator, dataset, rows, side, device) for rows in watched(dataset, "poses")]
     predicted, truth = (torch.cat(part).cpu() for part in zip(*pairs))
     return pose_metrics(predicted, truth, dataset.meta)
 
 
 def with_masks(dataset: data.Dataset, side: int, device):
     """The images of a test set (b, 3, H, W), normalised, with their true masks (b, 1, H, W), in chunks."""
-    for rows in data.chunks(len(dataset)):
+    for rows in watched(dataset, "masks and attention"):
         x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
         yield data.normalise(x), m
 
@@ -140,9 +148,9 @@ def measure_reconstruction(mae, dataset: data.Dataset, s: dict, device) -> list[
 
 @torch.no_grad()
 def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
-    """IoU of f^S over a whole test set."""
-    pairs = [(net(x).sigmoid(), m) for x, m in with_masks(dataset, side, device)]
-    return mask_iou(*(torch.cat(part) for part in zip(*pairs)))
+    """Intersection over union of f^S's masks and the true ones, over a whole test set."""
+    both, either = sum(overlap(net(x).sigmoid(), m) for x, m in with_masks(dataset, side, device))
+    return float(both / either.clamp(min=1))
 
 
 def load_encoder(state: dict, path: Path) -> u.Encoder:

@@ -381,17 +381,35 @@ def test_attention_lift():
              lambda maps, x, patch: (e.attention_lift(maps, x, patch)[0], area(x).sum(1)))
 
 
-def check_iou(mask_iou):
-    predicted, truth = torch.tensor([[0.9, 0.6, 0.4, 0.1], [0.5, 0.0, 0.0, 0.0]]), torch.tensor(
-        [[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    assert mask_iou(predicted, truth) == pytest.approx(2 / 4)              # over all images together
-    assert mask_iou(torch.zeros(2, 4), torch.zeros(2, 4)) == 0
+def check_overlap(overlap):
+    predicted = torch.tensor([[0.9, 0.6, 0.4, 0.1], [0.5, 0.0, 0.0, 0.0]])
+    truth = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    assert overlap(predicted, truth).tolist() == [2, 4]
+    assert overlap(torch.zeros(2, 4), torch.zeros(2, 4)).tolist() == [0, 0]
 
 
-def test_mask_iou():
-    check_iou(e.mask_iou)
-    both, any_ = (lambda p, t: (p >= 0.5) & (t >= 0.5)), (lambda p, t: (p >= 0.5) | (t >= 0.5))
-    rejected(check_iou, lambda p, t: float((both(p, t).sum(1) / any_(p, t).sum(1).clamp(min=1)).mean()))
+def test_overlap():
+    check_overlap(e.overlap)
+    rejected(check_overlap, lambda p, t: e.overlap(p > 0.5, t), lambda p, t: e.overlap(p, t).flip(0),
+             lambda p, t: torch.stack([e.overlap(p, t)[0], (p >= 0.5).sum() + (t >= 0.5).sum()]))
+
+
+def test_iou_over_the_images_of_all_chunks(tmp_path, monkeypatch):
+    """Not the mean of each chunk's: all masks are squares; the net sees half of the first image's."""
+    save_dataset(tmp_path / "set")
+    dataset, seen = data.Dataset(tmp_path / "set", "masks"), []
+    whole = torch.cat([m for _, m in e.with_masks(dataset, 48, torch.device("cpu"))])
+
+    def net(x):
+        mine = 20 * whole[sum(seen):sum(seen) + len(x)] - 10
+        if not seen: mine[0, :, :, :24] = -10
+        seen.append(len(x))
+        return mine
+    monkeypatch.setattr(data, "chunks", lambda n: [np.arange(1), np.arange(1, n)])
+    first = (whole[0, 0, :, 24:] >= 0.5).sum() / (whole[0] >= 0.5).sum()
+    every = [(m >= 0.5).sum() for m in whole]
+    assert e.measure_masks(net, dataset, 48, torch.device("cpu")) == pytest.approx(
+        float((sum(every) - (1 - first) * every[0]) / sum(every)))
 
 
 def check_reconstruction(reconstruction_error):
