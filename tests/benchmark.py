@@ -1,9 +1,9 @@
 """How fast the two training stages are, and how near to what this machine can do. Measures; asserts nothing.
 
-    python tests/benchmark.py                          every part, ten minutes on two CPU cores
+    python tests/benchmark.py                          every part, a quarter of an hour on two CPU cores
     python tests/benchmark.py --sizes tiny --json speed.json
     python tests/benchmark.py --device cuda --sizes paper
-    python tests/benchmark.py --only conversion        the readers of public data sets, a minute
+    python tests/benchmark.py --only conversion        the readers of public data sets, a minute or two
 
 The figure of merit is a share: useful operations of a step (counted from the equations, `pretraining_flops`,
 `finetuning_flops`) per second, over the machine's own rate for one large matrix product of the same type,
