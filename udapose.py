@@ -1255,7 +1255,10 @@ def run_script(main) -> None:
 
     A process whose peer is gone says so and ends at once, status 1: what could be waited for will not come.
     """
-    try: sys.exit(main())
+    try:
+        status = main()
+        if distributed(): torch.distributed.destroy_process_group()  # left to the exit, it may abort
+        sys.exit(status)
     except InputError as error: end, status, text = sys.exit, 2, str(error)
     except OSError as error:  # as where no room is left for what is printed; nor will there be at exit
         end, status, text = os._exit, 2, f"{error.filename or 'standard output'}: {error.strerror or error}"
