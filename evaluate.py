@@ -64,7 +64,7 @@ def attention_lift(maps: Tensor, masks: Tensor, patch: int) -> tuple[Tensor, Ten
 
     maps a_cls (n, L, N); masks (n, 1, H, W) in 0..1. The shares' ratio is 1 where attention ignores it.
     """
-    area = torch.nn.functional.avg_pool2d(masks, patch).flatten(1)     # (n, N) share of foreground in a patch
+    area = u.foreground_share(masks, patch)                                # (n, N)
     share = (maps * area[:, None]).sum(-1) / maps.sum(-1)                  # (n, L)
     return share, area.mean(dim=1)
 
@@ -105,7 +105,7 @@ def measure_pose(estimator, dataset: data.Dataset, side: int, device) -> dict:
 
 def with_masks(dataset: data.Dataset, side: int, device):
     """The images of a test set (b, 3, H, W), normalised, with their true masks (b, 1, H, W), in chunks."""
-    for rows in watched(dataset, "masks and attention"):
+    for rows in watched(dataset, "images with masks"):
         x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
         yield data.normalise(x), m
 
@@ -138,11 +138,8 @@ def measure_reconstruction(mae, dataset: data.Dataset, s: dict, device) -> list[
         patches = u.patchify(x, s["patch"])                                # (b, N, P*P*3)
         noise = torch.from_numpy(rng.random(patches.shape[:2], np.float32)).to(device)
         predicted, m = mae(x, noise, s["mask_ratio"])
-        if s["norm_pix"]:  # in the units of the loss
-            mean, deviation = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-            patches = (patches - mean) / deviation
-        area = torch.nn.functional.avg_pool2d(mask, s["patch"]).flatten(1)                 # (n, N)
-        total += reconstruction_error(predicted, patches, m, area)
+        if s["norm_pix"]: patches = u.normalise_patches(patches)           # in the units of the loss
+        total += reconstruction_error(predicted, patches, m, u.foreground_share(mask, s["patch"]))
     return [round(float(v), 4) for v in total[0] / total[1].clamp(min=1)]
 
 
@@ -365,10 +362,10 @@ def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[lis
     foreground is that of f^A, before fine-tuning, and of f^E. PA: aligned by similarity, or `rigid`.
     """
     aligned, pa = (f"rigid PA-{error}", "pa_rigid") if rigid else (f"PA-{error}", "pa_epe")
-    against = "row above" if minus == "above" else "first row"
+    against = {"above": "row above", "first": "first row"}.get(minus, minus)
     lines = [["run", "seeds", f"target {error}", f"minus {against} [95 %]", f"target {aligned}", "target AUC",
               f"source {error}", "lift before", "attention lift"]]
-    reference: dict = {}                                                   # of each family
+    reference = {family: group for family, label, group in rows if minus in re.split("[ :,]", label)}
     for family, label, group in rows:
         if not group:
             lines.append([label, "reported" if group is None else "not run", *[""] * 7])
@@ -379,7 +376,7 @@ def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[lis
                       paired_difference(group, reference.get(family, [])), column("target", pa),
                       column("target", "auc", 3), column("source", "epe"),
                       per_block([r.get("pretraining", {}) for r in group]), per_block(group)])
-        if minus == "above" or family not in reference: reference[family] = group
+        if minus == "above" or minus == "first" and family not in reference: reference[family] = group
     return lines
 
 
@@ -872,6 +869,9 @@ def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
 
 def show_tables(results: list[dict], a: argparse.Namespace) -> None:
     """Print the tables asked for on the command line, and what their errors are taken over."""
+    names = {row_name(r).split(" ")[1] for r in results if r["kind"] == "finetuning"}
+    if a.minus not in {"above", "first"} | names:
+        raise u.InputError(f"--minus {a.minus}: choose above, first, or of the rows {', '.join(sorted(names))}")
     print(show_table(pretraining_table(results), a.markdown))
     for error in PCK_LIMIT:
         tables = {"": table(results, error, a.rigid, a.minus)}
@@ -908,8 +908,8 @@ def main(arguments=None) -> int:
             f"[datasets/hands/{name}_test, of a human run datasets/bodies/{name}_test]")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
     add("--paper", action="store_true", help="the paper's tables: its rows, its words, its numbers")
-    add("--minus", default="above", choices=("above", "first"),
-        help="paired differences to the row above that was run, or to the first [above]")
+    add("--minus", default="above", metavar="ROW", help="paired differences to the row above that was run, to "
+        "the first, or to a row by its name: above, first, scratch, mae, .. [above]")
     add("--sweep", metavar="SETTING", help="error against a setting, table and picture, from result.json "
         "files: alpha, mask_ratio, lam, labels, steps, epochs (of pre-training), .., or test (the test sets)")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")

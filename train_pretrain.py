@@ -262,8 +262,7 @@ def reconstruction_loss(s: Settings, model, x, w, noise, device, dtype):
     """L_WMAE of Eq. (3) and, to compare with MAE's logs, the mean squared error of a masked pixel."""
     with u.autocast(device, dtype): predicted, m = model(x, noise, s.mask_ratio)       # (b, N, P*P*3), (b, N)
     patches = u.patchify(x, s.patch)                                                     # (b, N, P*P*3)
-    if s.norm_pix:
-        patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    if s.norm_pix: patches = u.normalise_patches(patches)
     L_WMAE = u.weighted_mae_loss(predicted, patches, w, m)                               # Eq. (3)
     with torch.no_grad(): pixel = ((predicted.float() - patches).square().mean(-1) * m).sum() / m.sum()
     return L_WMAE, pixel

@@ -72,6 +72,11 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)   # (B, N, P*P*C)
 
 
+def normalise_patches(patches: Tensor) -> Tensor:
+    """Each patch (B, N, P*P*C) with mean 0 and deviation 1: an option of MAE's, not in the paper."""
+    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
 def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     """The way back: (B, N, P*P*C) with N = grid[0] * grid[1] to (B, C, H, W)."""
     B, (rows, columns) = len(patches), grid
@@ -109,7 +114,7 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
     only it is computed, in float32. Mean over heads (Table 8 prints one row a block); attention to itself is
     dropped and the rest is not scaled up again ("excluding the j-th element").
     """
-    with torch.autocast(q.device.type, enabled=False):                    # it would compute this in bfloat16
+    with torch.autocast(q.device.type, enabled=False):                     # else in bfloat16
         scores = q[:, :, :1].float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])   # (B, M, 1, 1+N)
         return scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]                              # (B, N)
 
@@ -320,13 +325,18 @@ class MaskedAutoencoder(nn.Module):
 # ==========================================================================================================
 # Sec. 3.1  Foreground-centric reconstruction, Eq. (2) and Eq. (3), and backgrounds from X_C
 # ==========================================================================================================
+def foreground_share(masks: Tensor, patch: int) -> Tensor:
+    """w* of Eq. (2), (B, N): the mean in each patch of masks s (B, 1, H, W), 0 = background .. 1 = foreground."""
+    return F.avg_pool2d(masks.float(), kernel_size=patch, stride=patch).flatten(1)       # (B, N)
+
+
 def foreground_weights(masks: Tensor, patch: int, alpha: float) -> Tensor:
     """Eq. (2), Sec. 3.1:  w_i = N ŵ_i / sum_k ŵ_k,  ŵ_i = exp(alpha (w*_i - 0.5)).
 
     masks s (B, 1, H, W), 0 = background .. 1 = foreground; w*_i is the mean of s in patch i. Returns W
     (B, N), mean 1; an empty mask gives ones. (The -0.5 cancels in the division; the equation has it.)
     """
-    w_star = F.avg_pool2d(masks.float(), kernel_size=patch, stride=patch).flatten(1)     # (B, N)
+    w_star = foreground_share(masks, patch)                                              # (B, N)
     w_hat = torch.exp(alpha * (w_star - 0.5))                                            # Eq. (2), right
     return w_hat.shape[1] * w_hat / w_hat.sum(dim=1, keepdim=True)                       # Eq. (2), left
 
@@ -1257,7 +1267,7 @@ def run_script(main) -> None:
     """
     try:
         status = main()
-        if distributed(): torch.distributed.destroy_process_group()  # left to the exit, it may abort
+        if distributed(): torch.distributed.destroy_process_group()  # its threads end before Python does
         sys.exit(status)
     except InputError as error: end, status, text = sys.exit, 2, str(error)
     except OSError as error:  # as where no room is left for what is printed; nor will there be at exit

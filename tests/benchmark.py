@@ -189,6 +189,9 @@ def measure_stage(stage: str, size: str, root: str, device: torch.device) -> dic
     lap = seconds_of(lambda: loss(batch, dtype).backward(), device, 2)
     seconds, waited = train(make, loss, model, dtype, device, max(2, min(200, int(10 / lap))))
     rates.append(matmul_rate(dtype, device))
+    cores, data.CORES = data.CORES, 1 << 20                                # as if one were free for a thread
+    threaded, _ = train(make, loss, model, dtype, device, max(2, min(200, int(10 / lap))))
+    data.CORES = cores
     laps = laps_of({kind: lambda kind=kind: loss(batch, kind).backward()
                     for kind in (torch.float32, torch.bfloat16)}, device)
     peak, full, kept = memory(device), s.batch, []
@@ -198,6 +201,7 @@ def measure_stage(stage: str, size: str, root: str, device: torch.device) -> dic
     return {"part": f"{stage}, {size}", "precision": name, "batch": full, "images/s": full / seconds,
             "TFLOP/s": flops / seconds / 1e12, "product TFLOP/s": max(rates) / 1e12,
             "share of the product's rate": flops / seconds / max(rates), "waiting for data": waited,
+            "step, with a batch thread / as it is": threaded / seconds,
             "step, float32 / bfloat16": laps[torch.float32] / laps[torch.bfloat16],
             "peak memory GiB": peak / 2 ** 30, "GiB before": before / 2 ** 30,
             "kept for backward, MiB an image": (kept[1] - kept[0]) / 4 / 2 ** 20}
@@ -241,10 +245,10 @@ def attention_only(model, x_t, device, dtype):
 
 def laps_of(works: dict, device, seconds: float = 8) -> dict:
     """The least time of each, taken in turn, so that a busy neighbour hits all alike; three rounds or more."""
-    laps, end = {name: [] for name in works}, time.perf_counter() + seconds
-    while len(next(reversed(laps.values()))) < 3 or time.perf_counter() < end:
-        for name, work in works.items(): laps[name].append(seconds_of(work, device, 1))
-    return {name: min(values) for name, values in laps.items()}
+    laps, end = [], time.perf_counter() + seconds
+    while len(laps) < 3 or time.perf_counter() < end:
+        laps.append({name: seconds_of(work, device, 1) for name, work in works.items()})
+    return {name: min(lap[name] for lap in laps) for name in works}
 
 
 def measure_forms(size: str, root: str, device: torch.device) -> dict:

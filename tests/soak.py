@@ -222,13 +222,13 @@ def mid_write(count: int, half: bool, named: str = ""):
     return plant
 
 
-def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: str, masks: bool) -> bool:
-    """One kill of a stage: at a random time or step, as a `.part` shows, in a write (`masks`: in that of the
-    target's). False: it finished."""
+def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: str) -> bool:
+    """One kill of a stage: at a random time or step, as a `.part` shows, in a write ("planted", and "masks":
+    that of the target's masks). False: it finished."""
     script, arguments, folders, _ = STAGES[name]
     moment = time.perf_counter() + rng.uniform(0.1, 0.8) * duration
-    plant = mid_write(1, True, "target_masks") if masks else mid_write(rng.randint(1, 8), rng.random() < 0.7)
-    process = Process(place, script, arguments, plant if how == "planted" else None)
+    plant = {"planted": mid_write(rng.randint(1, 8), rng.random() < 0.7), "masks": mid_write(1, True, "masks")}
+    process = Process(place, script, arguments, plant.get(how))
     skip = rng.randint(0, 3)                                               # so many `.part` files pass
     goal = logged(place / folders[0]) + rng.randint(1, 25)                 # lines of the log
     seen = set()
@@ -253,7 +253,8 @@ def disturbed(place: Path, whole: Path, name: str, kills: int, rng, duration: fl
     for i in range(kills):
         done = sum(n for (_, what), n in count.items() if what == "kills")
         how = ["planted", "time", "planted", "part", "step" if every else "time"][done % 5]
-        if not kill_once(place, name, rng, duration, how, name == "pre-training" and done % 2 == 0): break
+        if name == "pre-training" and done % 5 == 2: how = "masks"
+        if not kill_once(place, name, rng, duration, how): break
         part, redone = name, 0
         if every:
             part, logged, saved = steps(place / folders[0])
@@ -261,7 +262,7 @@ def disturbed(place: Path, whole: Path, name: str, kills: int, rng, duration: fl
             need(redone <= every, name, "lost", redone, "steps, more than the", every, "between checkpoints")
             part = {"pretraining": "pre-training", "segmentation": "f^S", "finetuning": name}.get(part, part)
         count[part, "kills"] += 1
-        count[part, "inside a write" if how in ("planted", "part") else "at a random time"] += 1
+        count[part, "inside a write" if how in ("planted", "masks", "part") else "at a random time"] += 1
         count[part, "steps redone"] += redone
         count[part, "bytes written again"] += half_written(place)
     finish(place, name)

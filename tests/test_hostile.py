@@ -423,7 +423,7 @@ FUZZ = Path(__file__).parent / "fuzz.py"
 
 
 def test_every_loader_survives_damaged_files(tmp_path):
-    command = [sys.executable, str(FUZZ), "--files", "10", "--keep", str(tmp_path)]
+    command = [sys.executable, str(FUZZ), "--files", "20", "--keep", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("\n") == 17, done.stdout + done.stderr
 

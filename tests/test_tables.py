@@ -347,6 +347,17 @@ def test_chart_draws_bars_and_dots():
     assert tuple(colour_at(panel, (left + 7, at(10)))) == RED                            # a dot, not a corner
 
 
+def test_minus_a_row_by_its_name(tmp_path):
+    made = [result("scratch", seed, 40 + seed) for seed in (0, 1)] + [
+        result("mae", seed, 35 - seed) for seed in (0, 1)] + [result("full", seed, 30 + seed) for seed in (0, 1)]
+    lines = e.table(made, minus="mae")
+    assert lines[0][3] == "minus mae [95 %]" and lines[2][3].startswith("+0.0")
+    assert lines[1][3].startswith("+6.0") and lines[3][3].startswith("-4.0")
+    for r in made: u.write_json(tmp_path / f"{r['settings']['variant']}-{r['settings']['seed']}-result.json", r)
+    with pytest.raises(u.InputError, match="--minus ddc: choose above, first, or of the rows full, mae, scratch"):
+        e.main(["--table", "--minus", "ddc", str(tmp_path)])
+
+
 # ==========================================================================================================
 # Measures of a pre-training run, by hand
 # ==========================================================================================================
