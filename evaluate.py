@@ -871,7 +871,7 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
     """Print the tables asked for on the command line, and what their errors are taken over."""
     names = {row_name(r).split(" ")[1] for r in results if r["kind"] == "finetuning"}
     if a.minus not in {"above", "first"} | names:
-        raise u.InputError(f"--minus {a.minus}: choose above, first, or of the rows {', '.join(sorted(names))}")
+        raise u.InputError(f"--minus {a.minus}: choose above, first, {', '.join(sorted(names))}")
     print(show_table(pretraining_table(results), a.markdown))
     for error in PCK_LIMIT:
         tables = {"": table(results, error, a.rigid, a.minus)}
@@ -908,8 +908,8 @@ def main(arguments=None) -> int:
             f"[datasets/hands/{name}_test, of a human run datasets/bodies/{name}_test]")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
     add("--paper", action="store_true", help="the paper's tables: its rows, its words, its numbers")
-    add("--minus", default="above", metavar="ROW", help="paired differences to the row above that was run, to "
-        "the first, or to a row by its name: above, first, scratch, mae, .. [above]")
+    add("--minus", default="above", metavar="ROW", help="paired differences to the row above that was run, "
+        "to the first, or to a row by its name: above, first, scratch, mae, .. [above]")
     add("--sweep", metavar="SETTING", help="error against a setting, table and picture, from result.json "
         "files: alpha, mask_ratio, lam, labels, steps, epochs (of pre-training), .., or test (the test sets)")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")

@@ -326,7 +326,7 @@ class MaskedAutoencoder(nn.Module):
 # Sec. 3.1  Foreground-centric reconstruction, Eq. (2) and Eq. (3), and backgrounds from X_C
 # ==========================================================================================================
 def foreground_share(masks: Tensor, patch: int) -> Tensor:
-    """w* of Eq. (2), (B, N): the mean in each patch of masks s (B, 1, H, W), 0 = background .. 1 = foreground."""
+    """w* of Eq. (2), (B, N): a patch's mean of masks s (B, 1, H, W), 0 = background .. 1 = foreground."""
     return F.avg_pool2d(masks.float(), kernel_size=patch, stride=patch).flatten(1)       # (B, N)
 
 

@@ -227,7 +227,8 @@ def kill_once(place: Path, name: str, rng: random.Random, duration: float, how: 
     that of the target's masks). False: it finished."""
     script, arguments, folders, _ = STAGES[name]
     moment = time.perf_counter() + rng.uniform(0.1, 0.8) * duration
-    plant = {"planted": mid_write(rng.randint(1, 8), rng.random() < 0.7), "masks": mid_write(1, True, "masks")}
+    anywhere = mid_write(rng.randint(1, 8), rng.random() < 0.7)
+    plant = {"planted": anywhere, "masks": mid_write(1, True, "masks")}
     process = Process(place, script, arguments, plant.get(how))
     skip = rng.randint(0, 3)                                               # so many `.part` files pass
     goal = logged(place / folders[0]) + rng.randint(1, 25)                 # lines of the log

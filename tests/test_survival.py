@@ -212,7 +212,8 @@ def test_one_writer_to_a_data_set(tmp_path):
     second = data.Writer(tmp_path / "set", meta)
     second.append(rows), second.finish()
     assert len(data.Dataset(tmp_path / "set")) == 4
-    assert {path.name for path in (tmp_path / "set").iterdir()} == {"images.npy", "checksums.npy", "meta.json"}
+    names = {path.name for path in (tmp_path / "set").iterdir()}
+    assert names == {"images.npy", "checksums.npy", "meta.json"}
 
 
 def test_no_room_for_what_is_printed(capfd, monkeypatch):
