@@ -446,7 +446,8 @@ def prefetch(batches, device: torch.device):
     On a CPU whose cores all compute there is none: one more thread than cores makes each operation of the
     others wait for the one that was put aside (a step of `tiny` took 105 ms with it, 75 without).
     """
-    if device.type == "cpu" and torch.get_num_threads() >= CORES:
+    computing = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # torchrun tells it
+    if device.type == "cpu" and computing >= CORES:
         yield from batches
         return
     box: queue.Queue = queue.Queue(maxsize=2)

@@ -6,12 +6,14 @@
     python evaluate.py --table --paper runs             in the paper's order, its numbers beside ours
     python evaluate.py --sweep lam runs                 error against a setting, table and picture
     python evaluate.py --image PHOTO [--box X Y W H]    predict the pose on your own picture
+    torchrun --nproc_per_node 8 evaluate.py runs        large test sets, shared out among processes
 
 Errors are EPE (hands) or MPJPE (humans), Sec. 4.1: mean joint distance in mm with the roots aligned, on test
 images that no training script opens. MPJPE is taken over the joints that the test set's meta.json lists under
 "compare", else over all but the root. Each run's numbers go to its result.json.
 """
 import argparse
+import itertools
 import json
 import re
 from pathlib import Path
@@ -70,9 +72,9 @@ def attention_lift(maps: Tensor, masks: Tensor, patch: int) -> tuple[Tensor, Ten
 
 
 def overlap(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Pixels of the intersection and of the union of masks, cut at 0.5, over all images together: (2,)."""
-    p, t = predicted >= 0.5, truth >= 0.5
-    return torch.stack([(p & t).sum(), (p | t).sum()])
+    """Pixels of the intersection and of the union of masks (n, 1, H, W), cut at 0.5: (n, 2)."""
+    p, t = predicted.flatten(1) >= 0.5, truth.flatten(1) >= 0.5
+    return torch.stack([(p & t).sum(dim=1), (p | t).sum(dim=1)], dim=1)
 
 
 def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> float:
@@ -87,66 +89,77 @@ def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> f
 # ==========================================================================================================
 # Measuring one run
 # ==========================================================================================================
-def watched(dataset: data.Dataset, what: str):
-    """The rows of a test set in chunks, with a line now and then where it takes long."""
-    progress = u.Progress(f"{dataset.folder.name}, {what}", len(dataset), 1)
-    for rows in data.chunks(len(dataset)):
-        yield rows
-        progress.show(int(rows[-1]) + 1)
-
-
 @torch.no_grad()
+def over_images(dataset: data.Dataset, what: str, measured) -> Tensor:
+    """measured(rows) (b, ..) of all images of a test set, (n, ..), on the CPU, on every process.
+
+    Of several processes each takes its turn, chunk by chunk; an image's values do not depend on their number.
+    """
+    rank, world = u.place_among_processes()
+    progress, parts = u.Progress(f"{dataset.folder.name}, {what}", len(dataset), 1, rank=rank), []
+    for rows in data.chunks(len(dataset))[rank::world]:
+        parts.append(measured(rows).cpu())
+        progress.show(int(rows[-1]) + 1)
+    turns = itertools.zip_longest(*u.from_all_ranks(parts))
+    return torch.cat([part for turn in turns for part in turn if part is not None])
+
+
 def measure_pose(estimator, dataset: data.Dataset, side: int, device) -> dict:
     """Errors over a whole test set."""
-    pairs = [data.predict(estimator, dataset, rows, side, device) for rows in watched(dataset, "poses")]
-    predicted, truth = (torch.cat(part).cpu() for part in zip(*pairs))
-    return pose_metrics(predicted, truth, dataset.meta)
+    pairs = over_images(dataset, "poses", lambda rows: torch.stack(
+        data.predict(estimator, dataset, rows, side, device), dim=1))                    # (n, 2, K, 3) mm
+    return pose_metrics(*pairs.unbind(1), dataset.meta)
 
 
-def with_masks(dataset: data.Dataset, side: int, device):
-    """The images of a test set (b, 3, H, W), normalised, with their true masks (b, 1, H, W), in chunks."""
-    for rows in watched(dataset, "images with masks"):
-        x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
-        yield data.normalise(x), m
+def with_masks(dataset: data.Dataset, rows: np.ndarray, side: int, device) -> tuple[Tensor, Tensor]:
+    """Images of a test set (b, 3, H, W), normalised, with their true masks (b, 1, H, W)."""
+    x, m, _ = data.crops(dataset, rows, data.no_augmentation(len(rows)), side, device, dataset.masks)
+    return data.normalise(x), m
 
 
-@torch.no_grad()
 def measure_attention(encoder, dataset: data.Dataset, side: int, device) -> dict:
     """Lift of every block on a test set: the true foreground's share of attention over its area's."""
-    pairs = [attention_lift(encoder.attention_maps(x), m, encoder.patch)
-             for x, m in with_masks(dataset, side, device)]
-    share, area = (torch.cat(part).mean(dim=0) for part in zip(*pairs))                  # (L,), ()
-    return {"lift": [round(float(v), 3) for v in share / area], "area": round(float(area), 4)}
+    def measured(rows):
+        x, m = with_masks(dataset, rows, side, device)
+        share, area = attention_lift(encoder.attention_maps(x), m, encoder.patch)
+        return torch.cat([share, area[:, None]], dim=1)                                  # (b, L + 1)
+    *share, area = over_images(dataset, "attention", measured).mean(dim=0)               # L + 1 scalars
+    return {"lift": [round(float(v / area), 3) for v in share], "area": round(float(area), 4)}
 
 
 def reconstruction_error(predicted: Tensor, patches: Tensor, m: Tensor, area: Tensor) -> Tensor:
-    """Sum of the squared error of hidden patches, a pixel's mean, and their number: (2, 3) for patches on the
-    foreground (half of it or more), on its edge (a tenth or more), and beside it.
+    """Sum of the squared error of an image's hidden patches, a pixel's mean, and their number: (n, 2, 3) for
+    patches on the foreground (half of it or more), on its edge (a tenth or more), and beside it.
 
     predicted, patches (n, N, P*P*3); m (n, N), 1 = hidden; area (n, N): share of foreground in a patch.
     """
     error = (predicted.float() - patches).square().mean(-1)                # (n, N)
-    kinds = torch.stack([area >= 0.5, (area >= 0.1) & (area < 0.5), area < 0.1]) & (m > 0)       # (3, n, N)
-    return torch.stack([(kinds * error).sum(dim=(1, 2)), kinds.sum(dim=(1, 2))])
+    kinds = torch.stack([area >= 0.5, (area >= 0.1) & (area < 0.5), area < 0.1], dim=1)      # (n, 3, N)
+    kinds &= m[:, None] > 0
+    return torch.stack([(kinds * error[:, None]).sum(-1), kinds.sum(-1)], dim=1)             # (n, 2, 3)
 
 
-@torch.no_grad()
 def measure_reconstruction(mae, dataset: data.Dataset, s: dict, device) -> list[float]:
     """`reconstruction_error` of f^E and f^D as means over a whole test set: what Eq. (2) is worth."""
-    total, rng = torch.zeros(2, 3, device=device), u.random_generator(0, "reconstruction")
-    for x, mask in with_masks(dataset, s["image"], device):
-        patches = u.patchify(x, s["patch"])                                # (b, N, P*P*3)
-        noise = torch.from_numpy(rng.random(patches.shape[:2], np.float32)).to(device)
-        predicted, m = mae(x, noise, s["mask_ratio"])
-        if s["norm_pix"]: patches = u.normalise_patches(patches)           # in the units of the loss
-        total += reconstruction_error(predicted, patches, m, u.foreground_share(mask, s["patch"]))
-    return [round(float(v), 4) for v in total[0] / total[1].clamp(min=1)]
+    N = (s["image"] // s["patch"]) ** 2
+    noise = u.random_generator(0, "reconstruction").random((len(dataset), N), np.float32)
+
+    def measured(rows):
+        x, mask = with_masks(dataset, rows, s["image"], device)
+        patches = u.patchify(x, s["patch"])                                              # (b, N, P*P*3)
+        predicted, m = mae(x, torch.from_numpy(noise[rows]).to(device), s["mask_ratio"])
+        if s["norm_pix"]: patches = u.normalise_patches(patches)                   # in the units of the loss
+        return reconstruction_error(predicted, patches, m, u.foreground_share(mask, s["patch"]))
+    total, count = over_images(dataset, "reconstruction", measured).double().sum(dim=0)      # 2 x (3,)
+    return [round(float(v), 4) for v in total / count.clamp(min=1)]
 
 
-@torch.no_grad()
 def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
     """Intersection over union of f^S's masks and the true ones, over a whole test set."""
-    both, either = sum(overlap(net(x).sigmoid(), m) for x, m in with_masks(dataset, side, device))
+    def measured(rows):
+        x, m = with_masks(dataset, rows, side, device)
+        return overlap(net(x).sigmoid(), m)                                              # (b, 2)
+    both, either = over_images(dataset, "masks", measured).sum(dim=0)
     return float(both / either.clamp(min=1))
 
 
@@ -832,16 +845,16 @@ def open_test(folder: str) -> data.Dataset:
     return data.Dataset(folder, "keypoints", "intrinsics", *masks)
 
 
-def open_tests(source: str, target: str, task: str) -> dict[str, data.Dataset]:
+def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data.Dataset]:
     """Test sets of both domains: the folders named, else those of the embedded benchmark."""
     kind = {"hand": "hands", "human": "bodies"}[task]
     folders = {"source": source or f"datasets/{kind}/source_test",
                "target": target or f"datasets/{kind}/target_test"}
-    data.ensure_benchmark(list(folders.values()), 0)
+    data.ensure_benchmark(list(folders.values()), rank)
     return {name: open_test(folder) for name, folder in folders.items()}
 
 
-def finished_runs(folders: list[str]) -> list[Path]:
+def finished_runs(folders: list[str], rank: int = 0) -> list[Path]:
     """The checkpoints of finished runs below the folders; an unfinished one is named and left out."""
     paths = []
     for folder in folders:
@@ -851,15 +864,17 @@ def finished_runs(folders: list[str]) -> list[Path]:
             state = u.read_checkpoint(path)
             with u.usable(path): step, steps, _ = (state[key] for key in ("step", "steps", "seconds"))
             if step == steps: paths.append(path)
-            else: print(f"left out, not finished ({step} of {steps} steps): {path.parent}")
+            elif rank == 0: print(f"left out, not finished ({step} of {steps} steps): {path.parent}")
     return list({path.resolve(): path for path in paths}.values())  # a run named twice counts once
 
 
-def measure(path: Path, tests: dict[str, data.Dataset], device) -> dict:
+def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> dict:
     """Measure one finished run and write result.json; for other test sets than before, TARGET-FOLDER.json."""
+    if rank == 0: print(f"measuring {path.parent}", flush=True)
     kind = measure_finetuned if "head" in u.read_checkpoint(path) else measure_pretrained
     result = kind(path, tests, device) | {"tests": {n: d.fingerprint for n, d in tests.items()},
                                           "test": tests["target"].folder.name, "torch": torch.__version__}
+    if rank: return result
     place = path.parent / "result.json"
     with u.usable(place): before = (json.loads(place.read_text()) if place.exists() else result).get("tests")
     if before != result["tests"]: place = path.parent / f"{tests['target'].folder.name}.json"
@@ -921,9 +936,10 @@ def main(arguments=None) -> int:
     add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"),
         help="box around hand or body in --image, px")
     a = parser.parse_args(arguments)
-    _, _, device = u.setup_distributed(a.device)
+    rank, _, device = u.setup_distributed(a.device)
     if a.threads: torch.set_num_threads(a.threads)
     if a.box and not a.image: raise u.InputError("--box goes with --image")
+    if rank and (a.image or a.sweep or a.table): return 0                  # nothing to share out
     if a.image:
         path = next((p for p in finished_runs(a.runs) if "head" in u.read_checkpoint(p)), None)
         if path is None: raise u.InputError(f"{' '.join(a.runs)}: no finished fine-tuning run for --image")
@@ -935,15 +951,14 @@ def main(arguments=None) -> int:
         show_sweep(read_results(a.runs, "*" if a.sweep == "test" else test), a, folder)
         return 0
     by_task: dict[str, list] = {}                                          # checkpoints of hands, of humans
-    for path in [] if a.table else finished_runs(a.runs):
+    for path in [] if a.table else finished_runs(a.runs, rank):
         by_task.setdefault(u.read_checkpoint(path)["settings"].get("task", "hand"), []).append(path)
     results, measured = read_results(a.runs, test) if a.table else [], []
     for task, paths in by_task.items():
-        tests = open_tests(a.source_test, a.target_test, task)
-        for path in paths:
-            print(f"measuring {path.parent}", flush=True)
-            results.append(measure(path, tests, device))
+        tests = open_tests(a.source_test, a.target_test, task, rank)
+        results += [measure(path, tests, rank, device) for path in paths]
         measured.append((task, paths, results[-len(paths):], tests))
+    if rank: return 0
     print()
     show_tables(results, a)
     for task, paths, own, tests in measured if a.pictures != "none" else []:

@@ -11,7 +11,6 @@ The same command again resumes a run that was stopped. Variants of the paper's t
 import copy
 import dataclasses
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -185,12 +184,12 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
 
 @torch.no_grad()
 def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Run, stop: u.StopSignal,
-                  world: int, device, dtype) -> None:
+                  world: int, device, dtype) -> bool:
     """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored images, once, into the run.
 
-    Every process writes its rows of one file, which gets its name when all are done.
+    Every process writes its rows of one file, which gets its name when all are done. False if stopped.
     """
-    if u.from_rank_0(path.exists()): return
+    if u.from_rank_0(path.exists()): return True
     (n, H), part = dataset.images.shape[:2], path.with_name("target_masks.part.npy")
     with u.writing(part):
         if run.rank == 0: np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
@@ -200,13 +199,13 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Ru
     seen = round(s.image * dataset.meta["margin"])  # f^S learned with this many pixels to the stored crop
     progress = u.Progress("target masks", len(mine), world, rank=run.rank)
     share = np.zeros(n, np.float32)                                                      # of foreground
-    for i in range(0, len(mine), 64):
-        rows = mine[i:i + 64]
+    for i in range(0, -(-n // world), 64):                                               # as often on each
+        if stop.requested(): return False  # the same command begins them again
+        if not len(rows := mine[i:i + 64]): continue
         x = data.normalise(data.load_images(dataset, rows, device))
         x = F.interpolate(x, size=seen, mode="bilinear", antialias=True)                 # (64, 3, seen, seen)
         with u.autocast(device, dtype): logits = net(x.contiguous(memory_format=torch.channels_last))
         soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
-        if stop.number: sys.exit(stop.status)  # begun again by the same command
         masks = (255 * soft[:, 0]).round().byte().cpu().numpy()                          # (64, H, H)
         share[rows] = (masks >= 128).mean(axis=(1, 2))
         with u.writing(part): file.write(masks.tobytes())
@@ -222,6 +221,7 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Ru
         print(f"target masks: {100 * share.mean():.0f} % foreground; {100 * failed:.1f} % are under 1 % or "
               "over 90 %, and keep their backgrounds", flush=True)
     u.wait_for_all()
+    return True
 
 
 # ==========================================================================================================
@@ -357,8 +357,9 @@ def main(arguments=None) -> int:
         net = train_segmentation(s, run, stop, source, unconstrained, device, world)
         if net is None: return stop.status
         dtype = getattr(torch, run.config["segmentation_precision"])
-        predict_masks(s, net, target, run.folder / "target_masks.npy", run, stop, world, device, dtype)
-        target_masks = data.open_masks(run.folder / "target_masks.npy", target)
+        path = run.folder / "target_masks.npy"
+        if not predict_masks(s, net, target, path, run, stop, world, device, dtype): return stop.status
+        target_masks = data.open_masks(path, target)
 
     # ---- f^E and f^D ---------------------------------------------------------------------------------------
     domains = [(source, source.masks, s.masks != "none")]

@@ -557,9 +557,10 @@ def gather_features(phi: Tensor) -> Tensor:
     discriminator has its whole gradient on each process, and the mean is right.
     """
     if not distributed(): return phi
-    rows = [torch.empty_like(phi) for _ in range(torch.distributed.get_world_size())]
+    rank, world = place_among_processes()
+    rows = [torch.empty_like(phi) for _ in range(world)]
     torch.distributed.all_gather(rows, phi.detach().contiguous())
-    rows[torch.distributed.get_rank()] = ScaleGradient.apply(phi, float(len(rows)))
+    rows[rank] = ScaleGradient.apply(phi, float(world))
     return torch.cat(rows)                                                 # (B, D)
 
 
@@ -833,7 +834,7 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     local = int(os.environ["LOCAL_RANK"])
     if cuda: torch.cuda.set_device(local)
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), place
+    return *place_among_processes(), place
 
 
 def compute_with(threads: int, deterministic: bool = False) -> None:
@@ -851,6 +852,18 @@ def distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def place_among_processes() -> tuple[int, int]:
+    """Rank and number of processes."""
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed() else (0, 1)
+
+
+def from_all_ranks(value) -> list:
+    """What every process holds, in the order of their ranks, on every process."""
+    values = [value] * place_among_processes()[1]
+    if distributed(): torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def from_rank_0(value):
     """The value that rank 0 holds, on every process. If it is an InputError, every process raises it."""
     box = [value]
@@ -861,7 +874,7 @@ def from_rank_0(value):
 
 def mean_over_processes(values: Tensor) -> Tensor:
     """The mean of a tensor over all processes, in place."""
-    if distributed(): torch.distributed.all_reduce(values); values /= torch.distributed.get_world_size()
+    if distributed(): torch.distributed.all_reduce(values); values /= place_among_processes()[1]
     return values
 
 
@@ -919,10 +932,8 @@ class Guard:
 
 def blame(losses: list[tuple]) -> str:
     """Which term is not finite for which images, from (term, data set, row, finite) of a process's images."""
-    parts = [losses] * (torch.distributed.get_world_size() if distributed() else 1)
-    if distributed(): torch.distributed.all_gather_object(parts, losses)
     rows: dict[tuple, list] = {}
-    for term, folder, row, finite in (loss for part in parts for loss in part):
+    for term, folder, row, finite in (loss for part in from_all_ranks(losses) for loss in part):
         if not finite: rows.setdefault((term, folder), []).append(row)
     if not rows: return f"the gradient is not finite, though {losses[0][0]} of each image is,"
     return ", ".join(f"{term} is not finite for {len(bad)} images of {folder} (rows "
@@ -1022,7 +1033,7 @@ class StopSignal:
     """Ctrl-C and SIGTERM raise a flag, the loop saves at the end of its step. A second one stops at once."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.agreed = 0, 0  # the signal that came here; the one that all processes stop for
         for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, self.note)
 
     def note(self, number, _frame):
@@ -1031,16 +1042,15 @@ class StopSignal:
 
     def requested(self) -> bool:
         """True on every process as soon as one of them was told to stop. On the CPU: no GPU waits for it."""
-        if distributed():
-            flag = torch.tensor([self.number])
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.number = int(flag)
-        return self.number != 0
+        flag = torch.tensor([self.number])
+        if distributed(): torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        self.agreed = int(flag)  # one that comes meanwhile stays in `number`, for the next step
+        return self.agreed != 0
 
     @property
     def status(self) -> int:
         """The exit status that tells the shell which signal it was: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + (self.number or signal.SIGINT)
+        return 128 + (self.agreed or signal.SIGINT)
 
 
 class Progress:
@@ -1264,12 +1274,13 @@ def run_script(main) -> None:
     """Call main() and turn what the user can mend into one line on stderr, exit status 2.
 
     A process whose peer is gone says so and ends at once, status 1: what could be waited for will not come.
+    One of several that ends early leaves Python by os._exit, for the process group's threads are at work.
     """
     try:
         status = main()
         if distributed(): torch.distributed.destroy_process_group()  # its threads end before Python does
         sys.exit(status)
-    except InputError as error: end, status, text = sys.exit, 2, str(error)
+    except InputError as error: end, status, text = os._exit if distributed() else sys.exit, 2, str(error)
     except OSError as error:  # as where no room is left for what is printed; nor will there be at exit
         end, status, text = os._exit, 2, f"{error.filename or 'standard output'}: {error.strerror or error}"
     except RuntimeError as error:
@@ -1279,4 +1290,5 @@ def run_script(main) -> None:
                 "on from the last checkpoint")
     except KeyboardInterrupt: sys.exit(130)
     print(f"error: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError): sys.stdout.flush()  # os._exit does not
     end(status)

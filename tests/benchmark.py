@@ -295,7 +295,7 @@ def scaling_worker(rank: int, world: int, folder: str, name: str, port: int, box
     """One of several processes: seconds of a step of pre-training with gradients averaged."""
     device = torch.device(name, rank) if name == "cuda" else torch.device("cpu")
     if name == "cpu": torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
     torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo", rank=rank, world_size=world)
     sets = data.Dataset(folder, "masks")
     s, make, _, mae, _ = pretraining("tiny", sets, device)

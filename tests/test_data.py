@@ -708,10 +708,11 @@ def test_batch_rows():
     assert sorted(data.batch_rows(3, 0, "order", 0, 9)) == 3 * [0] + 3 * [1] + 3 * [2]  # three epochs in one
 
 
-@pytest.mark.parametrize("cores", [1, 8])
-def test_prefetch(cores, monkeypatch):
+@pytest.mark.parametrize("cores, processes", [(1, 1), (8, 1), (8, 8)])
+def test_prefetch(cores, processes, monkeypatch):
     """With a thread, where a core is free, and without: the same batches, and their errors come through."""
     monkeypatch.setattr(data, "CORES", cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     workers = []
 
     def counted():
@@ -719,7 +720,7 @@ def test_prefetch(cores, monkeypatch):
             workers.append(threading.current_thread())
             yield i
     assert list(data.prefetch(counted(), torch.device("cpu"))) == list(range(7))
-    assert (workers[0] is threading.main_thread()) == (cores == 1)
+    assert (workers[0] is threading.main_thread()) == (cores == processes)
 
     def failing():
         yield 1

@@ -156,7 +156,7 @@ def test_all_pictures(runs, capsys):
     toy = data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks")
     datasets = {"source": toy, "target": toy}
     paths = sorted((runs / "runs").rglob("checkpoint.pt"))
-    results = [e.measure(path, datasets, "cpu") for path in paths]
+    results = [e.measure(path, datasets, 0, "cpu") for path in paths]
     e.draw_all(paths, results, datasets, runs / "pictures", "cpu")
     names = {"attention", "curves", "poses", "pck", "reconstruction-tiny-full"}
     assert {path.name for path in (runs / "pictures").iterdir()} == {f"{name}.png" for name in names}

@@ -456,6 +456,18 @@ def test_the_first_signal_asks_and_the_second_stops(number):
         for n, handler in handlers.items(): signal.signal(n, handler)
 
 
+def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
+    """It comes when this one's answer is already on its way, and counts at the next step."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(u, "distributed", lambda: True)
+    try:
+        stop, arriving = u.StopSignal(), [lambda: signal.raise_signal(signal.SIGTERM)]
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: arriving.pop()() if arriving else None)
+        assert not stop.requested() and stop.requested() and stop.status == 143
+    finally:
+        for n, handler in handlers.items(): signal.signal(n, handler)
+
+
 def test_progress_line(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr(u, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))

@@ -297,14 +297,14 @@ def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path, monke
     save_checkpoint(tmp_path / "gone-seed1", train_finetune, seed=1, **run | {"init": "nowhere"})
     toy = data.Dataset(tmp_path / "toy", "keypoints", "intrinsics", "masks")
     tests = {"source": toy, "target": toy}
-    full, before, gone = (e.measure(tmp_path / name / "checkpoint.pt", tests, "cpu")
+    full, before, gone = (e.measure(tmp_path / name / "checkpoint.pt", tests, 0, "cpu")
                           for name in ("full-seed1", "pretrain-full-seed0", "gone-seed1"))
     assert full["test"] == "toy" and full["pretraining"]["settings"]["alpha"] == 7
     assert full["pretraining"]["target"]["attention"] == before["target"]["attention"]
     assert full["target"]["attention"] != before["target"]["attention"] and "pretraining" not in gone
     assert json.loads((tmp_path / "full-seed1/result.json").read_text()) == full
     monkeypatch.setattr(data, "chunks", lambda n: [np.arange(1), np.arange(1, n)])     # the same in two parts
-    again = e.measure(tmp_path / "full-seed1/checkpoint.pt", tests, "cpu")
+    again = e.measure(tmp_path / "full-seed1/checkpoint.pt", tests, 0, "cpu")
     assert again["target"]["attention"] == full["target"]["attention"]
     assert again["pretraining"]["target"] == full["pretraining"]["target"]
 
@@ -394,21 +394,21 @@ def test_attention_lift():
 def check_overlap(overlap):
     predicted = torch.tensor([[0.9, 0.6, 0.4, 0.1], [0.5, 0.0, 0.0, 0.0]])
     truth = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    assert overlap(predicted, truth).tolist() == [2, 4]
-    assert overlap(torch.zeros(2, 4), torch.zeros(2, 4)).tolist() == [0, 0]
+    assert overlap(predicted, truth).tolist() == [[1, 3], [1, 1]]
+    assert overlap(torch.zeros(2, 4), torch.zeros(2, 4)).tolist() == [[0, 0], [0, 0]]
 
 
 def test_overlap():
     check_overlap(e.overlap)
-    rejected(check_overlap, lambda p, t: e.overlap(p > 0.5, t), lambda p, t: e.overlap(p, t).flip(0),
-             lambda p, t: torch.stack([e.overlap(p, t)[0], (p >= 0.5).sum() + (t >= 0.5).sum()]))
+    rejected(check_overlap, lambda p, t: e.overlap(p > 0.5, t), lambda p, t: e.overlap(p, t).flip(1),
+             lambda p, t: torch.stack([e.overlap(p, t)[:, 0], (p >= 0.5).sum(1) + (t >= 0.5).sum(1)], 1))
 
 
 def test_iou_over_the_images_of_all_chunks(tmp_path, monkeypatch):
     """Not the mean of each chunk's: all masks are squares; the net sees half of the first image's."""
     save_dataset(tmp_path / "set")
     dataset, seen = data.Dataset(tmp_path / "set", "masks"), []
-    whole = torch.cat([m for _, m in e.with_masks(dataset, 48, torch.device("cpu"))])
+    whole = e.with_masks(dataset, np.arange(len(dataset)), 48, torch.device("cpu"))[1]
 
     def net(x):
         mine = 20 * whole[sum(seen):sum(seen) + len(x)] - 10
@@ -428,7 +428,8 @@ def check_reconstruction(reconstruction_error):
     predicted = torch.tensor([[1.0, 3.0], [2.0, 2.0], [4.0, 0.0], [7.0, 7.0]]).expand(2, 4, 2)
     m = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
     area = torch.tensor([[0.5, 0.1, 0.09, 1.0], [0.9, 0.3, 0.49, 0.0]])
-    assert reconstruction_error(predicted, patches, m, area).tolist() == [[10, 12, 8], [2, 2, 1]]
+    assert reconstruction_error(predicted, patches, m, area).tolist() == [
+        [[5, 4, 8], [1, 1, 1]], [[5, 8, 0], [1, 1, 0]]]
 
 
 def test_reconstruction_error():

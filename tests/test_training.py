@@ -186,12 +186,13 @@ def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
     assert not same(ours, theirs), "this test compares two different orders of summation"
 
 
-def torchrun(script: str, *arguments: str) -> None:
-    """The script on two processes."""
+def torchrun(script: str, *arguments: str) -> str:
+    """What the script prints on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def test_two_processes_give_the_same_pretraining(sets, tmp_path):
@@ -298,6 +299,28 @@ def test_expanded_and_written_eq_5_train_alike(sets, pretrained, finetuned, tmp_
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
+def test_two_processes_measure_the_same(sets, pretrained, finetuned, tmp_path):
+    """Test sets of one chunk, where the second process has nothing to do, and of two; all of result.json."""
+    arrays = {field: np.load(sets / f"target/{field}.npy")
+              for field in ("images", "masks", "keypoints", "intrinsics")}
+    (tmp_path / "large").mkdir()
+    for field, array in arrays.items(): np.save(tmp_path / f"large/{field}.npy", np.concatenate([array] * 3))
+    meta = json.loads((sets / "target/meta.json").read_text()) | {"rows": 120}
+    (tmp_path / "large/meta.json").write_text(json.dumps(meta))
+    for run in (pretrained, finetuned): shutil.copytree(run, tmp_path / "two" / run.name)
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    command = ["--source-test", f"{sets}/source_test", "--target-test", str(tmp_path / "large"), "--pictures",
+               "none", "--threads", "1"]
+    assert evaluate.main([str(tmp_path / "one"), *command]) == 0
+    printed = torchrun("evaluate.py", str(tmp_path / "two"), *command)
+    assert printed.count("chance: constant mean pose") == 1 and printed.count("measuring") == 2
+    for run in (pretrained, finetuned):
+        one, two = (json.loads((tmp_path / number / run.name / "result.json").read_text())
+                    for number in ("one", "two"))
+        assert one == two and one["tests"] == two["tests"]
+    assert two["target"]["images"] == 120 and two["source"]["images"] == 12
+
+
 def test_evaluate_measures_and_tabulates(sets, pretrained, finetuned, tmp_path, capsys):
     assert evaluate.main([str(pretrained.parent), "--source-test", f"{sets}/source_test", "--target-test",
                           f"{sets}/target_test", "--pictures", "none", "--device", "cpu"]) == 0
@@ -368,7 +391,7 @@ def test_finetuning_refuses(sets, pretrained, finetuned, tmp_path):
 
 def test_unfinished_pretraining_is_refused(sets, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_after(patch, 6)
+        stop_after(patch, 7)  # four steps of f^S, a chunk of masks, two steps
         pretrain(sets, tmp_path / "half")
     with pytest.raises(u.InputError, match="stands at step 2 of"):
         finetune(sets, tmp_path / "run", str(tmp_path / "half"))
