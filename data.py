@@ -440,16 +440,16 @@ def batch_rows(count: int, seed: int, purpose: str, step: int, batch: int) -> np
 
 
 def prefetch(batches, device: torch.device):
+    """The same batches, on CUDA made one ahead. Not on a CPU: one thread more than cores makes each operation
+    of the others wait for the one that was put aside (tests/benchmark.py measures it)."""
+    return in_a_thread(batches, device) if device.type == "cuda" else iter(batches)
+
+
+def in_a_thread(batches, device: torch.device):
     """The same batches; a thread prepares the next while one is trained on. Its errors come through.
 
     On CUDA the thread works in a stream of its own, so that copies and augmentation overlap with training.
-    On a CPU whose cores all compute there is none: one more thread than cores makes each operation of the
-    others wait for the one that was put aside (a step of `tiny` took 105 ms with it, 75 without).
     """
-    computing = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # torchrun tells it
-    if device.type == "cpu" and computing >= CORES:
-        yield from batches
-        return
     box: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
     side = torch.cuda.Stream(device) if device.type == "cuda" else None

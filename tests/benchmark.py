@@ -143,10 +143,10 @@ def finetuning(size: str, sets, device, *flags: str):
 STAGES = {"pre-training": pretraining, "fine-tuning": finetuning}
 
 
-def train(make, loss, model, dtype, device, steps: int) -> tuple[float, float]:
+def train(make, loss, model, dtype, device, steps: int, prefetch=data.prefetch) -> tuple[float, float]:
     """Seconds of a step, and the share of them spent waiting for data, of a loop as the scripts have it."""
     optimiser = torch.optim.AdamW(u.parameter_groups(model, 0.05), lr=1e-4, fused=True)
-    batches, waited = data.prefetch((make(i) for i in range(steps + 1)), device), 0.0
+    batches, waited = prefetch((make(i) for i in range(steps + 1)), device), 0.0
     for step in range(steps + 1):
         ask = time.perf_counter()
         batch = next(batches)
@@ -185,13 +185,11 @@ def measure_stage(stage: str, size: str, root: str, device: torch.device) -> dic
     name = u.choose_precision("auto", device, lambda dtype: loss(batch, dtype).backward())
     dtype = getattr(torch, name)
     rates = [matmul_rate(dtype, device)]
-    # as many steps as take about ten seconds
     lap = seconds_of(lambda: loss(batch, dtype).backward(), device, 2)
-    seconds, waited = train(make, loss, model, dtype, device, max(2, min(200, int(10 / lap))))
+    steps = max(2, min(200, int(10 / lap)))                                # of about ten seconds in all
+    seconds, waited = train(make, loss, model, dtype, device, steps)
     rates.append(matmul_rate(dtype, device))
-    cores, data.CORES = data.CORES, 1 << 20                                # as if one were free for a thread
-    threaded, _ = train(make, loss, model, dtype, device, max(2, min(200, int(10 / lap))))
-    data.CORES = cores
+    threaded, _ = train(make, loss, model, dtype, device, steps, data.in_a_thread)
     laps = laps_of({kind: lambda kind=kind: loss(batch, kind).backward()
                     for kind in (torch.float32, torch.bfloat16)}, device)
     peak, full, kept = memory(device), s.batch, []
@@ -295,7 +293,7 @@ def scaling_worker(rank: int, world: int, folder: str, name: str, port: int, box
     """One of several processes: seconds of a step of pre-training with gradients averaged."""
     device = torch.device(name, rank) if name == "cuda" else torch.device("cpu")
     if name == "cpu": torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo", rank=rank, world_size=world)
     sets = data.Dataset(folder, "masks")
     s, make, _, mae, _ = pretraining("tiny", sets, device)

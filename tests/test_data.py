@@ -708,31 +708,28 @@ def test_batch_rows():
     assert sorted(data.batch_rows(3, 0, "order", 0, 9)) == 3 * [0] + 3 * [1] + 3 * [2]  # three epochs in one
 
 
-@pytest.mark.parametrize("cores, processes", [(1, 1), (8, 1), (8, 8)])
-def test_prefetch(cores, processes, monkeypatch):
-    """With a thread, where a core is free, and without: the same batches, and their errors come through."""
-    monkeypatch.setattr(data, "CORES", cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+@pytest.mark.parametrize("prefetch", [data.prefetch, data.in_a_thread])
+def test_prefetch(prefetch):
+    """Without a thread, as on a CPU, and with one: the same batches, and their errors come through."""
     workers = []
 
     def counted():
         for i in range(7):
             workers.append(threading.current_thread())
             yield i
-    assert list(data.prefetch(counted(), torch.device("cpu"))) == list(range(7))
-    assert (workers[0] is threading.main_thread()) == (cores == processes)
+    assert list(prefetch(counted(), torch.device("cpu"))) == list(range(7))
+    assert (workers[0] is threading.main_thread()) == (prefetch is data.prefetch)
 
     def failing():
         yield 1
         raise InputError("no such row")
-    with refused("no such row"): list(data.prefetch(failing(), torch.device("cpu")))
+    with refused("no such row"): list(prefetch(failing(), torch.device("cpu")))
 
 
-def test_prefetch_ends_with_its_reader(monkeypatch):
+def test_prefetch_ends_with_its_reader():
     """A loop that stops early leaves no thread at work: one inside torch would abort a process that exits."""
-    monkeypatch.setattr(data, "CORES", 8)
     made, before = [], threading.active_count()
-    batches = data.prefetch((made.append(i) or i for i in range(10 ** 6)), torch.device("cpu"))
+    batches = data.in_a_thread((made.append(i) or i for i in range(10 ** 6)), torch.device("cpu"))
     assert next(batches) == 0
     batches.close()
     assert threading.active_count() == before and len(made) < 10
