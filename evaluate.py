@@ -634,7 +634,7 @@ def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, de
     panels = [[(to_panel(image), "") for image in row] for row in zip(*images)]
     for row, mask in zip(panels, f_S[0](x).sigmoid() if f_S else []):                    # (1, H, W)
         w = u.foreground_weights(mask[None], s["patch"], s["alpha"])[0]                  # (N,), Eq. (2)
-        row += [(to_panel(mask), ""), (heat(row[2][0], w), f"{w.min():.1f} to {w.max():.1f}")]
+        row += [(to_panel(mask), ""), (heat(row[2][0], w), f"{float(w.min()):.1f} to {float(w.max()):.1f}")]
     titles = ["masked input", "reconstruction", "original", "mask by f^S", "weights w, Eq. (2)"]
     lent = "; norm_pix: contrast of the true patches" if s["norm_pix"] else ""
     heading = f"{name}: {', '.join(tests)} test, r = {s['mask_ratio']:g}; visible patches pasted{lent}"
@@ -676,7 +676,7 @@ def pose_panels(panel, uv, pose, attention: Tensor, bones: list, true_uv=None, t
 
 def lift_caption(lift: Tensor) -> str:
     """Words for a lift; none where there was no mask."""
-    return f"on foreground {lift:.2f} x" if lift.isfinite() else ""
+    return f"on foreground {float(lift):.2f} x" if lift.isfinite() else ""
 
 
 def draw_poses(looks: dict[str, dict], count: int, bones: list) -> Image.Image:
@@ -688,7 +688,7 @@ def draw_poses(looks: dict[str, dict], count: int, bones: list) -> Image.Image:
         data.draw_skeleton(ImageDraw.Draw(true), true_uv, bones, 5)
         panels = [true, *pose_panels(seen["panels"][i], uv, pose, attention, bones, true_uv, truth)]
         lift = lift_caption(seen["lift"][i].mean())
-        rows.append(list(zip(panels, (name, f"error {seen['error'][i]:.1f} mm", "", "", lift))))
+        rows.append(list(zip(panels, (name, f"error {float(seen['error'][i]):.1f} mm", "", "", lift))))
     return sheet(rows, ["true", *POSE_TITLES],
                  "Target test; thin: true pose. Attention: share on the foreground / its area")
 
@@ -776,7 +776,7 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, 
     if posed: pictures["pck"] = draw_pck({name: runs[name] for name in posed}, colours)
     for name in sorted(runs.keys() - posed.keys()):
         picture = draw_reconstruction(runs[name][0][0], name, tests, rows, device)
-        pictures[name.replace("pretrain", "reconstruction").replace(" ", "-")] = picture
+        pictures[name.replace("pretrain", "reconstruction", 1).replace(" ", "-")] = picture
     for name, picture in pictures.items():
         if picture: save_picture(picture, folder / f"{name}.png")
 

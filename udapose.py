@@ -1012,7 +1012,8 @@ def grad_scaler(device: torch.device, dtype: torch.dtype, state: dict) -> torch.
 def wants_compile(wanted: str, device: torch.device, steps: int) -> bool:
     """Whether torch.compile pays: it takes a minute at the start, and gains next to nothing on a CPU."""
     if wanted not in ("auto", "on", "off"): raise InputError(f"--compile {wanted!r}: choose auto, on or off")
-    pays = device.type == "cuda" and steps >= 2000 and not torch.are_deterministic_algorithms_enabled()
+    pays = device.type == "cuda" and steps >= 2000 and not torch.are_deterministic_algorithms_enabled() \
+        and torch.cuda.get_device_capability(device) >= (7, 0)  # its compiler, Triton, makes nothing for less
     return wanted == "on" or (wanted == "auto" and pays)  # a compiler that times its kernels may vary
 
 

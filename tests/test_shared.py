@@ -122,8 +122,10 @@ def test_a_gpu_without_bfloat16_is_offered_float16(monkeypatch):
 
 @pytest.mark.parametrize("wanted, device, steps, on", [
     ("on", "cpu", 1, True), ("off", "cuda", 10 ** 6, False), ("auto", "cuda", 2000, True),
-    ("auto", "cuda", 1999, False), ("auto", "cpu", 10 ** 6, False)])
-def test_compile_where_it_pays(wanted, device, steps, on):
+    ("auto", "cuda", 1999, False), ("auto", "cpu", 10 ** 6, False), ("auto", "cuda:1", 2000, False)])
+def test_compile_where_it_pays(wanted, device, steps, on, monkeypatch):
+    """On the second GPU it cannot: it is of an old kind."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1) if device.index else (7, 0))
     assert u.wants_compile(wanted, torch.device(device), steps) is on
     with pytest.raises(u.InputError, match="'yes': choose auto, on or off"):
         u.wants_compile("yes", torch.device(device), steps)
