@@ -1,5 +1,5 @@
 """The scripts on a device that is not the CPU, where there is none: on tensors with shape and device but no
-values ("meta"). Every operation finds its tensors on one device; a step waits for no value from the device."""
+values ("meta"). An operation finds its tensors on one device; a step waits for no value from there."""
 import collections
 import contextlib
 import shutil

@@ -125,7 +125,7 @@ def test_a_gpu_without_bfloat16_is_offered_float16(monkeypatch):
     ("auto", "cuda", 1999, False), ("auto", "cpu", 10 ** 6, False), ("auto", "cuda:1", 2000, False)])
 def test_compile_where_it_pays(wanted, device, steps, on, monkeypatch):
     """On the second GPU it cannot: it is of an old kind."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1) if device.index else (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (6, 1) if gpu.index else (7, 0))
     assert u.wants_compile(wanted, torch.device(device), steps) is on
     with pytest.raises(u.InputError, match="'yes': choose auto, on or off"):
         u.wants_compile("yes", torch.device(device), steps)
@@ -463,8 +463,8 @@ def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(u, "distributed", lambda: True)
     try:
-        stop, arriving = u.StopSignal(), [lambda: signal.raise_signal(signal.SIGTERM)]
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: arriving.pop()() if arriving else None)
+        stop, come = u.StopSignal(), [lambda: signal.raise_signal(signal.SIGTERM)]
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: come.pop()() if come else None)
         assert not stop.requested() and stop.requested() and stop.status == 143
     finally:
         for n, handler in handlers.items(): signal.signal(n, handler)
