@@ -487,10 +487,10 @@ def show_table(lines: list[list[str]], markdown: bool) -> str:
 
 
 def read_results(folders: list[str], test: str = "") -> list[dict]:
-    """Every result.json below the folders; or all measured on the test set named `test`, "*" for any."""
-    found = []
-    pattern = "*.json" if test else "*result.json"
-    for path in (path for folder in folders for path in sorted(Path(folder).rglob(pattern))):
+    """Every result.json below the folders, or named; or all measured on the test set `test`, "*" for any."""
+    found, pattern = [], "*.json" if test else "*result.json"
+    for path in (path for place in map(Path, folders)
+                 for path in ([place] if place.is_file() else sorted(place.rglob(pattern)))):
         try: result = json.loads(path.read_text())
         except ValueError as error: raise u.InputError(f"{path}: not JSON ({error}); remove it") from error
         if not isinstance(result, dict) or "kind" not in result: continue  # another's file

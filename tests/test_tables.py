@@ -281,6 +281,8 @@ def test_results_on_another_test_set_are_read_by_its_name(tmp_path):
     errors = {test: [r["target"]["epe"] for r in e.read_results(folder, test)]
               for test in ("", "target_test", "shifted_test", "*")}
     assert errors == {"": [30], "target_test": [30], "shifted_test": [33], "*": [30, 33]}
+    one = e.read_results([str(tmp_path / "full.result.json")])             # a file by its own name
+    assert [r["target"]["epe"] for r in one] == [30]
     with pytest.raises(u.InputError, match="no result.json of elsewhere; run evaluate.py without --table"):
         e.read_results(folder, "elsewhere")
     (tmp_path / "bad.result.json").write_text("{")
