@@ -157,6 +157,7 @@ def second_term(s: Settings) -> tuple[str, float]:
 def validate(s: Settings, estimator, dataset, rank: int, world: int, device, dtype) -> float:
     """EPE (MPJPE for humans) on labelled source images, mm, with the root's true depth; on all processes."""
     estimator.eval()
+    u.statistics_of_rank_0(estimator)
     total = torch.zeros(2, dtype=torch.float64)                                # sum and number of the errors
     for rows in data.chunks(len(dataset))[rank::world]:
         predicted, truth = data.predict(estimator, dataset, rows, s.image, device, dtype)   # (b, K, 3) mm
@@ -249,6 +250,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     trial, first = copy.deepcopy(estimator), make(0, shares[0])
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: sum(pose_losses(
         s, trial, trial.head, f_A, *first, device, dtype, comparison(s, trial.discriminator, 0))).backward())
+    del trial, first  # else their memory stays taken
     if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)):
         estimator.compile()
         if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
@@ -265,14 +267,14 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     def losses(step): return (loss for own in shares for loss in losses_by_image(
         s, step, own, estimator, f_A, source, target, labels, device, dtype))
     guard = u.Guard(optimiser, scaler, estimator, sums, save, losses)
-    batches = ([make(i, own) for own in shares] for i in range(start, steps))
-    for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches, device)):
+    ahead = data.prefetch((make(i, own) for i in range(start, steps) for own in shares), device)
+    for step in range(start, steps):
         rate = u.cosine_rate(step, steps, s.warmup, s.lr)
         for group in optimiser.param_groups: group["lr"] = rate * group["scale"]
         guard.start()
         compare = comparison(s, estimator.discriminator, step / steps)
-        for batch in u.micro_steps(model, shares_of_batch):
-            L_kpt, L_attn = pose_losses(s, model, head, f_A, *batch, device, dtype, compare)
+        for _ in u.micro_steps(model, shares):
+            L_kpt, L_attn = pose_losses(s, model, head, f_A, *next(ahead), device, dtype, compare)
             L_HPE = u.hpe_loss(L_kpt, L_attn, lam)                                       # Eq. (7)
             scaler.scale(L_HPE / len(shares)).backward()
             sums += torch.stack([L_kpt.detach(), L_attn.detach(), torch.ones_like(L_kpt)]) / len(shares)

@@ -148,6 +148,7 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     trial, first = copy.deepcopy(net), segmentation_batch(s, 0, own, source, unconstrained, device)
     dtype = run.decide_dtype("segmentation_precision", s.precision, device,
                              lambda dtype: segmentation_loss(trial, *first, device, dtype).backward())
+    del trial, first  # else their memory stays taken
     if run.rank == 0: print(f"f^S: {s.seg_steps} steps of {s.seg_batch}, {dtype}", flush=True)
     model, scaler = u.parallel(net, world), u.grad_scaler(device, dtype, state)
     progress = u.Progress("f^S", s.seg_steps, s.seg_batch, start, run.rank)
@@ -190,6 +191,7 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Ru
     Every process writes its rows of one file, which gets its name when all are done. False if stopped.
     """
     if u.from_rank_0(path.exists()): return True
+    u.statistics_of_rank_0(net)
     (n, H), part = dataset.images.shape[:2], path.with_name("target_masks.part.npy")
     with u.writing(part):
         if run.rank == 0: np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
@@ -283,12 +285,13 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     if start == steps: return steps, state["seconds"]
     sums = state.get("sums", torch.zeros(3)).to(device)  # of L_WMAE, pixel, steps since the last log
     shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
-    batches = ([pretraining_batch(s, i, own, domains, unconstrained, device) for own in shares]
-               for i in range(start, steps))
+    batches = (pretraining_batch(s, i, own, domains, unconstrained, device)
+               for i in range(start, steps) for own in shares)
 
     trial, first = copy.deepcopy(mae), pretraining_batch(s, 0, shares[0], domains, unconstrained, device)
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: reconstruction_loss(
         s, trial, *first, device, dtype)[0].backward())  # on a copy, so that timing leaves no trace
+    del trial, first
     if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)): mae.compile()
     if run.rank == 0: print(f"MAE: {steps} steps of {s.batch} images, {dtype}, {device}", flush=True)
     model, scaler = u.parallel(mae, world), u.grad_scaler(device, dtype, state)
@@ -305,12 +308,13 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
                 with torch.no_grad(): L_WMAE, _ = reconstruction_loss(s, mae, *one, device, dtype)
                 yield "L_WMAE", L_WMAE, domains[i][0], row
     guard = u.Guard(optimiser, scaler, mae, sums, save, losses)
-    for step, shares_of_batch in zip(range(start, steps), data.prefetch(batches, device)):
+    ahead = data.prefetch(batches, device)
+    for step in range(start, steps):
         rate = u.cosine_rate(step, steps, round(s.warmup * steps), s.lr)
         for group in optimiser.param_groups: group["lr"] = rate
         guard.start()
-        for batch in u.micro_steps(model, shares_of_batch):
-            L_WMAE, pixel = reconstruction_loss(s, model, *batch, device, dtype)
+        for _ in u.micro_steps(model, shares):
+            L_WMAE, pixel = reconstruction_loss(s, model, *next(ahead), device, dtype)
             scaler.scale(L_WMAE / len(shares)).backward()
             sums += torch.stack([L_WMAE.detach(), pixel, torch.ones_like(pixel)]) / len(shares)
         guard.step(step, sums)

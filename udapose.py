@@ -878,6 +878,11 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def statistics_of_rank_0(module: nn.Module) -> None:
+    """BatchNorm's statistics as rank 0 saves them, on every process: each has moved them by its own images."""
+    for buffer in module.buffers() if distributed() else (): torch.distributed.broadcast(buffer, 0)
+
+
 def wait_for_all() -> None:
     """Returns once every process has come here. On the CPU: no GPU waits."""
     if distributed(): torch.distributed.all_reduce(torch.zeros(1))
@@ -903,13 +908,15 @@ class Guard:
     def start(self) -> None:
         """Before a step: no gradients, and the state kept to which `check` returns."""
         self.optimiser.zero_grad(set_to_none=True)
-        now = torch.cat([t.flatten() for t in self.others])
+        scale = self.scaler.scale(torch.ones(1, device=self.first.device))    # float16's; else 1
+        now = torch.cat([*(t.flatten() for t in self.others), scale])
         self.kept = torch.where(self.first > 0, self.kept, now) if len(self.kept.shape) else now
 
     def step(self, step: int, losses: Tensor) -> None:
         """The optimiser's step, gradients being ready; losses: of this step, or summed since the last log."""
         grads = [] if self.scaler.is_enabled() else [p.grad for p in self.weights if p.grad is not None]
-        seen = losses.detach().sum() + torch.nn.utils.get_total_norm(grads).to(losses.device)
+        seen = losses.detach().sum()
+        if grads: seen = seen + torch.nn.utils.get_total_norm(grads)
         sound = mean_over_processes(seen.isfinite().float())               # 1 where it is on all of them
         self.first = torch.where((self.first == 0) & (sound < 1), step + 1.0, self.first)
         if self.first.device.type == "cpu": self.check()
@@ -922,7 +929,9 @@ class Guard:
         """InputError, on all processes, where a step was not finite; the state before it is saved."""
         if not self.first: return
         step, sizes = int(self.first) - 1, [t.numel() for t in self.others]
-        for tensor, kept in zip(self.others, self.kept.split(sizes)): tensor.copy_(kept.view_as(tensor))
+        *others, scale = self.kept.split([*sizes, 1])
+        for tensor, kept in zip(self.others, others): tensor.copy_(kept.view_as(tensor))
+        if self.scaler.is_enabled(): self.scaler.update(float(scale))      # each skipped step halved it
         self.save(step)
         losses = [(term, str(dataset.folder), int(row), bool(value.isfinite()))
                   for term, value, dataset, row in self.losses(step)]
@@ -963,11 +972,11 @@ def parallel(model: nn.Module, world: int) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
-def micro_steps(model: nn.Module, batches: list):
-    """Each micro-batch of a step in turn; gradients travel between processes with the last one only."""
-    for i, batch in enumerate(batches):
-        quiet = i < len(batches) - 1 and hasattr(model, "no_sync")  # DistributedDataParallel's
-        with model.no_sync() if quiet else contextlib.nullcontext(): yield batch
+def micro_steps(model: nn.Module, shares: list):
+    """Each micro-batch's share of a step in turn; gradients travel between processes with the last one only."""
+    for i, share in enumerate(shares):
+        quiet = i < len(shares) - 1 and hasattr(model, "no_sync")  # DistributedDataParallel's
+        with model.no_sync() if quiet else contextlib.nullcontext(): yield share
 
 
 def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
@@ -986,7 +995,10 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
         laps = []
         for _ in range(6):
             start = time.perf_counter()
-            one_pass(getattr(torch, name))
+            try: one_pass(getattr(torch, name))
+            except torch.OutOfMemoryError:  # as float32 may be too large where the other type fits
+                laps = [math.inf, math.inf]
+                break
             if device.type == "cuda": torch.cuda.synchronize()
             laps.append(time.perf_counter() - start)
         seconds[name] = min(laps[1:])  # the first lap warms up
@@ -1275,13 +1287,16 @@ def run_script(main) -> None:
     """Call main() and turn what the user can mend into one line on stderr, exit status 2.
 
     A process whose peer is gone says so and ends at once, status 1: what could be waited for will not come.
-    One of several that ends early leaves Python by os._exit, for the process group's threads are at work.
+    One of several leaves Python by os._exit: now and then a thread of theirs aborts a Python that shuts down.
     """
+    end, text = os._exit if "RANK" in os.environ else sys.exit, ""
     try:
         status = main()
-        if distributed(): torch.distributed.destroy_process_group()  # its threads end before Python does
-        sys.exit(status)
-    except InputError as error: end, status, text = os._exit if distributed() else sys.exit, 2, str(error)
+        if distributed(): torch.distributed.destroy_process_group()
+    except InputError as error: status, text = 2, str(error)
+    except torch.OutOfMemoryError as error:
+        status, text = 2, (f"the GPU's memory is full ({first_line(error)}); lower --micro-batch, or give "
+                           "--checkpointing; the last checkpoint is intact")
     except OSError as error:  # as where no room is left for what is printed; nor will there be at exit
         end, status, text = os._exit, 2, f"{error.filename or 'standard output'}: {error.strerror or error}"
     except RuntimeError as error:
@@ -1289,7 +1304,7 @@ def run_script(main) -> None:
         end, status = os._exit, 1
         text = (f"another process of this run is gone or hangs ({first_line(error)}); the same command goes "
                 "on from the last checkpoint")
-    except KeyboardInterrupt: sys.exit(130)
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt: status = 130
+    if text: print(f"error: {text}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError): sys.stdout.flush()  # os._exit does not
     end(status)

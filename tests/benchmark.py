@@ -187,12 +187,14 @@ def measure_stage(stage: str, size: str, root: str, device: torch.device) -> dic
     rates = [matmul_rate(dtype, device)]
     lap = seconds_of(lambda: loss(batch, dtype).backward(), device, 2)
     steps = max(2, min(200, int(10 / lap)))                                # of about ten seconds in all
+    if device.type == "cuda": torch.cuda.reset_peak_memory_stats()         # without the float32 laps
     seconds, waited = train(make, loss, model, dtype, device, steps)
+    peak = memory(device)
     rates.append(matmul_rate(dtype, device))
     threaded, _ = train(make, loss, model, dtype, device, steps, data.in_a_thread)
     laps = laps_of({kind: lambda kind=kind: loss(batch, kind).backward()
                     for kind in (torch.float32, torch.bfloat16)}, device)
-    peak, full, kept = memory(device), s.batch, []
+    full, kept = s.batch, []
     for s.batch in (2, 6):  # the difference: casts of the weights do not grow with the batch
         batch = make(0)
         kept.append(saved_bytes(lambda: loss(batch, dtype)))
@@ -292,7 +294,7 @@ def measure_compile(size: str, root: str, device: torch.device) -> dict:
 def scaling_worker(rank: int, world: int, folder: str, name: str, port: int, box) -> None:
     """One of several processes: seconds of a step of pre-training with gradients averaged."""
     device = torch.device(name, rank) if name == "cuda" else torch.device("cpu")
-    if name == "cpu": torch.set_num_threads(1)
+    torch.cuda.set_device(device) if name == "cuda" else torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo", rank=rank, world_size=world)
     sets = data.Dataset(folder, "masks")

@@ -112,6 +112,12 @@ def test_precision_is_what_is_clearly_faster(monkeypatch, fast, chosen):
         u.choose_precision("float8", torch.device("cpu"), one_pass)
 
 
+def test_a_type_that_memory_does_not_hold_is_not_chosen():
+    def one_pass(dtype):
+        if dtype == torch.float32: raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert u.choose_precision("auto", torch.device("cpu"), one_pass) == "bfloat16"
+
+
 def test_a_gpu_without_bfloat16_is_offered_float16(monkeypatch):
     tried = []
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
@@ -326,6 +332,16 @@ def test_script_turns_input_errors_into_one_line(capsys):
         assert stop.value.code == code
     assert capsys.readouterr().err == "error: a.npy: truncated\n"
     with pytest.raises(ValueError): u.run_script(breaks)
+
+
+def test_a_full_gpu_is_one_line_and_one_of_several_processes_ends_at_once(capsys, monkeypatch):
+    def too_large(): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    ended = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for main in (lambda: 0, too_large): u.run_script(main)
+    assert ended == [0, 2]
+    assert re.match(r"error: the GPU's memory is full \(CUDA out of .*--micro-batch", capsys.readouterr().err)
 
 
 # ==========================================================================================================

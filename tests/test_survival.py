@@ -99,7 +99,7 @@ def test_on_a_gpu_nothing_changes_until_the_flag_is_read(fault):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     optimiser, sums, saved = torch.optim.AdamW(net.parameters(), fused=True), torch.zeros(2), []
     scaler = torch.amp.GradScaler("cpu", enabled=fault == "float16", init_scale=2.0)
-    state = lambda: soak.plain([net.state_dict(), optimiser.state_dict(), sums])  # noqa: E731
+    state = lambda: soak.plain([net.state_dict(), optimiser.state_dict(), sums, scaler.get_scale()])  # noqa: E731
     guard = u.Guard(optimiser, scaler, net, sums, saved.append, lambda step: [
         ("L", torch.tensor(value), data_set, i) for i, value in enumerate((1.0, torch.nan, torch.inf))])
     data_set = type("DataSet", (), {"folder": "set"})

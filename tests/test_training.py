@@ -186,12 +186,25 @@ def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
     assert not same(ours, theirs), "this test compares two different orders of summation"
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_micro_batches_are_prepared_one_by_one(sets, pretrained, tmp_path, monkeypatch, stage):
+    """Not a whole step of them at once: a GPU holds those that are ready."""
+    sizes, prefetch = [], data.prefetch
+
+    def spy(batches, device): return prefetch((sizes.append(len(batch[0])) or batch for batch in batches), device)
+    monkeypatch.setattr(data, "prefetch", spy)
+    if stage == "pretrain": pretrain(sets, tmp_path, "--variant", "mae", "--micro-batch", "4")
+    else: finetune(sets, tmp_path, str(pretrained), "--micro-batch", "4")
+    assert sizes == {"pretrain": 7 * 4, "finetune": 6 * 2}[stage] * [4]
+
+
 def torchrun(script: str, *arguments: str) -> str:
     """What the script prints on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    traced = os.environ | {"PYTHONFAULTHANDLER": "1"}                      # where one aborts, say where
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=traced)
+    assert done.returncode == 0, done.stderr[-9000:]
     return done.stdout
 
 
@@ -299,6 +312,19 @@ def test_expanded_and_written_eq_5_train_alike(sets, pretrained, finetuned, tmp_
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
+def test_two_processes_make_the_same_masks_again(sets, tmp_path):
+    """Each has moved BatchNorm's statistics by its own images; the checkpoint, and the masks, know rank 0's."""
+    command = SMALL + ["--source", f"{sets}/source", "--target", f"{sets}/target", "--unconstrained",
+                       f"{sets}/xc", "--out", str(tmp_path), "--decoder-width", "16", "--decoder-heads", "2",
+                       "--seg-channels", "8", "--seg-steps", "30", "--seg-batch", "8", "--batch", "16",
+                       "--epochs", "0.2"]
+    torchrun("train_pretrain.py", *command)
+    first = np.load(tmp_path / "target_masks.npy")
+    for name in ("target_masks.npy", "checkpoint.pt"): (tmp_path / name).unlink()      # as after a kill
+    torchrun("train_pretrain.py", *command)
+    assert np.array_equal(np.load(tmp_path / "target_masks.npy"), first)
+
+
 def test_two_processes_measure_the_same(sets, pretrained, finetuned, tmp_path):
     """Test sets of one chunk, where the second process has nothing to do, and of two; all of result.json."""
     arrays = {field: np.load(sets / f"target/{field}.npy")
