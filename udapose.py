@@ -879,7 +879,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def statistics_of_rank_0(module: nn.Module) -> None:
-    """BatchNorm's statistics as rank 0 saves them, on every process: each has moved them by its own images."""
+    """BatchNorm's statistics as rank 0 saves them, on every process: each moved them by its own images."""
     for buffer in module.buffers() if distributed() else (): torch.distributed.broadcast(buffer, 0)
 
 
@@ -973,7 +973,7 @@ def parallel(model: nn.Module, world: int) -> nn.Module:
 
 
 def micro_steps(model: nn.Module, shares: list):
-    """Each micro-batch's share of a step in turn; gradients travel between processes with the last one only."""
+    """Each micro-batch's share of a step in turn; gradients travel between processes with the last only."""
     for i, share in enumerate(shares):
         quiet = i < len(shares) - 1 and hasattr(model, "no_sync")  # DistributedDataParallel's
         with model.no_sync() if quiet else contextlib.nullcontext(): yield share
