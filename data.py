@@ -440,15 +440,14 @@ def batch_rows(count: int, seed: int, purpose: str, step: int, batch: int) -> np
 
 
 def prefetch(batches, device: torch.device):
-    """The same batches, on CUDA made one ahead. Not on a CPU: one thread more than cores makes each operation
+    """The same batches, on CUDA made ahead. Not on a CPU: one thread more than cores makes each operation
     of the others wait for the one that was put aside (tests/benchmark.py measures it)."""
     return in_a_thread(batches, device) if device.type == "cuda" else iter(batches)
 
 
 def in_a_thread(batches, device: torch.device):
-    """The same batches; a thread prepares the next while one is trained on. Its errors come through.
-
-    On CUDA the thread works in a stream of its own, so that copies and augmentation overlap with training.
+    """The same batches; a thread prepares the next, three at most, while one is trained on. Its errors come
+    through. On CUDA the thread works in a stream of its own, so that copies and augmentation overlap with training.
     """
     box: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
