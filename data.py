@@ -447,8 +447,7 @@ def prefetch(batches, device: torch.device):
 
 def in_a_thread(batches, device: torch.device):
     """The same batches; a thread prepares the next, three at most, while one is trained on. Its errors come
-    through. On CUDA the thread works in a stream of its own, so that copies and augmentation overlap with training.
-    """
+    through. On CUDA it works in a stream of its own: copies and augmentation overlap with training."""
     box: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
