@@ -990,18 +990,14 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
         raise InputError(f"precision {wanted!r}: choose auto, float32, bfloat16 or float16")
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     short = "float16" if old else "bfloat16"
-    seconds = {}
-    for name in ("float32", short):
-        laps = []
-        for _ in range(6):
-            start = time.perf_counter()
-            try: one_pass(getattr(torch, name))
-            except torch.OutOfMemoryError:  # as float32 may be too large where the other type fits
-                laps = [math.inf, math.inf]
-                break
-            if device.type == "cuda": torch.cuda.synchronize()
-            laps.append(time.perf_counter() - start)
-        seconds[name] = min(laps[1:])  # the first lap warms up
+    laps: dict[str, list[float]] = {"float32": [], short: []}
+    for name in 6 * ("float32", short):  # in turn, so that a busy neighbour slows both
+        start = time.perf_counter()
+        try: one_pass(getattr(torch, name))
+        except torch.OutOfMemoryError: start = -math.inf  # float32 may be too large where the other fits
+        if device.type == "cuda": torch.cuda.synchronize()
+        laps[name].append(time.perf_counter() - start)
+    seconds = {name: min(own[1:]) for name, own in laps.items()}           # the first lap warms up
     return short if seconds[short] < 0.9 * seconds["float32"] else "float32"
 
 

@@ -112,6 +112,15 @@ def test_precision_is_what_is_clearly_faster(monkeypatch, fast, chosen):
         u.choose_precision("float8", torch.device("cpu"), one_pass)
 
 
+def test_precision_while_a_neighbour_is_busy(monkeypatch):
+    """For half of the passes everything takes four times as long."""
+    clock, passes = [0.0], iter(range(99))
+
+    def one_pass(dtype): clock[0] += (4 if next(passes) >= 6 else 1) * (0.5 if dtype == torch.bfloat16 else 1)
+    monkeypatch.setattr(u, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert u.choose_precision("auto", torch.device("cpu"), one_pass) == "bfloat16"
+
+
 def test_a_type_that_memory_does_not_hold_is_not_chosen():
     def one_pass(dtype):
         if dtype == torch.float32: raise torch.OutOfMemoryError("CUDA out of memory.")
