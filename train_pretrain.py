@@ -285,10 +285,9 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     if start == steps: return steps, state["seconds"]
     sums = state.get("sums", torch.zeros(3)).to(device)  # of L_WMAE, pixel, steps since the last log
     shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
-    batches = (pretraining_batch(s, i, own, domains, unconstrained, device)
-               for i in range(start, steps) for own in shares)
 
-    trial, first = copy.deepcopy(mae), pretraining_batch(s, 0, shares[0], domains, unconstrained, device)
+    def make(step, own): return pretraining_batch(s, step, own, domains, unconstrained, device)
+    trial, first = copy.deepcopy(mae), make(0, shares[0])
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: reconstruction_loss(
         s, trial, *first, device, dtype)[0].backward())  # on a copy, so that timing leaves no trace
     del trial, first
@@ -303,12 +302,11 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
 
     def losses(step):  # of each image alone
         for own in shares:
-            batch = pretraining_batch(s, step, own, domains, unconstrained, device)
-            for i, row, *one in zip(*rows_of(s, step, own, domains), *(t.split(1) for t in batch)):
+            for i, row, *one in zip(*rows_of(s, step, own, domains), *(t.split(1) for t in make(step, own))):
                 with torch.no_grad(): L_WMAE, _ = reconstruction_loss(s, mae, *one, device, dtype)
                 yield "L_WMAE", L_WMAE, domains[i][0], row
     guard = u.Guard(optimiser, scaler, mae, sums, save, losses)
-    ahead = data.prefetch(batches, device)
+    ahead = data.prefetch((make(i, own) for i in range(start, steps) for own in shares), device)
     for step in range(start, steps):
         rate = u.cosine_rate(step, steps, round(s.warmup * steps), s.lr)
         for group in optimiser.param_groups: group["lr"] = rate

@@ -1283,7 +1283,7 @@ def run_script(main) -> None:
     """Call main() and turn what the user can mend into one line on stderr, exit status 2.
 
     A process whose peer is gone says so and ends at once, status 1: what could be waited for will not come.
-    One of several leaves Python by os._exit: now and then a thread of theirs aborts a Python that shuts down.
+    One of several leaves by os._exit: while Python shuts down, a thread of the process group can abort it.
     """
     end, text = os._exit if "RANK" in os.environ else sys.exit, ""
     try:
