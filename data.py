@@ -784,6 +784,11 @@ HUMAN_DOMAINS = {
     "target_shifted": DOMAINS["target_shifted"] | OTHER_CLOTHES | dict(
         shirt=[(240, 130, 170), (120, 200, 190), (110, 110, 60), (90, 60, 120), (240, 240, 120)], pattern=0.7,
         trousers=[(160, 140, 60), (70, 110, 120), (130, 130, 140)], roll=(-15, 15), pitch=(5, 40))}
+SCENERY = "wall clouds grain busy shapes shape stripes limbs limb decoys floor".split()  # first words of settings
+for domains in DOMAINS, HUMAN_DOMAINS:  # half a gap: the target's figures in the source's scenery; the reverse
+    for name, figure, place in ("figure", "target", "source"), ("scenery", "source", "target"):
+        domains[name] = {k: v for k, v in domains[figure].items() if k.split("_")[0] not in SCENERY} | {
+            k: v for k, v in domains[place].items() if k.split("_")[0] in SCENERY}
 UNCONSTRAINED = dict(
     skin=[(232, 190, 165), (200, 140, 110), (150, 100, 75), (100, 66, 50), (215, 130, 110)], skin_chance=0.35,
     shapes=5, shape_chance=0.6, shape_size=(0.05, 0.5), shape_aspect=(0.12, 1.0), shape_soft=(0.004, 0.08),
@@ -1199,21 +1204,25 @@ BENCHMARK = {  # folder: (domain, images); no two share a random number, so trai
     "target_train": ("target", 10000), "target_test": ("target", 1000), "unconstrained": (None, 4000),
     "shifted_test": ("target_shifted", 1000),  # a second, unseen look of the target, to check a result on
 }
+HALF_GAPS = {  # rendered only where a script is given one: targets that differ from the source in one half
+    "figure_train": ("figure", 10000), "figure_test": ("figure", 1000),    # .. its figures, light and camera
+    "scenery_train": ("scenery", 10000), "scenery_test": ("scenery", 1000),
+}
 
 
 def render_chunk(job: tuple[str, str, int, int]) -> tuple[dict[str, np.ndarray], list]:
-    """Job (kind, folder, chunk, side): CHUNK images of a folder of BENCHMARK with their labels."""
+    """Job (kind, folder, chunk, side): CHUNK images of a benchmark's folder with their labels."""
     kind, name, chunk, side = job
-    domain, count = BENCHMARK[name]
+    domain, count = (BENCHMARK | HALF_GAPS)[name]
     rng = random_generator(0, f"{kind} {name}", chunk)
     count = min(CHUNK, count - chunk * CHUNK)
     if domain: return render(kind, rng, domain, count, side), []
     return {"images": render_unconstrained(rng, count, side)}, []
 
 
-def make_benchmark(kind: str, root: str | Path, side: int = 60, workers: int = 0) -> None:
-    """Render the folders of BENCHMARK, of `kind`, that are not there yet under root, crops of `side` px."""
-    for name, (domain, count) in BENCHMARK.items():
+def make_benchmark(kind: str, root: str | Path, folders: dict, side: int = 60, workers: int = 0) -> None:
+    """Render the `folders` of `kind` that are not there yet under root, crops of `side` px."""
+    for name, (domain, count) in folders.items():
         if (Path(root) / name).exists():
             there = Dataset(Path(root) / name).images.shape[1]
             if there != side: raise InputError(f"{root}/{name}: exists with {there} px; remove it")
@@ -1228,13 +1237,13 @@ def make_benchmark(kind: str, root: str | Path, side: int = 60, workers: int = 0
 
 def ensure_benchmark(folders: list[str], rank: int) -> None:
     """Render the embedded benchmark if one of these folders belongs to it and is not there."""
-    error = None
+    error, known = None, BENCHMARK | HALF_GAPS
     if rank == 0:
         try:
             for folder in map(Path, filter(None, folders)):
                 kind = folder.parent.name
-                if folder.name in BENCHMARK and kind in KINDS and not folder.exists():
-                    make_benchmark(kind, folder.parent)
+                if folder.name in known and kind in KINDS and not folder.exists():
+                    make_benchmark(kind, folder.parent, BENCHMARK | {folder.name: known[folder.name]})
         except InputError as caught: error = caught
     from_rank_0(error)
 
@@ -2467,7 +2476,7 @@ def main(arguments=None) -> None:
     given = vars(parser.parse_args(arguments))
     name, side, workers = given.pop("command"), given.get("side", 16), given.get("workers", 0)
     if side < 16 or workers < 0: raise InputError("--side is 16 or more, --workers 0 (all cores) or more")
-    if name in KINDS: make_benchmark(name, given["out"], side, workers)
+    if name in KINDS: make_benchmark(name, given["out"], BENCHMARK, side, workers)
     elif name in ("show", "check"): (show if name == "show" else check)(**given)
     else: convert_dataset(name, **given)
 

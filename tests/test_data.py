@@ -665,6 +665,22 @@ def test_hands(tmp_path, monkeypatch, capsys):
     assert "labels: 0 of 60 rows are impossible" in capsys.readouterr().out
 
 
+def test_half_gaps(tmp_path, monkeypatch):
+    """One half of the gap each: the other half's settings are the source's. Rendered where one is asked for."""
+    scenery = ("wall", "clouds", "grain", "busy", "shape", "stripes", "limb", "decoys", "floor")
+    for domains in data.DOMAINS, data.HUMAN_DOMAINS:
+        for name, figure, place in ("figure", "target", "source"), ("scenery", "source", "target"):
+            for key, value in domains[name].items():
+                assert value == domains[place if key.startswith(scenery) else figure][key], (name, key)
+        assert domains["figure"]["skin"] == domains["target"]["skin"] != domains["scenery"]["skin"]
+        assert domains["figure"]["wall"] == domains["source"]["wall"] != domains["scenery"]["wall"]
+    monkeypatch.setattr(data, "BENCHMARK", {"target_test": ("target", 4)})
+    monkeypatch.setattr(data, "HALF_GAPS", {"figure_test": ("figure", 4), "scenery_test": ("scenery", 4)})
+    data.ensure_benchmark([str(tmp_path / "hands/figure_test"), str(tmp_path / "hands/mine")], 0)
+    assert sorted(path.name for path in (tmp_path / "hands").iterdir()) == ["figure_test", "target_test"]
+    assert data.read_meta(tmp_path / "hands/figure_test")["name"] == "hands figure"
+
+
 def test_show(converted, own, tmp_path):
     for folder in (converted.folder, own):
         data.main(["show", str(folder), str(tmp_path / "sheet.png")])
