@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 import data
@@ -599,18 +599,20 @@ def view(pose: np.ndarray, truth: np.ndarray | None, across: int, bones: list) -
 def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
           marks: dict[float, str] = {}) -> Image.Image:
     """Curves {name: (x, y)}, or with bars (x, y, spread); the legend is where falling curves leave room, or
-    rising ones if y is given."""
+    rising ones if y is given, or with marks below."""
     xs, ys = (np.concatenate([curve[i] for curve in curves.values()]) for i in (0, 1))
     margin = 0.05 * np.ptp(xs) if marks else 0
     x = (xs.min() - margin, xs.max() + margin) if marks else (0, xs.max())
     panel, place = axes(CHART, x, y or (0.9 * ys.min(), ys.max()), marks)
-    draw, at, anchor = ImageDraw.Draw(panel), LEFT + 20 if y else CHART[0] - RIGHT - 10, "la" if y else "ra"
+    top, at, anchor = TOP + 6, LEFT + 20 if y else CHART[0] - RIGHT - 10, "la" if y else "ra"
+    if marks: top, panel = CHART[1], ImageOps.expand(panel, (0, 0, 0, 38 * len(curves)), PAPER)
+    draw = ImageDraw.Draw(panel)
     for i, (name, (x, y, *bars)) in enumerate(curves.items()):
         draw.line(place(np.transpose([x, y])).ravel().tolist(), colours[name], 5, joint="curve")
         for v, mean, half in zip(x, y, *bars) if bars else ():
             draw.line([*place((v, mean - half)), *place((v, mean + half))], colours[name], 3)
             draw.circle(tuple(place((v, mean))), 9, colours[name])
-        draw.text((at, TOP + 38 * i + 6), name, colours[name], FONT, anchor)
+        draw.text((at, top + 38 * i), name, colours[name], FONT, anchor)
     return panel
 
 
@@ -755,7 +757,7 @@ def draw_sweep(lines: dict[str, dict], setting: str, error: str) -> Image.Image:
     high = max((mean + half).max() for _, mean, half in curves.values())
     room = 0.1 * max(high - low, 1.0)
     colours = dict(zip(curves, COLOURS * len(curves)))
-    y = low - room, high + room * (1 + len(curves))                                      # the legend is above
+    y = low - room, high + room
     panel = chart(curves, colours, y, {x: plain(v) for v, x in at.items()})
     return sheet([[(panel, f"{setting}: mean and standard deviation over seeds")]], [], f"Target {error}, mm")
 

@@ -70,7 +70,7 @@ PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=64, save_every=500),
     "paper-hand": dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train",
-                       validation="", micro_batch=64),  # 176 MiB a pair: 11 of a GPU's 24 GiB
+                       validation="", micro_batch=64),  # 211 MiB a pair: 13 of a GPU's 24 GiB
     "paper-human": dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train",
                         validation="", lam=10.0, epochs=100, micro_batch=64),
 }

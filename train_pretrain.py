@@ -75,7 +75,7 @@ PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=200, seg_steps=2000, seg_batch=48, save_every=500),
     "paper-hand": dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train",
-                       unconstrained="datasets/imagenet_val", micro_batch=256),  # 27 MiB an image: 7 GiB
+                       unconstrained="datasets/imagenet_val", micro_batch=256),  # 30 MiB an image: 8 GiB
     "paper-human": dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train",
                         unconstrained="datasets/imagenet_val", micro_batch=256),
 }
