@@ -784,11 +784,18 @@ HUMAN_DOMAINS = {
     "target_shifted": DOMAINS["target_shifted"] | OTHER_CLOTHES | dict(
         shirt=[(240, 130, 170), (120, 200, 190), (110, 110, 60), (90, 60, 120), (240, 240, 120)], pattern=0.7,
         trousers=[(160, 140, 60), (70, 110, 120), (130, 130, 140)], roll=(-15, 15), pitch=(5, 40))}
-SCENERY = "wall clouds grain busy shapes shape stripes limbs limb decoys floor".split()  # first words of settings
-for domains in DOMAINS, HUMAN_DOMAINS:  # half a gap: the target's figures in the source's scenery; the reverse
-    for name, figure, place in ("figure", "target", "source"), ("scenery", "source", "target"):
-        domains[name] = {k: v for k, v in domains[figure].items() if k.split("_")[0] not in SCENERY} | {
-            k: v for k, v in domains[place].items() if k.split("_")[0] in SCENERY}
+SCENERY = "wall clouds grain busy shapes shape stripes limbs limb decoys floor".split()   # as settings begin
+
+
+def mix(figure: dict, place: dict) -> dict:
+    """A domain with the figures, light and camera of one and the scenery of another: half of their gap."""
+    return {k: v for k, v in figure.items() if k.split("_")[0] not in SCENERY} | {
+        k: v for k, v in place.items() if k.split("_")[0] in SCENERY}
+
+
+for looks in DOMAINS, HUMAN_DOMAINS:
+    looks |= {"figure": mix(looks["target"], looks["source"]),
+              "scenery": mix(looks["source"], looks["target"])}
 UNCONSTRAINED = dict(
     skin=[(232, 190, 165), (200, 140, 110), (150, 100, 75), (100, 66, 50), (215, 130, 110)], skin_chance=0.35,
     shapes=5, shape_chance=0.6, shape_size=(0.05, 0.5), shape_aspect=(0.12, 1.0), shape_soft=(0.004, 0.08),
