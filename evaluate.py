@@ -208,15 +208,39 @@ def load_segmentation(path: Path, device) -> tuple[u.UNet, float] | None:
     return net.eval().to(device), state["seconds"]
 
 
+def made_by(path: Path) -> dict:
+    """How the run of this checkpoint was made beside its settings: torch, threads, processes, checksums of
+    its data, and what the machine chose (precision, compile), from config.json; {} where there is none."""
+    place = path.parent / "config.json"
+    with u.usable(place):
+        config = json.loads(place.read_text()) if place.exists() else {"settings": {}, "facts": {}}
+        return config.pop("facts") | {key: value for key, value in config.items() if key != "settings"}
+
+
+def pretraining_of(path: Path, settings: dict) -> Path | None:
+    """The checkpoint that a fine-tuned run started from: where --init says, or beside it; None, and said so,
+    where it is gone or another one."""
+    if not settings["init"] or Path(settings["init"]).is_file(): return None   # scratch; public weights
+    known = made_by(path).get("data", {}).get("init")
+    for folder in (Path(settings["init"]), path.parent.parent / Path(settings["init"]).name):
+        before = folder / "checkpoint.pt"
+        if before.exists() and known in (None, u.file_checksum(before)): return before
+    if u.place_among_processes()[0] == 0:
+        print(f"{path.parent}: {settings['init']} is not there, or was trained again since; measured "
+              "without its pre-training", flush=True)
+    return None
+
+
 def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dict:
     """Errors on the test sets, chance, class attention; the same of the pre-training run, if it is there."""
     estimator, state = load_estimator(path, device)
     s = state["settings"]
     labelled = data.Dataset(s["source"], "keypoints")
     result = {"kind": "finetuning", "settings": s, "steps": state["step"],
-              "metric": metric(state["skeleton"]["joints"]), "seconds": round(state["seconds"], 1)}
-    before = Path(s["init"]) / "checkpoint.pt"
-    if s["init"] and before.exists(): result["pretraining"] = measure_pretrained(before, tests, device)
+              "metric": metric(state["skeleton"]["joints"]), "seconds": round(state["seconds"], 1),
+              "made_by": made_by(path)}
+    before = pretraining_of(path, s)
+    if before is not None: result["pretraining"] = measure_pretrained(before, tests, device)
     for name, dataset in tests.items():
         data.same_skeleton(dataset, state["skeleton"])
         result[name] = measure_pose(estimator, dataset, s["image"], device)
@@ -230,7 +254,8 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
     """Mask IoU of f^S, class attention of f^A, errors of reconstruction on the test sets."""
     state = u.read_checkpoint(path)
     s, result = state["settings"], {"kind": "pretraining", "settings": state["settings"],
-                                    "seconds": round(state["seconds"], 1), "steps": state["step"]}
+                                    "seconds": round(state["seconds"], 1), "steps": state["step"],
+                                    "made_by": made_by(path)}
     mae = load_autoencoder(state, path, device)
     segmentation = load_segmentation(path, device)
     if segmentation: result["seg_seconds"] = round(segmentation[1], 1)

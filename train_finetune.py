@@ -211,6 +211,9 @@ def optimiser_groups(s: Settings, estimator) -> list[dict]:
 
 def complete(s: Settings) -> None:
     """Settings that follow from others."""
+    usual = {changed.get("source", Settings.source) for changed in (PRESETS | TASKS).values()}
+    if s.variant == "oracle" and s.source not in usual | {s.target}:
+        raise u.InputError(f"--source {s.source}: the oracle learns the labels of --target; name it there")
     if s.variant == "oracle": s.source = s.target
     runs = f"runs/{u.run_group(s.preset, s.task)}"
     s.out = s.out or f"{runs}/{s.variant}-seed{s.seed}"

@@ -359,6 +359,10 @@ def test_refusals():
     refuse = lambda message: pytest.raises(u.InputError, match=message)  # noqa: E731
     with refuse("choose ddc, dan or dann"): settings("--adapt", "coral", "--lam", "0")
     with refuse("give --lam 0"): settings("--adapt", "dann")
+    with refuse("--source elsewhere: the oracle learns the labels of --target"):
+        settings("--variant", "oracle", "--source", "elsewhere")
+    both = settings("--variant", "oracle", "--source", "here", "--target", "here")
+    assert both.source == settings("--variant", "oracle", "--target", "here").source == "here"
 
 
 def test_progress_runs_from_0_to_1(unlabelled, tmp_path, monkeypatch):

@@ -311,6 +311,26 @@ def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path, monke
     assert again["pretraining"]["target"] == full["pretraining"]["target"]
 
 
+def test_the_pre_training_run_is_found_beside_and_only_if_it_is_the_same(tmp_path, capsys):
+    save_checkpoint(tmp_path / "pretrain-full-seed0", train_pretrain, seed=0)
+    save_checkpoint(tmp_path / "full-seed0", train_finetune)
+    run, before = (tmp_path / name / "checkpoint.pt" for name in ("full-seed0", "pretrain-full-seed0"))
+    settings, checksum = {"init": "runs/elsewhere/pretrain-full-seed0"}, u.file_checksum(before)
+    assert e.made_by(run) == {} and e.pretraining_of(run, settings) == before
+    facts = {"data": {"init": checksum}, "threads": 1}
+    config = {"settings": {"lr": 1}, "facts": facts, "precision": "bfloat16"}
+    (run.parent / "config.json").write_text(json.dumps(config))
+    assert e.made_by(run) == facts | {"precision": "bfloat16"}
+    assert e.pretraining_of(run, settings) == before and capsys.readouterr().out == ""
+    shutil.rmtree(before.parent)
+    save_checkpoint(before.parent, train_pretrain, seed=1)                 # trained again
+    assert e.pretraining_of(run, settings) is None and e.pretraining_of(run, {"init": "nowhere"}) is None
+    assert capsys.readouterr().out.count("measured without its pre-training") == 2
+    assert e.pretraining_of(run, {"init": ""}) is None and e.pretraining_of(run, {"init": str(before)}) is None
+    (run.parent / "config.json").write_text("{")
+    with pytest.raises(u.InputError, match="config.json: not what it should be"): e.made_by(run)
+
+
 # ==========================================================================================================
 # Pictures of sweeps
 # ==========================================================================================================
