@@ -217,6 +217,21 @@ def made_by(path: Path) -> dict:
         return config.pop("facts") | {key: value for key, value in config.items() if key != "settings"}
 
 
+def logged(path: Path) -> list[dict]:
+    """The lines of log.jsonl of the run of this checkpoint; [] where there is none."""
+    log = path.parent / "log.jsonl"
+    with u.usable(log):
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def last_logged(path: Path) -> dict[str, dict]:
+    """{stage: {name: its last value}} of a run's log: losses, their ratio, error on source validation."""
+    last: dict[str, dict] = {}
+    with u.usable(path.parent / "log.jsonl"):
+        for line in logged(path): last.setdefault(line["stage"], {}).update(line)
+    return last
+
+
 def pretraining_of(path: Path, settings: dict) -> Path | None:
     """The checkpoint that a fine-tuned run started from: where --init says, or beside it; None, and said so,
     where it is gone or another one."""
@@ -238,7 +253,7 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
     labelled = data.Dataset(s["source"], "keypoints")
     result = {"kind": "finetuning", "settings": s, "steps": state["step"],
               "metric": metric(state["skeleton"]["joints"]), "seconds": round(state["seconds"], 1),
-              "made_by": made_by(path)}
+              "made_by": made_by(path), "logged": last_logged(path)}
     before = pretraining_of(path, s)
     if before is not None: result["pretraining"] = measure_pretrained(before, tests, device)
     for name, dataset in tests.items():
@@ -255,7 +270,7 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
     state = u.read_checkpoint(path)
     s, result = state["settings"], {"kind": "pretraining", "settings": state["settings"],
                                     "seconds": round(state["seconds"], 1), "steps": state["step"],
-                                    "made_by": made_by(path)}
+                                    "made_by": made_by(path), "logged": last_logged(path)}
     mae = load_autoencoder(state, path, device)
     segmentation = load_segmentation(path, device)
     if segmentation: result["seg_seconds"] = round(segmentation[1], 1)
@@ -735,11 +750,10 @@ def draw_curves(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image
     for key, title in CURVES.items():
         curves = {}
         for name, ((path, result), *_) in runs.items():
-            log = path.parent / "log.jsonl"
             factor = result["settings"].get("lam", 0) if key == "L_attn" else 1
-            with u.usable(log):
-                lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-                points = [(line["step"], factor * line[key]) for line in lines if factor and key in line]
+            with u.usable(path.parent / "log.jsonl"):
+                lines = logged(path) if factor else []
+                points = [(line["step"], factor * line[key]) for line in lines if key in line]
             if points: curves[name] = tuple(zip(*points))
         if curves: panels.append((chart(curves, colours), f"{title}, over steps"))
     rows = [panels[i:i + 2] for i in range(0, len(panels), 2)]

@@ -305,10 +305,23 @@ def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path, monke
     assert full["pretraining"]["target"]["attention"] == before["target"]["attention"]
     assert full["target"]["attention"] != before["target"]["attention"] and "pretraining" not in gone
     assert json.loads((tmp_path / "full-seed1/result.json").read_text()) == full
+    assert full["logged"] == e.last_logged(tmp_path / "full-seed1/checkpoint.pt") and full["logged"]
+    assert before["logged"] and full["made_by"] == {}
     monkeypatch.setattr(data, "chunks", lambda n: [np.arange(1), np.arange(1, n)])     # the same in two parts
     again = e.measure(tmp_path / "full-seed1/checkpoint.pt", tests, 0, "cpu")
     assert again["target"]["attention"] == full["target"]["attention"]
     assert again["pretraining"]["target"] == full["pretraining"]["target"]
+
+
+def test_a_result_holds_the_last_losses(tmp_path):
+    lines = [{"stage": "a", "step": 1, "L": 3.0}, {"stage": "b", "step": 1, "L": 9.0},
+             {"stage": "b", "step": 2, "L": 8.0}, {"stage": "b", "step": 2, "epe": 7.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    last = {"a": lines[0], "b": lines[2] | lines[3]}
+    assert e.last_logged(tmp_path / "checkpoint.pt") == last
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(u.InputError, match="log.jsonl: not what it should be"):
+        e.last_logged(tmp_path / "checkpoint.pt")
 
 
 def test_the_pre_training_run_is_found_beside_and_only_if_it_is_the_same(tmp_path, capsys):
