@@ -50,13 +50,17 @@ def pose_metrics(predicted: Tensor, truth: Tensor, meta: dict) -> dict:
     """Errors of predicted (n, K, 3) against truth (n, K, 3), mm, camera: what a row of a table needs.
 
     meta: of the test set. pa_epe is after alignment by similarity, pa_rigid without scale, on these joints.
+    in_plane, depth: mean distance in x, y and mean |z|, roots aligned: what the camera sees, and what not.
     """
     errors, own = u.joint_errors(predicted, truth, meta["root"]), data.compared(meta)   # (n, K) mm
     p, t = predicted[:, own], truth[:, own]
     similar, rigid = ((u.procrustes_align(p, t, rigid) - t).norm(dim=-1).nanmean() for rigid in (False, True))
     curve, auc = pck_curve(errors[:, own], PCK_LIMIT[metric(meta["joints"])])
-    return {"epe": float(errors[:, own].nanmean()), "pa_epe": float(similar), "pa_rigid": float(rigid),
-            "auc": auc, "images": len(errors), "pck": [round(float(share), 4) for share in curve],
+    flat, deep = (u.joint_errors(predicted[..., part], truth[..., part], meta["root"])[:, own].nanmean()
+                  for part in (slice(2), slice(2, 3)))
+    return {"epe": float(errors[:, own].nanmean()), "in_plane": float(flat), "depth": float(deep),
+            "pa_epe": float(similar), "pa_rigid": float(rigid), "auc": auc, "images": len(errors),
+            "pck": [round(float(share), 4) for share in curve],
             "per_joint": [round(float(e), 3) for e in errors.nanmean(dim=0)],
             "compared": [meta["joints"][i] for i in own], "protocol": meta.get("protocol", "")}
 
@@ -333,6 +337,13 @@ def per_block(results: list[dict]) -> str:
     return " ".join(f"{v:.2f}" for v in np.mean(lifts, axis=0)) if lifts and all(lifts) else "-"
 
 
+def by_axis(results: list[dict]) -> str:
+    """Error on the target in the image plane and in depth, mm, means over seeds; "-" if one does not say."""
+    parts = [[r["target"].get(key, float("nan")) for key in ("in_plane", "depth")] for r in results]
+    means = np.mean(parts, axis=0)                                         # (seeds, 2) to (2,)
+    return "-" if np.isnan(means).any() else " ".join(f"{v:.1f}" for v in means)
+
+
 def group_of(result: dict) -> str:
     """First word of a row: preset and task."""
     return u.run_group(result["settings"]["preset"], result["settings"].get("task", "hand"))
@@ -417,17 +428,17 @@ def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[lis
     aligned, pa = (f"rigid PA-{error}", "pa_rigid") if rigid else (f"PA-{error}", "pa_epe")
     against = {"above": "row above", "first": "first row"}.get(minus, minus)
     lines = [["run", "seeds", f"target {error}", f"minus {against} [95 %]", f"target {aligned}", "target AUC",
-              f"source {error}", "lift before", "attention lift"]]
+              "in plane, depth", f"source {error}", "lift before", "attention lift"]]
     reference = {family: group for family, label, group in rows if minus in re.split("[ :,]", label)}
     for family, label, group in rows:
         if not group:
-            lines.append([label, "reported" if group is None else "not run", *[""] * 7])
+            lines.append([label, "reported" if group is None else "not run", *[""] * 8])
             continue
         column = lambda domain, key, digits=1: spread(  # noqa: E731
             [r[domain].get(key, float("nan")) for r in group], digits)
         lines.append([label, str(len(group)), column("target", "epe"),
                       paired_difference(group, reference.get(family, [])), column("target", pa),
-                      column("target", "auc", 3), column("source", "epe"),
+                      column("target", "auc", 3), by_axis(group), column("source", "epe"),
                       per_block([r.get("pretraining", {}) for r in group]), per_block(group)])
         if minus == "above" or minus == "first" and family not in reference: reference[family] = group
     return lines
@@ -450,7 +461,7 @@ def table(results: list[dict], error: str = "EPE", rigid: bool = False,
 def chance(group: list[dict]) -> list[str]:
     """The last line of a table: what answering with the mean pose of the labelled images would give."""
     target, source = (f"{group[0][domain]['chance']:.1f}" for domain in ("target", "source"))
-    return ["chance: constant mean pose", "", target, *[""] * 3, source, "", "1.00 everywhere"]
+    return ["chance: constant mean pose", "", target, *[""] * 4, source, "", "1.00 everywhere"]
 
 
 def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> dict[str, list[list[str]]]:

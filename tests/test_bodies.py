@@ -264,6 +264,17 @@ def test_pa_mpjpe_by_similarity_and_rigid():
     assert evaluate.pose_metrics(truth @ turn + 70, truth, data.HUMAN)["pa_rigid"] < 0.1
 
 
+def test_errors_in_the_plane_and_in_depth_by_hand():
+    """Root aligned: a shift of all costs nothing; x, y on the one hand and z on the other, of 16 joints."""
+    truth = torch.randn(2, 17, 3) * 300 + torch.tensor([0, 0, 4000.0])
+    predicted = truth + torch.tensor([7.0, -8.0, 90.0])
+    predicted[:, 3] += torch.tensor([3.0, 4.0, 0.0])
+    predicted[:, 5] -= torch.tensor([0.0, 0.0, 48.0])
+    result = evaluate.pose_metrics(predicted, truth, data.HUMAN)
+    found = [result[key] for key in ("in_plane", "depth", "epe")]
+    assert found == pytest.approx([5 / 16, 48 / 16, 53 / 16], abs=1e-3)
+
+
 def test_chance_is_over_the_same_joints():
     class Labelled:
         meta, keypoints = data.HUMAN, np.random.default_rng(0).normal(0, 300, (20, 17, 3)).astype(np.float32)

@@ -16,7 +16,7 @@ import train_pretrain
 import udapose as u
 from test_pictures import RED, colour_at, save_checkpoint, save_dataset
 
-NUMBERS = {"pa_epe": 1.0, "auc": 0.5, "chance": 50.0}
+NUMBERS = {"pa_epe": 1.0, "auc": 0.5, "chance": 50.0, "in_plane": 3.0, "depth": 4.0}
 
 
 def result(row="full", seed=0, epe=30.0, before=None, test="target_test", preset="tiny", lift=None, **more):
@@ -212,9 +212,17 @@ def test_lift_before_and_after_fine_tuning():
     made = [result(before={}, lift=[1.0, 2.0]), result(seed=1, before={}, lift=[1.5, 1.0]),
             result("scratch", lift=[0.5, 0.25])]
     scratch, full = e.table(made)[1:3]
-    assert scratch[7:] == ["-", "0.50 0.25"] and full[7:] == ["1.00 3.00", "1.25 1.50"]
-    assert e.table(made)[0][7:] == ["lift before", "attention lift"]
-    assert e.table([*made, result(seed=2, before={})])[2][7:] == ["1.00 3.00", "-"]  # not known of a seed
+    assert scratch[8:] == ["-", "0.50 0.25"] and full[8:] == ["1.00 3.00", "1.25 1.50"]
+    assert e.table(made)[0][8:] == ["lift before", "attention lift"]
+    assert e.table([*made, result(seed=2, before={})])[2][8:] == ["1.00 3.00", "-"]  # not known of a seed
+
+
+def test_errors_in_the_plane_and_in_depth():
+    made = results("full", 30, 31)
+    made[1]["target"] |= {"in_plane": 4.0, "depth": 7.0}
+    assert e.table(made)[0][6] == "in plane, depth" and e.table(made)[1][6] == "3.5 5.5"
+    del made[1]["target"]["depth"]                                         # an older file
+    assert e.table(made)[1][6] == "-"
 
 
 # ==========================================================================================================
