@@ -319,6 +319,8 @@ TABLES = {  # of the paper: (our row, its words, its errors FreiHAND to RHD, Hum
         ("alpha2", "alpha = 2", 31.1, 98.6), ("full", "alpha = 4", 28.0, 93.6),
         ("alpha8", "alpha = 8", 29.8, 99.0)),
     "Bounds": (("oracle", "target labels instead of the source's", "-", "-"),)}
+CELLS = {"full": (1, 1, 1), "no-ar": (1, 1, 0), "no-xc": (1, 0, 1), "no-xc-ar": (1, 0, 0),  # FCR, X_C, AR
+         "no-fcr": (0, 1, 1), "no-fcr-ar": (0, 1, 0), "no-fcr-xc": (0, 0, 1), "mae": (0, 0, 0)}
 ROWS = [row for rows in TABLES.values() for row, *_ in rows]
 FREE = {"preset", "variant", "task", "out", "seed", "init", "validation", "device", "threads", "compile",
         "checkpointing", "save_every", "log_every", "validate_every"}  # settings that tell no rows apart
@@ -412,11 +414,38 @@ def place(name: str) -> tuple:
 
 def paired_difference(group: list[dict], reference: list[dict]) -> str:
     """Target error minus the reference row's, over the seeds of both: mean [95 % interval, from two on]."""
-    ours, theirs = ({r["settings"]["seed"]: r["target"]["epe"] for r in rows} for rows in (group, reference))
-    d = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if len(d) < 2: return f"{d[0]:+.1f}" if d else "-"
+    ours, theirs = by_seed(group), by_seed(reference)
+    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def by_seed(group: list[dict]) -> dict[int, float]:
+    """{seed: target error} of the runs of a row."""
+    return {r["settings"]["seed"]: r["target"]["epe"] for r in group}
+
+
+def interval(d: list[float]) -> str:
+    """Mean of differences and, from two on, its 95 % interval by Student's t."""
+    if len(d) < 2: return f"{d[0]:+.1f}" if len(d) else "-"
     half = T95[min(len(d), 10) - 2] * np.std(d, ddof=1) / len(d) ** 0.5
     return f"{np.mean(d):+.1f} [{np.mean(d) - half:+.1f}, {np.mean(d) + half:+.1f}]"
+
+
+def effects(made: dict, preset: str, error: str) -> list[list[str]]:
+    """Lines of text: what each switch of CELLS does to the target error, over its four pairs of cells.
+
+    An interval is over the seeds (of which all eight cells were run), each with the mean of its four pairs.
+    """
+    cells = {row: by_seed(made.get(f"{preset} {row}", {}).get("", [])) for row in CELLS}
+    seeds = sorted(set.intersection(*(set(cell) for cell in cells.values())))
+    if not seeds: return []
+    lines = [["switch", "seeds", f"target {error} with it minus without [95 %]", "lower in"]]
+    for i, switch in enumerate(("FCR", "X_C", "AR")):
+        pairs = [(on, off) for on, a in CELLS.items() for off, b in CELLS.items()
+                 if a[i] and not b[i] and a[:i] + a[i + 1:] == b[:i] + b[i + 1:]]
+        d = np.array([[cells[on][s] - cells[off][s] for on, off in pairs] for s in seeds])   # (seeds, 4)
+        lower = f"{(d < 0).sum()} of {d.size} pairs"
+        lines.append([switch, str(len(seeds)), interval(d.mean(axis=1)), lower])
+    return lines
 
 
 def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[list[str]]:
@@ -479,6 +508,7 @@ def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> di
             tables[f"{preset}: {title}"] = [[*line, number] for line, number in zip(lines, numbers)]
         ran = [group for name in made if name.split(" ")[0] == preset for group in made[name].values()]
         tables[f"{preset}: {title}"].append([*chance(ran[0]), "-"])                      # below the bounds
+        if lines := effects(made, preset, error): tables[f"{preset}: FCR, X_C, AR in all eight cells"] = lines
     return tables
 
 

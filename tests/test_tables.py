@@ -1,5 +1,6 @@
 """evaluate.py's tables and sweeps, from planted results: paired differences; the paper's rows, words and
 numbers; rows apart by what their runs differ in; error against one setting; what is read and refused."""
+import itertools
 import json
 import re
 import shutil
@@ -201,6 +202,21 @@ def test_what_changes_no_result_keeps_one_row(free):
            "init": "runs/tiny/pretrain-full-seed0"}
     assert names(e.table([result(**old), result(**old | free | {"seed": 1})])) [:-1] == ["tiny full"]
     assert len(e.table([result(), result(seed=1) | {"steps": 500}])) == 4
+
+
+def test_effects_over_the_eight_cells():
+    """Planted: FCR -1, X_C +2, AR -4 and, in seed s, -s more; together FCR and AR lose 0.5 of it."""
+    rows = dict(zip(e.CELLS, itertools.product((1, 0), repeat=3)))
+    assert rows["no-xc-ar"] == (1, 0, 0) and rows == e.CELLS               # FCR, X_C, AR
+    made = [result(row, seed, 40 - f + 2 * x - (4 + seed) * a + 0.5 * f * a)
+            for row, (f, x, a) in rows.items() for seed in range(3)]
+    made.append(result("full", 3, 1.0))                                    # the other cells lack this seed
+    lines = e.paper_tables(made, "EPE", False, "above")["tiny: FCR, X_C, AR in all eight cells"]
+    assert lines[1:] == [["FCR", "3", "-0.8 [-0.8, -0.8]", "12 of 12 pairs"],
+                         ["X_C", "3", "+2.0 [+2.0, +2.0]", "0 of 12 pairs"],
+                         ["AR", "3", "-4.8 [-7.2, -2.3]", "12 of 12 pairs"]]     # -4.75 and 4.30 / sqrt(3)
+    assert not any("eight" in title for title in e.paper_tables(made[3:], "EPE", False, "above"))
+    assert not any("eight" in title for title in e.paper_tables(made[:-4], "EPE", False, "above"))
 
 
 def test_a_run_counts_once():
