@@ -1213,6 +1213,8 @@ class Run:
             state = read_checkpoint(path)
             load_parts(path, state, **parts)
             with usable(path):
+                for group in state["optimiser"]["param_groups"]:  # f^S's is fused on CUDA alone
+                    group["fused"] = optimiser.defaults["fused"]
                 optimiser.load_state_dict(state["optimiser"])
                 state["step"], state["stage"]
         if self.rank == 0 and log.exists():  # steps after the checkpoint are done again, and logged again

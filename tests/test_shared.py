@@ -442,6 +442,24 @@ def test_resume_restores_weights_and_optimiser_and_cuts_the_log(tmp_path):
         "segmentation 99", "pretraining 1", "pretraining 2"]
 
 
+@pytest.mark.parametrize("begun, resumed", [(False, True), (True, False)])
+def test_resume_on_another_device(tmp_path, begun, resumed):
+    """f^S's AdamW is fused on CUDA alone: a resumed one is what this machine wants, and takes its step."""
+    first, module, fresh = run(tmp_path), part(3), part(3)
+    optimiser, fresh_optimiser = (torch.optim.AdamW(m.parameters(), fused=kind)
+                                  for m, kind in ((module, begun), (fresh, resumed)))
+    module(torch.randn(4, 3)).sum().backward(), optimiser.step()
+    first.save("checkpoint.pt", Settings(), optimiser, {"encoder": module}, stage="a", step=1)
+    first.resume("checkpoint.pt", fresh_optimiser, {"encoder": fresh})
+    assert {group["fused"] for group in fresh_optimiser.param_groups} == {resumed}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    guard = u.Guard(fresh_optimiser, scaler, fresh, torch.zeros(1), None, None)
+    guard.start()
+    loss = fresh(torch.randn(4, 3)).square().sum()
+    loss.backward(), guard.step(1, loss)
+    assert fresh_optimiser.state_dict()["state"][0]["step"] == 2
+
+
 def test_resume_refuses_another_architecture(tmp_path):
     module, other = part(3), part(4)
     run(tmp_path).save("checkpoint.pt", Settings(), trained(module), {"encoder": module}, stage="a", step=2)
