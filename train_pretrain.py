@@ -195,7 +195,8 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Ru
     (n, H), part = dataset.images.shape[:2], path.with_name("target_masks.part.npy")
     with u.writing(part):
         if run.rank == 0: np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
-        u.wait_for_all()
+    u.wait_for_all()  # outside: a peer that is gone is no failure to write
+    with u.writing(part):
         mine, file = np.array_split(np.arange(n), world)[run.rank], open(part, "r+b")
         file.seek(np.load(part, mmap_mode="r").offset + mine[0] * H * H)
     seen = round(s.image * dataset.meta["margin"])  # f^S learned with this many pixels to the stored crop

@@ -235,6 +235,12 @@ def test_deterministic_setting(sets, tmp_path, monkeypatch):  # noqa: F811
     finally: torch.use_deterministic_algorithms(False)
 
 
+def test_a_peer_that_is_gone_is_not_reported_as_a_full_disk(sets, tmp_path, monkeypatch):  # noqa: F811
+    def lost(): raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    monkeypatch.setattr(u, "wait_for_all", lost)
+    with pytest.raises(RuntimeError, match="^.../gloo"): pretrain(sets, tmp_path)
+
+
 def test_a_peer_is_told_from_other_errors(monkeypatch):
     lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     assert not u.peer_is_gone(lost)                                        # one process has no peer
