@@ -1233,6 +1233,7 @@ class Run:
             raise InputError(f"{self.folder}/log.jsonl: {first_line(error)}") from error
 
 
+# settings that have to be above 0; no other number may lie below it
 POSITIVE = {"image", "patch", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads",
             "seg_channels", "seg_steps", "seg_batch", "batch", "epochs", "head_channels", "sigma",
             "save_every", "log_every", "validate_every"}
@@ -1270,9 +1271,10 @@ def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, 
         raise InputError(f"--task {chosen['task']}: preset {preset} is for {wanted}")
     task = tasks.get(chosen.get("task"), {})
     settings = cls(**(task | presets[preset] | variants[variant] | given | chosen))
-    for name in POSITIVE & {field.name for field in dataclasses.fields(cls)}:
-        if getattr(settings, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give a number above 0")
+    for name, value in dataclasses.asdict(settings).items():
+        if isinstance(value, str) or (value > 0 if name in POSITIVE else value >= 0): continue
+        least = "above 0" if name in POSITIVE else "not below 0"
+        raise InputError(f"--{name.replace('_', '-')} {value}: give a number {least}")
     return settings
 
 

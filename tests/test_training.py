@@ -394,6 +394,10 @@ def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     (["--heads", "5"], "not divisible by the number of heads"),
     (["--precision", "int8"], "choose auto, float32, bfloat16 or float16"),
     (["--target-masks", "nowhere.npy"], "nowhere.npy: missing"),
+    (["--micro-batch", "-1"], "^--micro-batch -1: give a number not below 0$"),
+    (["--lr", "-0.001"], "^--lr -0.001: give a number not below 0$"),
+    (["--lr", "nan"], "^--lr nan: give"), (["--seed", "-1"], "^--seed -1: give"),
+    (["--image", "0"], "^--image 0: give a number above 0$"),
     (["--out", "/dev/null/run"], "cannot hold a run"),
 ])
 def test_pretraining_refuses(sets, tmp_path, more, message):
@@ -413,6 +417,7 @@ def test_finetuning_refuses(sets, pretrained, finetuned, tmp_path):
     with refuse("other settings.*lam: 100.0 there, 3.0 now"):
         finetune(sets, finetuned, str(pretrained), "--lam", "3")
     with refuse("needs a pre-trained f"): finetune(sets, tmp_path / "c", "", "--lam", "3")
+    with refuse("--labels -5: give"): finetune(sets, tmp_path / "c", str(pretrained), "--labels", "-5")
 
 
 def test_unfinished_pretraining_is_refused(sets, tmp_path, monkeypatch):
