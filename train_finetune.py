@@ -10,7 +10,6 @@ last step's weights are the result: the target's labels are never opened, so not
 """
 import copy
 import dataclasses
-import time
 from pathlib import Path
 
 import numpy as np
@@ -243,7 +242,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
     steps = max(1, round(s.epochs * labels / s.batch))
     state = run.resume("checkpoint.pt", optimiser, parts, "finetuning")
-    start, begin = state["step"], time.perf_counter()
+    start = state["step"]
     if start == steps and run.rank == 0: print(f"finished already: {run.folder}", flush=True)
     if start == steps: return True
     sums = state.get("sums", torch.zeros(3)).to(device)  # of L_kpt, L_attn, steps since the last log
@@ -264,8 +263,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
 
     def save(done): run.save("checkpoint.pt", s, optimiser, parts, stage="finetuning", step=done,
                              steps=steps, sums=u.mean_over_processes(sums), skeleton=skeleton,
-                             scaler=scaler.state_dict(),
-                             seconds=state["seconds"] + time.perf_counter() - begin)
+                             scaler=scaler.state_dict())
 
     def losses(step): return (loss for own in shares for loss in losses_by_image(
         s, step, own, estimator, f_A, source, target, labels, device, dtype))

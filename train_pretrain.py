@@ -11,7 +11,6 @@ The same command again resumes a run that was stopped. Variants of the paper's t
 import copy
 import dataclasses
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +141,7 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     optimiser = torch.optim.AdamW(u.parameter_groups(net, 1e-4), lr=s.seg_lr, fused=device.type == "cuda")
     own, parts = u.share_of_batch(s.seg_batch, 0, run.rank, world)[0], {"segmentation": net}
     state = run.resume("segmentation.pt", optimiser, parts, "segmentation")
-    start, begin = state["step"], time.perf_counter()
-    if start == s.seg_steps: return net.eval()
+    if (start := state["step"]) == s.seg_steps: return net.eval()
 
     trial, first = copy.deepcopy(net), segmentation_batch(s, 0, own, source, unconstrained, device)
     dtype = run.decide_dtype("segmentation_precision", s.precision, device,
@@ -154,8 +152,7 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     progress = u.Progress("f^S", s.seg_steps, s.seg_batch, start, run.rank)
 
     def save(done): run.save("segmentation.pt", s, optimiser, parts, stage="segmentation", step=done,
-                             steps=s.seg_steps, scaler=scaler.state_dict(),
-                             seconds=state["seconds"] + time.perf_counter() - begin)
+                             steps=s.seg_steps, scaler=scaler.state_dict())
 
     def losses(step):  # of each image alone
         rows = data.batch_rows(len(source), s.seed, "segmentation order", step, s.seg_batch)[own]
@@ -272,7 +269,7 @@ def reconstruction_loss(s: Settings, model, x, w, noise, device, dtype):
 
 
 def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unconstrained, device, world):
-    """f^E and f^D by Eq. (3). Returns (steps, seconds), or None if stopped."""
+    """f^E and f^D by Eq. (3). Returns the number of steps, or 0 if stopped."""
     torch.manual_seed(s.seed)
     encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
     decoder = u.Decoder(encoder.grid, s.patch, s.width, s.decoder_width, s.decoder_depth, s.decoder_heads)
@@ -281,9 +278,8 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     groups = u.parameter_groups(mae, s.weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
     state = run.resume("checkpoint.pt", optimiser, parts, "pretraining")
-    start, begin = state["step"], time.perf_counter()
     steps = max(1, round(s.epochs * sum(len(dataset) for dataset, _, _ in domains) / s.batch))
-    if start == steps: return steps, state["seconds"]
+    if (start := state["step"]) == steps: return steps
     sums = state.get("sums", torch.zeros(3)).to(device)  # of L_WMAE, pixel, steps since the last log
     shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
 
@@ -298,8 +294,7 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     progress = u.Progress("MAE", steps, s.batch, start, run.rank)
 
     def save(done): run.save("checkpoint.pt", s, optimiser, parts, stage="pretraining", step=done,
-                             steps=steps, sums=u.mean_over_processes(sums), scaler=scaler.state_dict(),
-                             seconds=state["seconds"] + time.perf_counter() - begin)
+                             steps=steps, sums=u.mean_over_processes(sums), scaler=scaler.state_dict())
 
     def losses(step):  # of each image alone
         for own in shares:
@@ -326,8 +321,8 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
             progress.show(done, {"L_WMAE": L_WMAE, "per masked pixel": pixel}, final=done == steps)
             sums.zero_()
         if saving or stopping: save(done)
-        if stopping: return None
-    return steps, state["seconds"] + time.perf_counter() - begin
+        if stopping: return 0
+    return steps
 
 
 def main(arguments=None) -> int:
@@ -367,9 +362,9 @@ def main(arguments=None) -> int:
     # ---- f^E and f^D ---------------------------------------------------------------------------------------
     domains = [(source, source.masks, s.masks != "none")]
     if target is not None: domains.append((target, target_masks, s.masks == "both"))
-    outcome = train_autoencoder(s, run, stop, domains, unconstrained, device, world)
-    if outcome is None: return stop.status
-    if rank == 0: print(f"finished: {run.folder}, {outcome[0]} steps in {outcome[1] / 60:.1f} minutes")
+    steps = train_autoencoder(s, run, stop, domains, unconstrained, device, world)
+    if not steps: return stop.status
+    if rank == 0: print(f"finished: {run.folder}, {steps} steps in {run.seconds() / 60:.1f} minutes")
     return 0
 
 

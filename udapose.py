@@ -1157,7 +1157,7 @@ class Run:
     FREE = {"save_every", "log_every", "out"}  # settings that do not change the result
 
     def __init__(self, folder: str, settings, facts: dict, rank: int, elastic: bool = False):
-        self.folder, self.rank, self.lock = Path(folder), rank, None
+        self.folder, self.rank, self.lock, self.begin = Path(folder), rank, None, time.perf_counter()
         try: problem = self.claim(settings, facts, elastic) if rank == 0 else None
         except OSError as error: problem = InputError(f"{folder}: cannot hold a run ({error.strerror})")
         except (TypeError, ValueError, KeyError) as error:
@@ -1199,10 +1199,14 @@ class Run:
     def decide_dtype(self, name: str, wanted: str, device: torch.device, one_pass) -> torch.dtype:
         return getattr(torch, self.decide(name, lambda: choose_precision(wanted, device, one_pass)))
 
+    def seconds(self) -> float:
+        """Time that this stage has taken, before it was stopped included."""
+        return time.perf_counter() - self.begin
+
     def save(self, name: str, settings, optimiser, parts: dict[str, nn.Module], **values) -> None:
-        """A checkpoint: weights, optimiser, settings and plain values (stage, step, steps, seconds, ..)."""
+        """A checkpoint: weights, optimiser, settings, seconds and plain values (stage, step, steps, ..)."""
         state = {"settings": dataclasses.asdict(settings), "optimiser": optimiser.state_dict(), **values,
-                 **{k: module.state_dict() for k, module in parts.items()}}
+                 "seconds": self.seconds(), **{k: module.state_dict() for k, module in parts.items()}}
         if self.rank == 0: write_atomically(self.folder / name, lambda path: torch.save(state, path))
 
     def resume(self, name: str, optimiser, parts: dict[str, nn.Module], stage: str = "") -> dict:
@@ -1216,13 +1220,14 @@ class Run:
                 for group in state["optimiser"]["param_groups"]:  # f^S's is fused on CUDA alone
                     group["fused"] = optimiser.defaults["fused"]
                 optimiser.load_state_dict(state["optimiser"])
-                state["step"], state["stage"]
+                state["step"], state["stage"], state["seconds"]
         if self.rank == 0 and log.exists():  # steps after the checkpoint are done again, and logged again
             with usable(log):
                 whole = log.read_text().rpartition("\n")[0]  # a kill can cut the last line
                 lines = [(json.loads(line), line) for line in whole.splitlines()]
                 kept = [t for v, t in lines if v["stage"] != state["stage"] or v["step"] <= state["step"]]
             write_atomically(log, lambda part: part.write_text("".join(t + "\n" for t in kept)))
+        self.begin = time.perf_counter() - state["seconds"]
         return state
 
     def log(self, **values) -> None:

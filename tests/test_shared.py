@@ -460,6 +460,20 @@ def test_resume_on_another_device(tmp_path, begun, resumed):
     assert fresh_optimiser.state_dict()["state"][0]["step"] == 2
 
 
+def test_the_clock_of_a_stage_goes_on(tmp_path, monkeypatch):
+    """A second stage of the same run starts at 0, a resumed one where it was."""
+    clock, module = [100.0], part(3)
+    monkeypatch.setattr(u, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    first, optimiser = run(tmp_path), trained(module)
+    first.resume("a.pt", optimiser, {"net": module}, "a")
+    clock[0] = 130.0
+    first.save("a.pt", Settings(), optimiser, {"net": module}, stage="a", step=1)
+    first.resume("b.pt", optimiser, {"net": module}, "b")
+    clock[0] = 131.0
+    assert first.seconds() == 1
+    assert first.resume("a.pt", optimiser, {"net": module}, "a")["seconds"] == 30 == first.seconds()
+
+
 def test_resume_refuses_another_architecture(tmp_path):
     module, other = part(3), part(4)
     run(tmp_path).save("checkpoint.pt", Settings(), trained(module), {"encoder": module}, stage="a", step=2)
