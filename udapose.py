@@ -84,6 +84,11 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * patch, columns * patch)     # (B, C, H, W)
 
 
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens x (B, N, D) at index (B, V): (B, V, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Fixed position embedding (1, 1 + N, D): sines and cosines of column and row; zero for the class token.
 
@@ -197,6 +202,13 @@ class Block(nn.Module):
         return class_attention(q, k)
 
 
+def initialise_transformer(module: nn.Module) -> None:
+    """not in the paper: MAE's. Linear layers and the flattened patch kernel Xavier-uniform, biases zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear): nn.init.xavier_uniform_(part.weight); nn.init.zeros_(part.bias)
+        if isinstance(part, PatchEmbed): nn.init.xavier_uniform_(part.proj.weight.flatten(1))
+
+
 class Encoder(nn.Module):
     """f^E, and frozen f^A: a ViT of `depth` blocks on an image (H, W), with class token and final LayerNorm.
 
@@ -251,18 +263,6 @@ class Encoder(nn.Module):
             maps.append(row)
         maps.append(self.blocks[-1].only_class_attention(x))
         return torch.stack(maps, dim=1)                                    # (B, L, N)
-
-
-def initialise_transformer(module: nn.Module) -> None:
-    """not in the paper: MAE's. Linear layers and the flattened patch kernel Xavier-uniform, biases zero."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear): nn.init.xavier_uniform_(part.weight); nn.init.zeros_(part.bias)
-        if isinstance(part, PatchEmbed): nn.init.xavier_uniform_(part.proj.weight.flatten(1))
-
-
-def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens x (B, N, D) at index (B, V): (B, V, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 # ==========================================================================================================
