@@ -129,7 +129,8 @@ def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device,
 @torch.no_grad()
 def losses_by_image(s: Settings, step: int, own: slice, estimator, f_A, source, target, labels: int, device,
                     dtype):
-    """(term, value, data set, row) of each image of a share alone; features stand for what compares two."""
+    """(term, value, data set, row) of each image of a share alone. What compares two domains has no value for
+    one image: the sum of its feature stands for it, and is not finite where the feature is not."""
     compare = (lambda phi_s, phi_t: phi_t.sum()) if s.adapt else None
     batch = finetuning_batch(s, step, own, source, target, labels, estimator.head.side, device)
     rows = data.batch_rows(labels, s.seed, "finetuning order", step, s.batch)[own]
@@ -242,9 +243,9 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
     steps = max(1, round(s.epochs * labels / s.batch))
     state = run.resume("checkpoint.pt", optimiser, parts, "finetuning")
-    start = state["step"]
-    if start == steps and run.rank == 0: print(f"finished already: {run.folder}", flush=True)
-    if start == steps: return True
+    if (start := state["step"]) == steps:
+        if run.rank == 0: print(f"finished already: {run.folder}", flush=True)
+        return True
     sums = state.get("sums", torch.zeros(3)).to(device)  # of L_kpt, L_attn, steps since the last log
     shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
 

@@ -107,7 +107,8 @@ def check(s: Settings) -> None:
 # f^S: learned on the source's images and masks only
 # ==========================================================================================================
 def swap_backgrounds(s: Settings, rng, x, m, share, own: slice, batch: int, unconstrained, jitter, gain):
-    """Give about `share` of the images x (b, 3, H, W), masks m (b, 1, H, W), a background from X_C."""
+    """Give about `share` of the images x (b, 3, H, W), masks m (b, 1, H, W), a background from X_C, whose
+    colours vary by jitter and gain. Drawn for the global batch, of which x and m are the slice `own`."""
     swap, rows = rng.random(batch) < share, rng.integers(len(unconstrained), size=batch)
     parameters = data.augmentation(rng, batch, jitter, gain)
     at = np.flatnonzero(swap[own])
@@ -119,7 +120,8 @@ def swap_backgrounds(s: Settings, rng, x, m, share, own: slice, batch: int, unco
 
 
 def segmentation_batch(s: Settings, step: int, own: slice, source, unconstrained, device) -> tuple:
-    """Images (b, 3, H, W), normalised, and masks (b, 1, H, W): strong colours, half with X_C behind."""
+    """Images (b, 3, H, W), normalised, and masks (b, 1, H, W): strong colours (each channel times 1 +- 0.4,
+    beside seg_jitter), half with X_C behind."""
     rng = u.random_generator(s.seed, "segmentation", step)
     rows = data.batch_rows(len(source), s.seed, "segmentation order", step, s.seg_batch)[own]
     parameters = data.augmentation(rng, s.seg_batch, s.seg_jitter, gain=0.4)[own]
@@ -135,7 +137,8 @@ def segmentation_loss(net, x, m, device, dtype):
 
 
 def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unconstrained, device, world):
-    """f^S by binary cross-entropy; None if stopped. not in the paper: the recipe."""
+    """f^S by binary cross-entropy; None if stopped. not in the paper: the recipe, ours; its weight decay is
+    1e-4, its warm-up 50 steps."""
     torch.manual_seed(s.seed)
     net = u.UNet(s.seg_channels).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(u.parameter_groups(net, 1e-4), lr=s.seg_lr, fused=device.type == "cuda")

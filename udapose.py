@@ -492,7 +492,8 @@ def keypoint_loss_expanded(features: Tensor, conv: nn.Conv2d, centres: Tensor, v
                            sigma: float) -> Tensor:
     """Eq. (5) without a heatmap: the value of keypoint_loss(conv(features), ..) without its memory.
 
-    H^ = W F is linear in the head's features F (B, C, S, S), and the Gaussian H = z y x is a product, so
+    H^ = W F is linear in the head's features F (B, C, S, S), where W are the weights of its last convolution,
+    and the Gaussian H = z y x is a product, so
         ||H^ - H||² = ||W F||² - 2 <W F, H> + ||H||²,   ||W F||² = trace(W (F F^T) W^T),
         <W F, H> = sum_c (z^T W)_c (F (y x))_c,         ||H||² = |z|² |y|² |x|²,
     and nothing of size K S³ is ever made. In float32, exact to 1e-5 of ||H||².
@@ -839,7 +840,7 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
 
 def compute_with(threads: int, deterministic: bool = False) -> None:
     """CPU threads, 0: torch's choice. deterministic: a GPU gives the same bits each time, more slowly. Else
-    its atomic additions (backward of gather, upsampling, attention) and cuDNN's choices vary.
+    atomic additions in the backward pass of attention, and cuDNN's choice of kernels, vary them.
     """
     if threads: torch.set_num_threads(threads)
     if not deterministic: return
@@ -903,14 +904,14 @@ class Guard:
         self.optimiser, self.scaler, self.save, self.losses = optimiser, scaler, save, losses
         self.weights = [p for group in optimiser.param_groups for p in group["params"]]
         self.first = torch.zeros((), device=sums.device)                   # 1 + the first bad step; 0: none
-        self.kept = torch.zeros(())
+        self.kept = None                                                   # `others` and the scale, flat
 
     def start(self) -> None:
         """Before a step: no gradients, and the state kept to which `check` returns."""
         self.optimiser.zero_grad(set_to_none=True)
         scale = self.scaler.scale(torch.ones(1, device=self.first.device))    # float16's; else 1
         now = torch.cat([*(t.flatten() for t in self.others), scale])
-        self.kept = torch.where(self.first > 0, self.kept, now) if len(self.kept.shape) else now
+        self.kept = now if self.kept is None else torch.where(self.first > 0, self.kept, now)
 
     def step(self, step: int, losses: Tensor) -> None:
         """The optimiser's step, gradients being ready; losses: of this step, or summed since the last log."""
@@ -920,6 +921,7 @@ class Guard:
         sound = mean_over_processes(seen.isfinite().float())               # 1 where it is on all of them
         self.first = torch.where((self.first == 0) & (sound < 1), step + 1.0, self.first)
         if self.first.device.type == "cpu": self.check()
+        # by a gradient that is no number the scaler, by found_inf the fused AdamW is told to skip the update
         if self.scaler.is_enabled(): self.weights[0].grad += torch.where(self.first > 0, torch.nan, 0.0)
         elif self.optimiser.defaults["fused"]: self.optimiser.found_inf = (self.first > 0).float()
         self.scaler.step(self.optimiser)
