@@ -135,8 +135,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patches (B, N, P*P*3) to tokens (B, N, D); its weight has a convolution's shape, as in
-    public files."""
+    """Patches (B, N, P*P*3) to tokens (B, N, D). Linear; public files hold it in a convolution's shape."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
@@ -255,8 +254,7 @@ class Encoder(nn.Module):
         return checkpoint(block, x, attention, use_reentrant=False)
 
     def attention_maps(self, images: Tensor) -> Tensor:
-        """a_cls of every block on the unmasked image, Table 8: (B, L, N). Of the last block nothing
-        else is computed."""
+        """a_cls of every block on the unmasked image, Table 8: (B, L, N). Nothing else of the last block."""
         x, maps = self.embed(images), []
         for block in self.blocks[:-1]:
             x, row = self.run(block, x, attention=True)
@@ -685,8 +683,7 @@ def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> T
     """
     valid = truth.isfinite().all(-1, keepdim=True)                                       # (B, K, 1)
     count = valid.sum(1, keepdim=True).clamp(min=1)
-    t_mean = torch.where(valid, truth, 0.0).sum(1, keepdim=True) / count                 # (B, 1, 3)
-    p_mean = torch.where(valid, predicted, 0.0).sum(1, keepdim=True) / count
+    t_mean, p_mean = (torch.where(valid, x, 0.0).sum(1, keepdim=True) / count for x in (truth, predicted))
     t, p = torch.where(valid, truth - t_mean, 0.0), torch.where(valid, predicted - p_mean, 0.0)
     U, s, Vt = torch.linalg.svd(p.transpose(1, 2) @ t)                                   # (B, 3, 3)
     sign = torch.ones_like(s)
@@ -840,8 +837,7 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
 
 def compute_with(threads: int, deterministic: bool = False) -> None:
     """CPU threads, 0: torch's choice. deterministic: a GPU gives the same bits each time, more slowly. Else
-    atomic additions in the backward pass of attention, and cuDNN's choice of kernels, vary them.
-    """
+    atomic additions in the backward pass of attention, and cuDNN's choice of kernels, vary them."""
     if threads: torch.set_num_threads(threads)
     if not deterministic: return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
@@ -988,8 +984,7 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
     models lose to casts what they gain in products. A GPU older than bfloat16 is offered float16.
     """
     if wanted in ("float32", "bfloat16", "float16"): return wanted
-    if wanted != "auto":
-        raise InputError(f"precision {wanted!r}: choose auto, float32, bfloat16 or float16")
+    if wanted != "auto": raise InputError(f"precision {wanted!r}: choose auto, float32, bfloat16 or float16")
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     short = "float16" if old else "bfloat16"
     laps: dict[str, list[float]] = {"float32": [], short: []}
@@ -1022,9 +1017,10 @@ def grad_scaler(device: torch.device, dtype: torch.dtype, state: dict) -> torch.
 def wants_compile(wanted: str, device: torch.device, steps: int) -> bool:
     """Whether torch.compile pays: it takes a minute at the start, and gains next to nothing on a CPU."""
     if wanted not in ("auto", "on", "off"): raise InputError(f"--compile {wanted!r}: choose auto, on or off")
+    # a compiler that times its kernels may choose others next time; Triton makes nothing for less than 7.0
     pays = device.type == "cuda" and steps >= 2000 and not torch.are_deterministic_algorithms_enabled() \
-        and torch.cuda.get_device_capability(device) >= (7, 0)  # its compiler, Triton, makes nothing for less
-    return wanted == "on" or (wanted == "auto" and pays)  # a compiler that times its kernels may vary
+        and torch.cuda.get_device_capability(device) >= (7, 0)
+    return wanted == "on" or (wanted == "auto" and pays)
 
 
 def cosine_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -1078,8 +1074,7 @@ class Progress:
         self.shown = now
         rate = (done - self.start) / (now - self.begin + 1e-9)
         left = (self.steps - done) / rate if rate else 0
-        text = " | ".join(f"{k} {v:.4g}" for k, v in (values or {}).items())
-        text = f" | {text}" if text else ""
+        text = "".join(f" | {k} {v:.4g}" for k, v in (values or {}).items())
         clock = f"{int(left // 60)}:{int(left % 60):02d}"
         print(f"{self.name}  {done}/{self.steps}{text} | {rate * self.images:.0f} images/s | {clock} left",
               flush=True)
