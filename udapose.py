@@ -891,6 +891,7 @@ class Guard:
     No GPU is waited for inside a step: the flag stays there, where the fused AdamW reads it and skips this
     update and all later ones, as under a GradScaler; `check`, called where the loop logs or saves, sees it. A
     CPU looks at every step. `sums` for the log and BatchNorm's statistics, changed by then, are put back.
+    In float16 a gradient may overflow: the scaler skips that step and halves its scale, but not without end.
     Then save(step), and the images are named: losses(step) gives (term, value, data set, row) of each alone.
     """
 
@@ -914,7 +915,8 @@ class Guard:
         grads = [] if self.scaler.is_enabled() else [p.grad for p in self.weights if p.grad is not None]
         seen = losses.detach().sum()
         if grads: seen = seen + torch.nn.utils.get_total_norm(grads)
-        sound = mean_over_processes(seen.isfinite().float())               # 1 where it is on all of them
+        sound = seen.isfinite() & (self.scaler.scale(torch.ones_like(seen)) > 1e-3)      # float16's; else 1
+        sound = mean_over_processes(sound.float())                         # 1 where it is on all of them
         self.first = torch.where((self.first == 0) & (sound < 1), step + 1.0, self.first)
         if self.first.device.type == "cpu": self.check()
         # by a gradient that is no number the scaler, by found_inf the fused AdamW is told to skip the update

@@ -118,6 +118,23 @@ def test_on_a_gpu_nothing_changes_until_the_flag_is_read(fault):
     assert saved == [3] and state() == states[3]
 
 
+def test_a_float16_gradient_that_is_never_finite():
+    """The scaler skips the step and halves its scale each time: not to the end, without a word."""
+    net, sums, saved = torch.nn.Linear(3, 3), torch.zeros(2), []
+    optimiser, scaler = torch.optim.AdamW(net.parameters(), fused=True), torch.amp.GradScaler("cpu")
+    data_set = type("DataSet", (), {"folder": "set"})
+    guard = u.Guard(optimiser, scaler, net, sums, saved.append, lambda step: [("L", sums[0], data_set, 0)])
+    with pytest.raises(u.InputError, match="gradient is not finite, though L of each image is, at step 27;"):
+        for step in range(99):
+            guard.start()
+            loss = net(torch.randn(4, 3)).square().mean()
+            loss = loss + (0 * loss.sum()).sqrt()                          # a gradient of 0 / 0
+            scaler.scale(loss).backward()
+            sums += torch.stack([loss.detach(), torch.ones(())])
+            guard.step(step, sums)
+    assert saved == [26] and sums[1] == 26 and scaler.get_scale() == 2.0 ** (16 - 26)
+
+
 def test_two_words_for_many_images():
     losses = [("L", "a", row, False) for row in range(40)] + [("M", "b", 3, True), ("M", "c", 4, False)]
     assert u.blame(losses) == ("L is not finite for 40 images of a (rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, "
