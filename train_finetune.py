@@ -76,9 +76,9 @@ PRESETS = {
 TASKS = {  # what the embedded benchmark of bodies changes
     "hand": {},
     "human": dict(source="datasets/bodies/source_train", target="datasets/bodies/target_train",
-                  validation="datasets/bodies/source_val", lam=100.0),  # 10: 1.5 % of L_kpt
+                  validation="datasets/bodies/source_val", lam=100.0),  # with 10, AR is 1.5 % of L_kpt
 }
-VARIANTS = {  # the same rows as in train_pretrain.py; "init" names the pre-training variant of the row
+VARIANTS = {  # each starts from the pre-training run of its own name, or of that in PRETRAINED_BY
     "full": {},
     "scratch": dict(init="", lam=0.0),
     "mae": dict(lam=0.0),                       # "Ours (MAE)", "w/o FCR, AR"
