@@ -318,7 +318,7 @@ def main(arguments=None) -> int:
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
     if s.init: facts["init"] = u.file_checksum(s.init)
     elastic = s.sync_bn and not s.micro_batch  # else f^H's BatchNorm sees one process's images
-    run = u.Run(s.out, s, {"data": facts, "world": world}, rank, elastic)
+    run = u.Run(s.out, s, {"data": facts, "world": world, "machine": u.machine(device)}, rank, elastic)
     finished = train_pose(s, run, stop, estimator, f_A, source, target, validation, device, world)
     if not finished: return stop.status
     if rank == 0: print(f"finished: {run.folder}; now: python evaluate.py {run.folder}", flush=True)

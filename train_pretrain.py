@@ -351,7 +351,7 @@ def main(arguments=None) -> int:
     if target_masks is not None: facts["target_masks"] = u.file_checksum(s.target_masks)
     # f^S has BatchNorm, of one process's images; once the target's masks are there, nothing else has
     elastic = not use_f_S or (Path(s.out) / "target_masks.npy").exists()
-    run = u.Run(s.out, s, {"data": facts, "world": world}, rank, elastic)
+    run = u.Run(s.out, s, {"data": facts, "world": world, "machine": u.machine(device)}, rank, elastic)
 
     # ---- f^S, and the target's masks by it -----------------------------------------------------------------
     if use_f_S:

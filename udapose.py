@@ -835,6 +835,12 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     return *place_among_processes(), place
 
 
+def machine(device: torch.device) -> str:
+    """What computes, on another kind of which the bits differ: a GPU by its name, or as x86_64 AVX512."""
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    return f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def compute_with(threads: int, deterministic: bool = False) -> None:
     """CPU threads, 0: torch's choice. deterministic: a GPU gives the same bits each time, more slowly. Else
     atomic additions in the backward pass of attention, and cuDNN's choice of kernels, vary them."""
@@ -1180,13 +1186,15 @@ class Run:
         old = json.loads(path.read_text())
         ours, theirs = json.loads(json.dumps(new | facts)), defaults | old["settings"] | old["facts"]
         moved = elastic and theirs.get("world") != ours.get("world")
-        free = self.FREE | ({"world", "threads"} if moved else set())
+        free = self.FREE | {"machine"} | ({"world", "threads"} if moved else set())
         other = [f"{k}: {theirs.get(k)} there, {ours[k]} now" for k in ours
                  if k not in free and theirs.get(k) != ours[k]]
         if other: raise InputError(f"{self.folder}: was made with other settings ({'; '.join(other[:4])}); "
                                    "give those, or another --out")
         if moved: print(f"begun with {theirs.get('world')} processes, goes on with {ours['world']}: the same "
                         "up to the order of sums", flush=True)
+        if (before := theirs.get("machine", ours.get("machine"))) != ours.get("machine"):
+            print(f"begun on {before}, goes on on {ours['machine']}: not bit for bit the same", flush=True)
 
     def decide(self, name: str, choose):
         """A choice of the machine, made once by rank 0 and kept: a resume uses the first one."""

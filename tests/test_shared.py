@@ -460,6 +460,19 @@ def test_resume_on_another_device(tmp_path, begun, resumed):
     assert fresh_optimiser.state_dict()["state"][0]["step"] == 2
 
 
+def test_another_machine_is_said_and_may_go_on(tmp_path, capsys):
+    """Runs from before machines were noted say nothing."""
+    run(tmp_path, facts={"machine": "one"}).lock.close()
+    run(tmp_path, facts={"machine": "one"}).lock.close()
+    assert capsys.readouterr().out == ""
+    run(tmp_path, facts={"machine": "other"})
+    assert capsys.readouterr().out == "begun on one, goes on on other: not bit for bit the same\n"
+    run(tmp_path / "old", facts={"n": 5}).lock.close()
+    assert run(tmp_path / "old", facts={"n": 5, "machine": "other"}).config["facts"]["n"] == 5
+    assert capsys.readouterr().out == ""
+    assert u.machine(torch.device("cpu")).startswith(os.uname().machine + " ")
+
+
 def test_the_clock_of_a_stage_goes_on(tmp_path, monkeypatch):
     """A second stage of the same run starts at 0, a resumed one where it was."""
     clock, module = [100.0], part(3)
