@@ -1668,8 +1668,10 @@ def crop_window(uv: np.ndarray, box: float) -> tuple[np.ndarray, float]:
     return (low + high) / 2 + 0.5 - width / 2, width
 
 
-def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample: Sample) -> np.ndarray:
-    """`crop_square` of the picture as a lens without distortion would have taken it.
+def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample: Sample,
+                     shrunk: int) -> np.ndarray:
+    """`crop_square` of the picture as a lens without distortion would have taken it; of its pixels, `shrunk`
+    x `shrunk` are one of those given.
 
     The part in question is shrunk to about two pixels for each of the crop's, as `crop_square` does it; from
     there each half pixel of the crop fetches its colour; then 2 x 2 are averaged. The lens is computed at
@@ -1679,11 +1681,11 @@ def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample
     places = np.linspace(0.5, fine - 0.5, 65) * width / fine - 0.5
     u, v = np.meshgrid(corner[0] + places, corner[1] + places)             # (65, 65) px, undistorted
     xy = (np.stack([u, v], axis=-1) - K[:2, 2]) @ np.linalg.inv(K[:2, :2]).T    # (65, 65, 2) at z = 1
-    uv = distort(xy, sample.distortion) @ K[:2, :2].T + K[:2, 2] + 0.5     # (65, 65, 2) px from the edge
+    uv = (distort(xy, sample.distortion) @ K[:2, :2].T + K[:2, 2] + 0.5) / shrunk  # (65, 65, 2) from the edge
     seen = np.clip(uv, 0, pixels.shape[1::-1])
     low = seen.min(axis=(0, 1))
     extent = (seen.max(axis=(0, 1)) - low).max() + 1e-6
-    patch = crop_square(pixels, low, extent, math.ceil(extent * min(1, fine / width))).copy()
+    patch = crop_square(pixels, low, extent, math.ceil(extent * min(1, shrunk * fine / width))).copy()
     patch = torch.from_numpy(patch.reshape(*patch.shape[:2], -1)).permute(2, 0, 1)[None].float()
     grid = torch.from_numpy((uv - low) * (2 / extent) - 1).permute(2, 0, 1)[None].float()  # -1 .. 1
     grid = F.interpolate(grid, (fine, fine), mode="bilinear", align_corners=True)  # (1, 2, 2 side, 2 side)
@@ -1704,7 +1706,7 @@ def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[st
         if pixels is None: continue
         pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
         row[name] = crop_square(pixels, corner / n, width / n, side) if sample.distortion is None else \
-            crop_undistorted(pixels, corner, width, side, sample)
+            crop_undistorted(pixels, corner, width, side, sample, n)
     if sample.left:
         row = {k: row[k][:, ::-1] if k in ("images", "masks") else row[k] for k in row}
         row["keypoints"] = row["keypoints"] * np.float32([-1, 1, 1])

@@ -172,15 +172,16 @@ def test_the_lens_is_opencv_s():
     assert np.allclose(found, [[50 * 1.1 + 100 * 0.2 * 0.75, 100 * 0.1 * 0.25]])
 
 
-@pytest.mark.parametrize("shrink", [1, 4])
-def test_lens_distortion_is_undone(shrink, tmp_path):
-    """The stored crop is a pinhole picture; also when it is smaller than its part of the picture."""
+@pytest.mark.parametrize("shrink, kind", [(1, "png"), (4, "png"), (4, "jpg")])
+def test_lens_distortion_is_undone(shrink, kind, tmp_path):
+    """The stored crop is a pinhole picture; also when it is smaller than its part of the picture, and where a
+    JPEG is decoded at an eighth for that."""
     zoom = np.diag([shrink, shrink, 1.0])
     zoom[:2, 2] = (shrink - 1) / 2
-    sample = body("a.png", distortion=LENS, mask="m.png")._replace(intrinsics=zoom @ K)
+    sample = body(f"a.{kind}", distortion=LENS, mask="m.png")._replace(intrinsics=zoom @ K)
     sample = sample._replace(uv=data.to_uv(sample.keypoints, sample.intrinsics, LENS))
     picture = drawn(sample, (240 * shrink, 224 * shrink), 1.3 * shrink)
-    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(picture).save(tmp_path / f"a.{kind}")
     Image.fromarray(np.uint8(255) * (picture[..., 0] > 150)).save(tmp_path / "m.png")
     arrays, skipped = convert(tmp_path, sample)
     assert not skipped
