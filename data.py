@@ -154,8 +154,8 @@ class Records:
     def __getitem__(self, rows) -> np.ndarray:
         found = self.array[rows]
         if self.new[rows].any():
-            index = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.atleast_1d(rows)
-            for i, record in zip(index, found if np.ndim(self.new[rows]) else [found]):
+            index = np.arange(len(self))[rows]                             # of a slice, a mask, one row too
+            for i, record in zip(np.atleast_1d(index), found if np.ndim(index) else [found]):
                 if self.new[i] and zlib.crc32(np.ascontiguousarray(record)) != self.sums[i]:
                     raise InputError(f"{self.path}: row {i} is not what was written: damaged, or of another "
                                      "data set; convert it again")

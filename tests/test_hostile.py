@@ -85,8 +85,7 @@ def test_a_bit_that_flips_is_told_when_its_record_is_read(rotten, name):
     for rows in (3, slice(2, 5), slice(None), -3, [0, 3], np.arange(N) == 3):
         dataset = data.Dataset(rotten, *data.RECORDS[1:])
         getattr(dataset, name)[[0, 1]]
-        with refused("row (3|-3) is not"):
-            getattr(dataset, name)[np.flatnonzero(rows) if isinstance(rows, np.ndarray) else rows]
+        with refused("row 3 is not"): getattr(dataset, name)[rows]
 
 
 def test_a_record_is_checked_once(rotten, monkeypatch):
