@@ -64,7 +64,7 @@ ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of e
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 START = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
 MEMORY, READ_SECONDS = 4 << 30, 600  # of a process that reads foreign files; of one that reads a single one
-LARGEST = 1 << 28                    # numbers in a publisher's array; pixels of a picture, 1 << 27
+LARGEST = 1 << 28                    # numbers in a publisher's array
 VIDEOS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts"
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's; its EPS runs Ghostscript
 RECORDS = [name for name in ARRAYS if name != "checksums"]  # a column of checksums.npy each
@@ -638,9 +638,9 @@ def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device,
     return back_project(uv, truth[:, root:root + 1, 2] + depth, intrinsics), truth
 
 
-def chunks(count: int, size: int = 100) -> list[np.ndarray]:
-    """Rows 0..count-1 in pieces of at most `size`."""
-    return np.array_split(np.arange(count), -(-count // size))
+def chunks(count: int) -> list[np.ndarray]:
+    """Rows 0..count-1 in pieces of at most 100."""
+    return np.array_split(np.arange(count), -(-count // 100))
 
 
 def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
@@ -943,11 +943,6 @@ def crop_intrinsics(joints, side, box):
     return matrix                                                          # (B, 3, 3)
 
 
-def to_pixels(points, intrinsics):
-    """(B, P, 3) mm, camera -> (B, P, 2) px."""
-    return points[..., :2] / points[..., 2:] * intrinsics[:, None, 0, :1] + intrinsics[:, None, :2, 2]
-
-
 def cone_surface(ends, radii, depths, x, y):
     """A round cone (capsule of two radii) in each image, seen on the pixels x (B, 1, w), y (B, w, 1): ends
     (B, 2, 2) px, radii (B, 2) px, depths (B, 2) px -> cover (B, w, w) 0..1, and of the visible surface depth
@@ -999,7 +994,7 @@ def rasterise(cones, blend, points, girth, worn, intrinsics, side):
 
     Every sample sums exp(-depth / blend) over the cones: a z-buffer whose order does not matter, which melts
     surfaces that meet and parts those that lie apart. Figures of like size share a group: tight windows."""
-    flat = to_pixels(points, intrinsics)                                   # (B, P, 2) px
+    flat = points[..., :2] / points[..., 2:] * intrinsics[:, None, 0, :1] + intrinsics[:, None, :2, 2]  # px
     scale = intrinsics[:, 0, 0, None] / points[..., 2]                     # (B, P) px per mm
     depth = (points[..., 2] - points[:, :1, 2]) * scale[:, :1]             # (B, P) px, from the root
     layers = np.empty((4 + len(worn), len(points), side, side), np.float32)
@@ -2042,7 +2037,7 @@ MPI_JOINTS = {"train": [4, 23, 24, 25, 18, 19, 20, 3, 5, 6, 7, 9, 10, 11, 14, 15
 H36M_SUBJECTS = {"train": ("S1", "S5", "S6", "S7", "S8"), "test": ("S9", "S11")}
 MPI_FRAMES = dict(zip((f"S{subject}/Seq{sequence}" for subject in range(1, 9) for sequence in (1, 2)), (
     6416, 12430, 6502, 6081, 12488, 12283, 6171, 6675, 12820, 12312, 6188, 6145, 6239, 6320, 6468, 6054)))
-SURREAL_CAMERA = np.array([[600.0, 0, 160], [0, 600, 120], [0, 0, 1]])         # px
+SURREAL_CAMERA = pinhole(600.0, 600.0, 160.0, 120.0)
 SURREAL_AXES = np.array([[0.0, 0, -1], [0, 1, 0], [-1, 0, 0]])                 # world -> camera, a reflection
 ALL_BUT_ROOT = {  # indices of the joints over which errors are averaged, and what to say with the number
     "compare": list(range(1, 17)),
@@ -2095,7 +2090,7 @@ def lens_of(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray, 
     if apart > 0.5:
         raise InputError(f"{name}: no lens takes its 3D to its 2D positions, {apart:.1f} px remain; are "
                          "these one download's files, D3_Positions_mono and D2_Positions?")
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), solution[4:] * 2 / (fx + fy)
+    return pinhole(fx, fy, cx, cy), solution[4:] * 2 / (fx + fy)
 
 
 def h36m_place(root: Path, subject: str, kind: str) -> str:
