@@ -59,8 +59,8 @@ from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back
                      write_atomically, write_json)
 
 FORMAT = 1
-ARRAYS = {"images": (4, np.uint8), "masks": (3, np.uint8),  # axes and type of each array of a data set
-          "keypoints": (3, np.float32), "intrinsics": (3, np.float32), "checksums": (2, np.uint32)}
+ARRAYS = {"images": np.uint8, "masks": np.uint8,  # each array of a data set, and its type
+          "keypoints": np.float32, "intrinsics": np.float32, "checksums": np.uint32}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 START = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
 MEMORY, READ_SECONDS = 4 << 30, 600  # of a process that reads foreign files; of one that reads a single one
@@ -83,27 +83,26 @@ class Dataset:
     def __init__(self, folder: str | Path, *fields: str):
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
-        self.images = self.masks = self.keypoints = self.intrinsics = self.checksums = None
-        written = self.meta.get("crc", {})
-        if (self.folder / "checksums.npy").exists(): fields += ("checksums",)
-        for field in ("images", *fields): setattr(self, field, self.open_array(field))
-        n, H, W, channels = self.images.shape
-        if (H, channels) != (W, 3) or n == 0:
+        self.masks = self.keypoints = self.intrinsics = self.checksums = None
+        self.images = open_array(self.folder / "images.npy", np.uint8, (None, None, None, 3))
+        n, H, W, _ = self.images.shape
+        if H != W or n == 0:
             raise InputError(f"{self.folder}/images.npy: shape {self.images.shape}; not (n > 0, H, H, 3)")
         if n != self.meta.get("rows", n):
             raise InputError(f"{self.folder}/images.npy: {n} rows; meta.json counts {self.meta['rows']}")
-        self.check("masks", (n, H, H))
-        self.check("keypoints", (n, len(self.meta["joints"]), 3))
-        self.check("intrinsics", (n, 3, 3))
+        shapes = {"images": (n, H, H, 3), "masks": (n, H, H), "keypoints": (n, len(self.meta["joints"]), 3),
+                  "intrinsics": (n, 3, 3), "checksums": (n, len(RECORDS))}
+        if (self.folder / "checksums.npy").exists(): fields += ("checksums",)
+        for field in fields:
+            setattr(self, field, open_array(self.folder / f"{field}.npy", ARRAYS[field], shapes[field]))
         for i in range(0, n if self.keypoints is not None else 0, 65536):      # memory stays flat
             infinite = np.isinf(self.keypoints[i:i + 65536]).any(axis=(1, 2))
             if infinite.any():
                 raise InputError(f"{self.folder}/keypoints.npy: row {i + int(infinite.argmax())} is "
                                  "infinite; write NaN for no label")
         if self.checksums is None: return                                      # a folder made by hand
-        self.check("checksums", (n, len(RECORDS)))
         value = zlib.crc32(np.ascontiguousarray(self.checksums))
-        if value != written.get("checksums", value):
+        if value != self.meta.get("crc", {}).get("checksums", value):
             raise InputError(f"{self.folder}/checksums.npy: not the one that meta.json was written with")
         for i, field in enumerate(RECORDS):
             if (array := getattr(self, field)) is not None:
@@ -111,19 +110,6 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def open_array(self, field: str) -> np.ndarray:
-        path, (ndim, dtype) = self.folder / f"{field}.npy", ARRAYS[field]
-        if not path.exists(): raise InputError(f"{path}: missing; this use of the folder needs it")
-        array = open_npy(path)
-        if array.ndim != ndim or array.dtype != dtype:
-            raise InputError(f"{path}: {array.dtype}, {array.ndim} axes; not {np.dtype(dtype)}, {ndim} axes")
-        return array
-
-    def check(self, field: str, shape: tuple) -> None:
-        array = getattr(self, field)
-        if array is not None and array.shape != shape:
-            raise InputError(f"{self.folder}/{field}.npy: shape {array.shape}; the others ask for {shape}")
 
     @property
     def fingerprint(self) -> str:
@@ -167,18 +153,23 @@ def record_sums(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """CRC (n, 4) uint32 of each record of arrays of n rows, a column for each of RECORDS; 0: no array."""
     sums = np.zeros((len(next(iter(arrays.values()))), len(RECORDS)), np.uint32)
     for name, rows in arrays.items():
-        rows = np.ascontiguousarray(rows, ARRAYS[name][1])
+        rows = np.ascontiguousarray(rows, ARRAYS[name])
         sums[:, RECORDS.index(name)] = [zlib.crc32(row) for row in rows]
     return sums
 
 
-def open_npy(path: Path) -> np.ndarray:
-    """A .npy file, memory-mapped; InputError unless it has exactly the bytes that its header announces."""
+def open_array(path: Path, dtype: type, shape: tuple) -> np.ndarray:
+    """A .npy file, memory-mapped; InputError unless it has this type, this shape (None: any length) and
+    exactly the bytes that its header announces."""
+    if not path.exists(): raise InputError(f"{path}: missing; it is needed here")
     with reading(path, ".npy array"):
         array = np.lib.format.open_memmap(path, "r")
         size = array.offset + array.nbytes
         if size != path.stat().st_size: raise ValueError(f"its header announces {size} bytes")
-        return array
+    if array.dtype != dtype: raise InputError(f"{path}: {array.dtype}; give {np.dtype(dtype)}")
+    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape)):
+        raise InputError(f"{path}: shape {array.shape}; give {str(shape).replace('None', 'n')}")
+    return array
 
 
 def read_meta(folder: Path) -> dict:
@@ -247,7 +238,7 @@ class Writer:
 
     def open(self, name: str, shape: list[int]):
         """The file of one array with rows of `shape`, cut back to the rows that were saved."""
-        path, dtype = self.part / f"{name}.npy", np.dtype(ARRAYS[name][1])
+        path, dtype = self.part / f"{name}.npy", np.dtype(ARRAYS[name])
         file = open(path, "r+b" if path.exists() else "w+b")
         np.lib.format.write_array_header_1_0(  # numpy leaves room in it for the number of rows to grow
             file, {"descr": dtype.str, "fortran_order": False, "shape": (self.state["rows"], *shape)})
@@ -268,7 +259,7 @@ class Writer:
                              "set holds one kind of rows")
         for name, rows in arrays.items():
             if name not in self.files: self.files[name] = self.open(name, shape[name])
-            data = np.ascontiguousarray(rows, ARRAYS[name][1]).tobytes()
+            data = np.ascontiguousarray(rows, ARRAYS[name]).tobytes()
             self.files[name].write(data)
             crc[name] = zlib.crc32(data, crc.get(name, 0))
         self.state = state | {"jobs": state["jobs"] + 1, "rows": state["rows"] + counts.pop(), "crc": crc,
@@ -645,10 +636,7 @@ def chunks(count: int) -> list[np.ndarray]:
 
 def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
     """Masks (n, H, H) uint8 of a data set in a file of their own: f^S's lie in the run."""
-    masks = open_npy(Path(path))
-    if masks.shape != dataset.images.shape[:3] or masks.dtype != np.uint8:
-        raise InputError(f"{path}: {masks.dtype} {masks.shape}; expected uint8 {dataset.images.shape[:3]}")
-    return masks
+    return open_array(Path(path), np.uint8, dataset.images.shape[:3])
 
 
 # ==========================================================================================================

@@ -165,7 +165,7 @@ def half_written(place: Path) -> int:
     for state in place.rglob("*.part/state.json"):
         saved = json.loads(state.read_text())
         for name, shape in saved["shape"].items():
-            path, dtype = state.parent / f"{name}.npy", np.dtype(data.ARRAYS[name][1])
+            path, dtype = state.parent / f"{name}.npy", np.dtype(data.ARRAYS[name])
             lost += max(0, path.stat().st_size - 128 - saved["rows"] * math.prod(shape) * dtype.itemsize)
     return lost
 
