@@ -1285,7 +1285,8 @@ def reading(path: Path, what: str):
         library = (error.name or str(error)).partition(".")[0]
         raise InputError(f"{path}: to read it, first: pip install {library}") from error
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
-        wrong = f"broken {what}: {first_line(error)}" if os.path.exists(path) else "missing"
+        kind = "KeyError " if isinstance(error, KeyError) else ""  # its text is the key alone
+        wrong = f"broken {what}: {kind}{first_line(error)}" if os.path.exists(path) else "missing"
         raise InputError(f"{path}: {wrong}; give a whole {what}") from error
 
 
@@ -1406,9 +1407,7 @@ def need_files(root: Path, names: list[str], layout: str) -> None:
 
 def read_json_array(path: Path, *shape: int) -> np.ndarray:
     """A JSON list of n arrays of `shape` as (n, *shape) float64."""
-    try: array = np.array(json.loads(path.read_text()), np.float64)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a whole JSON array ({error})") from error
+    with reading(path, "JSON array"): array = np.array(json.loads(path.read_text()), np.float64)
     if array.shape[1:] != shape: raise InputError(f"{path}: shape {array.shape}, expected {('n', *shape)}")
     return array
 
@@ -2179,7 +2178,7 @@ def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
     """A sequence of 3DPW: world -> camera (F, 4, 4) mm; intrinsics (3, 3) px; for each person joints
     (F, 24, 3) mm, world, detections (F, 3, 18) u, v, confidence, and whether the camera is known (F,)."""
     found = read_pickle(path)
-    try:
+    with reading(path, "sequence of 3DPW"):
         cameras = np.reshape(found["cam_poses"], (-1, 4, 4)).astype(float)
         cameras[:, :3, 3] *= 1000                                          # m -> mm
         people = [(1000 * np.reshape(joints, (len(cameras), 24, 3)), np.reshape(seen, (len(cameras), 3, 18)),
@@ -2187,8 +2186,6 @@ def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
                   for joints, seen, valid in zip(found["jointPositions"], found["poses2d"],
                                                  found["campose_valid"], strict=True)]
         return cameras, np.reshape(found["cam_intrinsics"], (3, 3)).astype(float), people
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: not a sequence of 3DPW ({error!r}); download it again") from error
 
 
 def read_calibration(path: Path) -> dict[int, tuple]:
@@ -2197,14 +2194,12 @@ def read_calibration(path: Path) -> dict[int, tuple]:
     By words, not by columns: the numbers are of any length.
     """
     cameras = {}
-    try:
+    with reading(path, "camera.calibration"):
         for part in path.read_text().split("name")[1:]:
             words = part.split()
             size, matrix = (words.index(word) + 1 for word in ("size", "intrinsic"))
             K = np.reshape([float(word) for word in words[matrix:matrix + 16]], (4, 4))[:3, :3]
             cameras[int(words[0])] = (tuple(int(word) for word in words[size:size + 2]), K)
-    except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: not a camera.calibration ({error}); download it again") from error
     return cameras
 
 
@@ -2239,10 +2234,9 @@ def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[i
             keys = {"annot2": 2, "annot3": 3, labels: 3}
             found = in_a_process(partial(read_mat, kinds=("cell",)), file, *keys)
             for c in chosen:
-                try: uv, points, *other = (np.reshape(found[key][c, 0], (-1, 28, axes))[:frames, places]
-                                           for key, axes in keys.items())
-                except (ValueError, IndexError) as error:
-                    raise InputError(f"{file}: camera {c} has no rows of 28 joints ({error})") from error
+                with reading(file, f"file of labels (camera {c})"):
+                    uv, points, *other = (np.reshape(found[key][c, 0], (-1, 28, axes))[:frames, places]
+                                          for key, axes in keys.items())
                 size, K = calibrated[name][c]
                 points = universal(points, other[0], file) if other else points
                 for i in range(0, len(points), stride):
@@ -2315,13 +2309,12 @@ def read_surreal(root: Path, split: str = "train", frames: str = "middle", strid
 
     def samples() -> Iterator[Sample]:
         for clip in clips:
-            info = read_mat(root / f"{clip}_info.mat", "joints2D", "joints3D", "camLoc")
-            try:  # a clip of one frame lacks the last axis
+            path = root / f"{clip}_info.mat"
+            info = read_mat(path, "joints2D", "joints3D", "camLoc")
+            with reading(path, "file of labels"):  # a clip of one frame lacks the last axis
                 uv, joints = (np.reshape(info[f"joints{n}D"], (n, 24, -1)).astype(float) for n in (2, 3))
                 joints = 1000 * (joints - np.reshape(info["camLoc"], (3, 1, 1)))
                 if not 0 < joints.shape[2] == uv.shape[2]: raise ValueError("no frames, or not as many in 2D")
-            except ValueError as error:
-                raise InputError(f"{root / clip}_info.mat: no labels of SURREAL ({error})") from error
             T = joints.shape[2]
             for i in [T // 2] if frames == "middle" else range(0, T, stride):
                 smpl = (SURREAL_AXES @ joints[:, :, i]).T                  # (24, 3) mm, camera

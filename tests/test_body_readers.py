@@ -653,12 +653,12 @@ PW3D_DAMAGE = {
     "half a picture": (lambda r: cut(r / "imageFiles/outdoors_up_01/image_00003.jpg"), "00003.jpg: broken"),
     "half a pickle": (lambda r: cut(r / "sequenceFiles/test/outdoors_up_01.pkl"), "outdoors_up_01.pkl: "),
     "an empty pickle": (lambda r: cut(r / "sequenceFiles/test/outdoors_up_01.pkl", 0), "up_01.pkl: "),
-    "no cameras": (without("cam_poses"), "outdoors_up_01.pkl: not a sequence of 3DPW .*cam_poses"),
-    "no joints": (without("jointPositions"), "outdoors_up_01.pkl: not a sequence of 3DPW .*jointPositions"),
+    "no cameras": (without("cam_poses"), "outdoors_up_01.pkl: broken sequence of 3DPW: KeyError .*cam_poses"),
+    "no joints": (without("jointPositions"), "outdoors_up_01.pkl: broken sequence of 3DPW: KeyError .*jointPositions"),
     "another pickle": (lambda r: write_pickle(r / "sequenceFiles/test/outdoors_up_01.pkl", [1, 2]),
-                       "outdoors_up_01.pkl: not a sequence of 3DPW"),
-    "fewer frames": (lambda r: rewrite_sequences(fewer_frames)(None, r), "pkl: not a sequence of 3DPW"),
-    "fewer people": (lambda r: rewrite_sequences(fewer_people)(None, r), "pkl: not a sequence of 3DPW"),
+                       "outdoors_up_01.pkl: broken sequence of 3DPW"),
+    "fewer frames": (lambda r: rewrite_sequences(fewer_frames)(None, r), "pkl: broken sequence of 3DPW"),
+    "fewer people": (lambda r: rewrite_sequences(fewer_people)(None, r), "pkl: broken sequence of 3DPW"),
     "a malicious pickle": (lambda r: (r / "sequenceFiles/test/outdoors_up_01.pkl").write_bytes(
         pickle.dumps({"cam_poses": Malicious()})), "outdoors_up_01.pkl: .*refused"),
 }
@@ -889,7 +889,7 @@ MPI_DAMAGE = {
     "half annot_data.mat": ("test", lambda r: cut(r / "mpi_inf_3dhp_test_set/TS2/annot_data.mat"),
                             "TS2/annot_data.mat: "),
     "half a calibration": ("train", lambda r: cut(r / "S1/Seq2/camera.calibration", 0.2),
-                           "S1/Seq2/camera.calibration: (not a|has no)"),
+                           "S1/Seq2/camera.calibration: (broken|has no)"),
     "a calibration without a camera": ("train", lambda r: (r / "S1/Seq2/camera.calibration").write_text(
         (r / "S1/Seq2/camera.calibration").read_text().partition("name          4")[0]), "has no camera 4"),
     "half a video": ("train", lambda r: cut(r / "S1/Seq1/imageSequence/video_0.avi"), "video_0.avi: "),
@@ -1052,7 +1052,7 @@ SURREAL_DAMAGE = {
     "half a video": (lambda r: cut(surreal_file(".mp4")(r)), "01_01_c0001.mp4: "),
     "half the masks": (lambda r: cut(surreal_file("_segm.mat")(r)), "01_01_c0001_segm.mat: "),
     "half the labels": (lambda r: cut(surreal_file("_info.mat")(r)), "01_01_c0001_info.mat: "),
-    "labels of 23 joints": (less_labels, "01_01_c0001_info.mat: no labels of SURREAL"),
+    "labels of 23 joints": (less_labels, "01_01_c0001_info.mat: broken file of labels"),
 }
 
 

@@ -323,7 +323,7 @@ DAMAGE = {  # what happens to the download, and the words (file, what is wrong) 
     "short labels": (xyz(lambda k: k[:-1]), f"{N - 1} samples in training_xyz.json, {N} in training_K.json"),
     "short lists": (lambda r: [rewrite(r, name, lambda v: v[:-1]) for name in ("xyz", "K")],
                     f"{4 * N} pictures in .*, where 4 x {N - 1} belong"),
-    "half a json": (lambda r: cut(r / "training_K.json"), "training_K.json: not a whole JSON"),
+    "half a json": (lambda r: cut(r / "training_K.json"), "training_K.json: broken JSON array"),
     "not 21 joints": (xyz(lambda k: k[:, :20]), "training_xyz.json: shape"),
     "another folder": (lambda r: shutil.rmtree(r), "no such folder. ROOT is"),
 }
