@@ -2144,7 +2144,7 @@ def read_3dpw(root: Path, split: str = "train", stride: int = 1) -> tuple[int, I
     the camera of frame i. No joint of SMPL is our nose or head top (NaN), and its pelvis and hips are not
     Human3.6M's. poses2d is a network's detection: the better half of it only tells whose joints these are.
     """
-    if split not in ("train", "validation", "test"): raise InputError(f"split {split!r}")
+    one_of("split", split, "train", "validation", "test")
     if stride < 1: raise InputError(f"--stride {stride}: 1 or more")
     layout = f"ROOT holds sequenceFiles/{split}/SEQUENCE.pkl and imageFiles/SEQUENCE/image_00000.jpg .."
     twice = root / "sequenceFiles/sequenceFiles"  # as some unpack it
@@ -2218,8 +2218,10 @@ def universal(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndar
 
 def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[int, Iterator[Sample]]:
     """The training half of read_3dhp."""
-    chosen = [int(word) for word in cameras.split(",") if word.strip().isdecimal()]
-    if stride < 1 or not chosen: raise InputError(f"--stride {stride} --cameras {cameras}: 1 or more, 0,1,2")
+    words = [word.strip() for word in cameras.split(",")]
+    if stride < 1 or not all(map(str.isdecimal, words)):
+        raise InputError(f"--stride {stride} --cameras {cameras}: 1 or more, 0,1,2")
+    chosen = [int(word) for word in words]
     layout = "ROOT holds S1/Seq1/annot.mat, camera.calibration, imageSequence/video_0.avi .., S1/Seq2, S2 .."
     files = ["annot.mat", "camera.calibration", *(f"imageSequence/video_{c}.avi" for c in chosen)]
     need_files(root, [f"{name}/{file}" for name in MPI_FRAMES for file in files], layout)

@@ -906,7 +906,7 @@ def test_3dhp_damage(what, broken_3dhp, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--split", "val"), ("--stride", 0), ("--cameras", "all"),
-                                   ("--labels", "annot2")])
+                                   ("--cameras", "0,x4"), ("--labels", "annot2")])
 def test_3dhp_options(flags, mpi, tmp_path):
     with refused("split|--stride|--cameras|labels"): run("3dhp", mpi, tmp_path / "out", *flags)
 
