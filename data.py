@@ -420,7 +420,7 @@ def quiet_worker() -> None:
 # ==========================================================================================================
 @lru_cache(maxsize=4)
 def epoch_permutation(count: int, seed: int, purpose: str, epoch: int) -> np.ndarray:
-    """The order (count,) of an epoch: 8 bytes an image, all that grows in memory with a data set."""
+    """The order (count,) of an epoch: these 8 bytes an image, and Records' one, grow with a data set."""
     return random_generator(seed, purpose, epoch).permutation(count)
 
 
@@ -1161,9 +1161,6 @@ def render(kind, rng, domain, count, side):
     if kind.foreign: mask = mask * (1 - layers[2 + kind.foreign] / np.maximum(layers[0], 1e-35))
     return dict(images=develop(rng, image, look), masks=(mask * 255 + 0.5).astype(np.uint8),
                 keypoints=points[:, :joints].astype(np.float32), intrinsics=intrinsics)
-
-
-render_hands, render_bodies = (partial(render, kind) for kind in KINDS)
 
 
 def render_unconstrained(rng, count, side):

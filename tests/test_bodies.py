@@ -22,7 +22,7 @@ def bodies(domain: str, count: int, side: int, seed: int = 0, **look) -> dict:
     kind, changed = data.KINDS["bodies"], data.HUMAN_DOMAINS[domain] | look
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.KINDS, "bodies", kind._replace(domains={domain: changed}))
-        return data.render_bodies(u.random_generator(seed, "test bodies"), domain, count, side)
+        return data.render("bodies", u.random_generator(seed, "test bodies"), domain, count, side)
 
 
 @pytest.fixture(scope="module", params=["source", "target"])

@@ -33,7 +33,7 @@ def refused(message: str):
 def windows() -> dict:
     """Rendered hands seen through a 224 px window of a 300 px picture: exact masks, mm and intrinsics."""
     rng = random_generator(0, "freihand fixture")
-    hands = data.render_hands(rng, "source", N, 300)
+    hands = data.render("hands", rng, "source", N, 300)
     for i in range(N):
         x, y = rng.integers(15, 62, 2)
         for name in ("images", "masks"):
@@ -232,7 +232,7 @@ LITTLE_FIRST = [0] + [4 * f + i for f in (4, 3, 2, 1, 0) for i in (1, 2, 3, 4)] 
 
 @pytest.mark.parametrize("domain", ["source", "target"])
 def test_rendered_hands_pass_and_slips_do_not(domain):
-    keypoints = data.render_hands(random_generator(1, domain), domain, 150, 16)["keypoints"]
+    keypoints = data.render("hands", random_generator(1, domain), domain, 150, 16)["keypoints"]
     share = lambda change: np.mean([data.hand_fault(change(k)) is None for k in keypoints])  # noqa: E731
     assert share(lambda k: k) == 1
     assert share(lambda k: k * MIRROR) < 0.1 and share(lambda k: k[LITTLE_FIRST]) < 0.4

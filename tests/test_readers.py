@@ -205,7 +205,7 @@ def test_a_lens_of_no_effect_changes_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def hand() -> dict:
-    return data.render_hands(random_generator(0, "a left hand"), "source", 1, 200)
+    return data.render("hands", random_generator(0, "a left hand"), "source", 1, 200)
 
 
 @pytest.mark.parametrize("distortion", [None, LENS / 10])

@@ -30,7 +30,7 @@ def sets(tmp_path_factory) -> Path:
     for name, domain, count in (("source", "source", 48), ("target", "target", 40), ("xc", None, 16),
                                 ("source_test", "source", 12), ("target_test", "target", 12)):
         rng = u.random_generator(0, name)
-        arrays = data.render_hands(rng, domain, count, 60) if domain else \
+        arrays = data.render("hands", rng, domain, count, 60) if domain else \
             {"images": data.render_unconstrained(rng, count, 60)}
         writer = data.Writer(root / name, {"name": name, "margin": 1.25, "joints": data.HAND_JOINTS,
                                            "bones": data.HAND_BONES, "root": 0, "depth_range": 300.0})
