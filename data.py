@@ -216,7 +216,7 @@ class Writer:
     """Appends rows to a data-set folder: OUT.part until `finish`; opened after a kill, it goes on there."""
 
     def __init__(self, folder: str | Path, meta: dict):
-        self.folder, self.part, self.files = Path(folder), Path(f"{folder}.part"), {}
+        self.folder, self.part, self.files = Path(folder), Path(f"{Path(folder)}.part"), {}  # of "mine/" too
         self.meta = json.loads(json.dumps({"format": FORMAT} | meta))  # as it is read back
         if self.folder.exists(): raise InputError(f"{folder}: exists; remove it to make it again")
         try:

@@ -529,6 +529,12 @@ def test_photos(tmp_path):
         with refused("no photographs"): data.main(["photos", str(folder), str(tmp_path / "none")])
 
 
+def test_a_folder_may_be_named_with_a_slash(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    data.main(["photos", str(tmp_path), f"{tmp_path}/xc/", "--side", "32", "--workers", "1"])
+    assert len(data.Dataset(tmp_path / "xc")) == 1
+
+
 def test_photo_is_cropped_at_its_centre(tmp_path):
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (100, 200))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
