@@ -45,7 +45,7 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -1240,8 +1240,10 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
 # ==========================================================================================================
 # A reader is a function (root, own options with defaults) -> (number of samples or an upper bound, generator
 # of Samples). It refuses early what it can; its generator opens the files of labels one sequence at a time,
-# and never a picture. A line in READERS puts it on the command line. All readers share everything else.
+# and never a picture. A line in READERS puts it and its options on the command line, which takes of a Literal
+# no other value. All readers share everything else.
 SAMPLES_A_JOB = 16
+Split = Literal["train", "test"]
 
 
 class Sample(NamedTuple):
@@ -1732,15 +1734,15 @@ FREIHAND = {  # split: its folder, pictures of a sample, folder of masks, grey v
     "evaluation": ("evaluation", 1, "segmap", (1, 255), "FreiHAND_pub_v2_eval")}
 
 
-def read_freihand(root: Path, split: str = "train", versions: str = "0123") -> tuple[int, Iterator[Sample]]:
+def read_freihand(root: Path, split: Literal["train", "evaluation"] = "train",
+                  versions: str = "0123") -> tuple[int, Iterator[Sample]]:
     """FreiHAND v2 (Zimmermann et al., ICCV 2019): right hands, 224 x 224 px, our joint order, metres, camera.
 
     train: n = 32,560 labels and masks (hand and forearm, JPEG noise) of 4 n pictures: picture i + n v shows
     sample i on background v: 0 green screen, 1 harmonised, 2 and 3 recoloured. evaluation: n = 3,960; labels
     and masks came later, in FreiHAND_pub_v2_eval. Rows go by sample, its versions side by side.
     """
-    if split not in FREIHAND: raise InputError(f"split {split!r}: {' or '.join(FREIHAND)}")
-    if not versions or set(versions) - set("0123"): raise InputError(f"versions {versions!r}: some of 0123")
+    if not versions or set(versions) - set("0123"): raise InputError(f"--versions {versions!r}: some of 0123")
     part, copies, masks, foreground, archive = FREIHAND[split]
     layout = f"ROOT is {archive} with {part}_xyz.json, {part}_K.json, {part}/rgb/*.jpg, {part}/{masks}/*"
     need_files(root, [f"{part}_xyz.json", f"{part}_K.json", f"{part}/rgb/{0:08d}.jpg"], layout)
@@ -1777,11 +1779,6 @@ STB = {  # camera: its pictures, each with (fx, fy, cx, cy) px, and the rotation
             (-24.0381, -0.4563, -1.2326))]}
 
 
-def one_of(flag: str, value: str, *choices: str) -> None:
-    """InputError unless the value of --flag is one of the choices."""
-    if value not in choices: raise InputError(f"--{flag} {value!r}: give {' or '.join(choices)}")
-
-
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     """Intrinsics (3, 3) px of a camera without skew."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])                 # (3, 3) px
@@ -1793,8 +1790,8 @@ def rotation_by(vector) -> np.ndarray:
     return torch.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)).numpy()
 
 
-def read_stb(root: Path, split: str = "train", camera: str = "bb",
-             wrist: str = "ring") -> tuple[int, Iterator[Sample]]:
+def read_stb(root: Path, split: Split = "train", camera: Literal["bb", "sk"] = "bb",
+             wrist: Literal["ring", "middle"] = "ring") -> tuple[int, Iterator[Sample]]:
     """STB, the stereo hand pose benchmark (Zhang et al., ICIP 2017): left hands, 640 x 480 px, mm.
 
     --split test: B1Counting and B1Random; train: B2 to B6. --camera bb: left and right picture of the stereo
@@ -1803,8 +1800,6 @@ def read_stb(root: Path, split: str = "train", camera: str = "bb",
     --wrist says how it becomes a wrist: ring, ring_1 + 2 (palm - ring_1), which most code does, or middle,
     middle_1 + 2.2 (palm - middle_1). No 2D labels, no lens distortion, no masks.
     """
-    for flag, value, choices in (("split", split, ("train", "test")), ("camera", camera, STB),
-                                 ("wrist", wrist, STB_WRIST)): one_of(flag, value, *choices)
     layout = ("ROOT has images/B1Counting/BB_left_0.png .. and labels/B1Counting_BB.mat .., B1 to B6, "
               "Counting and Random; a zip without a folder in it is to be unpacked into one")
     sequences = [f"B{i}{kind}" for i in ([1] if split == "test" else [2, 3, 4, 5, 6])
@@ -1842,7 +1837,7 @@ def more_left(path: Path) -> bool:
     return sum(pixels[2:18]) > sum(pixels[18:34])
 
 
-def read_rhd(root: Path, split: str = "train") -> tuple[int, Iterator[Sample]]:
+def read_rhd(root: Path, split: Literal["train", "evaluation"] = "train") -> tuple[int, Iterator[Sample]]:
     """RHD, rendered hand poses (Zimmermann & Brox, ICCV 2017), version 2: 320 x 320 px, metres, camera frame.
 
     --split train or evaluation. Each picture has labels of both hands of a person, 0-20 left, 21-41 right,
@@ -1850,7 +1845,6 @@ def read_rhd(root: Path, split: str = "train") -> tuple[int, Iterator[Sample]]:
     publisher's code does: so this reader alone looks into masks. All 21 joints are used, hidden ones too. A
     mask is an index: 0 background, 1 person, 2-17 left hand, 18-33 right hand.
     """
-    one_of("split", split, "train", "evaluation")
     part = "training" if split == "train" else split
     layout = f"ROOT is RHD_published_v2 with {part}/anno_{part}.pickle, {part}/color and mask/00000.png .."
     path, shapes = root / part / f"anno_{part}.pickle", {"xyz": (42, 3), "uv_vis": (42, 3), "K": (3, 3)}
@@ -1910,7 +1904,7 @@ def in_view(keypoints: np.ndarray, K: np.ndarray, distortion: np.ndarray, size: 
                 and ((straight >= -size / 4) & (straight <= 1.25 * size)).all())
 
 
-def read_pan(root: Path, split: str = "train", stride: int = 30, views: str = "", score: float = 0.3,
+def read_pan(root: Path, split: Split = "train", stride: int = 30, views: str = "", score: float = 0.3,
              error: float = 20.0) -> tuple[int, Iterator[Sample]]:
     """PAN, hands of the CMU Panoptic Studio (Joo et al., TPAMI 2017): 31 HD views, 1920 x 1080 px, cm, dome.
 
@@ -1920,8 +1914,6 @@ def read_pan(root: Path, split: str = "train", stride: int = 30, views: str = ""
     at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px and more.
     A hand may be hidden in a view. No 2D labels, no masks.
     """
-    one_of("split", split, "train", "test")
-    if stride < 1: raise InputError(f"--stride {stride}: give 1 or more")
     layout = ("ROOT has SEQ/calibration_SEQ.json, SEQ/hdHand3d/handRecon3D_hd00000000.json .. (hdHand3d.tar) "
               "and SEQ/hdImgs/00_00/00_00_00000000.jpg .. or SEQ/hdVideos/hd_00_00.mp4 ..")
     frames = {folder.parent.name: sorted(int(file.stem[-8:]) for file in folder.glob("handRecon3D_hd*.json"))
@@ -1967,7 +1959,7 @@ def gan_numbers(path: Path, count: int) -> np.ndarray:
         return numbers
 
 
-def read_gan(root: Path, split: str = "train", share: float = 0.1,
+def read_gan(root: Path, split: Split = "train", share: float = 0.1,
              seed: int = 0) -> tuple[int, Iterator[Sample]]:
     """GAN, GANerated Hands (Mueller et al., CVPR 2018): left hands, crops of 256 px, mm, camera, our order.
 
@@ -1976,7 +1968,6 @@ def read_gan(root: Path, split: str = "train", share: float = 0.1,
     have 2D labels. A crop is a square at (u, v) of a picture of 640 x 480 px scaled to 256 px; whether
     crop_params gives the factor or its inverse is told by which puts the joints on the 2D labels. No masks.
     """
-    one_of("split", split, "train", "test")
     layout = ("ROOT is GANeratedHands_Release with data/noObject/0001/0001_color_composed.png, and beside it "
               "0001_joint2D.txt, 0001_joint_pos_global.txt, 0001_crop_params.txt; so too data/withObject")
     need_files(root, ["data/noObject", "data/withObject"], layout)
@@ -2090,8 +2081,8 @@ def h36m_positions(root: Path, subject: str, name: str) -> tuple[np.ndarray, np.
     return points[:len(uv)], uv[:len(points)]
 
 
-def read_h36m(root: Path, split: str = "train", stride: int = 5,
-              masks: str = "yes") -> tuple[int, Iterator[Sample]]:
+def read_h36m(root: Path, split: Split = "train", stride: int = 5,
+              masks: Literal["yes", "no"] = "yes") -> tuple[int, Iterator[Sample]]:
     """Human3.6M (Ionescu et al., PAMI 2014): videos of 1000 x 1000 (1002) px, 50 frames a second.
 
     train: subjects 1, 5, 6, 7, 8; test: 9, 11; of every video each `stride`-th frame. Millimetres, camera
@@ -2100,8 +2091,6 @@ def read_h36m(root: Path, split: str = "train", stride: int = 5,
     positions, for each subject and camera. Masks (ground_truth_bs) are what pre-training needs of its source;
     --masks no goes without. Left out: "_ALL", no action; S11's Directions, camera 54138969, corrupt.
     """
-    if split not in H36M_SUBJECTS or stride < 1 or masks not in ("yes", "no"):
-        raise InputError(f"--split {split} --stride {stride} --masks {masks}: train or test, 1 .., yes or no")
     layout = ("ROOT holds S1/Videos/*.mp4, S1/MyPoseFeatures/D3_Positions_mono/*.cdf and D2_Positions/*.cdf "
               "(or S1/Poses_.. for both), S1/MySegmentsMat/ground_truth_bs/*.mat (or --masks no), S5 ..")
 
@@ -2133,7 +2122,8 @@ def read_h36m(root: Path, split: str = "train", stride: int = 5,
     return sum(map(len, videos.values())) * -(-longest // stride), samples()
 
 
-def read_3dpw(root: Path, split: str = "train", stride: int = 1) -> tuple[int, Iterator[Sample]]:
+def read_3dpw(root: Path, split: Literal["train", "validation", "test"] = "train",
+              stride: int = 1) -> tuple[int, Iterator[Sample]]:
     """3DPW (von Marcard et al., ECCV 2018): one or two people outdoors, a moving camera, 1920 x 1080 px.
 
     One sample for each person in each `stride`-th frame in which the camera's pose is valid and the person
@@ -2141,8 +2131,6 @@ def read_3dpw(root: Path, split: str = "train", stride: int = 1) -> tuple[int, I
     the camera of frame i. No joint of SMPL is our nose or head top (NaN), and its pelvis and hips are not
     Human3.6M's. poses2d is a network's detection: the better half of it only tells whose joints these are.
     """
-    one_of("split", split, "train", "validation", "test")
-    if stride < 1: raise InputError(f"--stride {stride}: 1 or more")
     layout = f"ROOT holds sequenceFiles/{split}/SEQUENCE.pkl and imageFiles/SEQUENCE/image_00000.jpg .."
     twice = root / "sequenceFiles/sequenceFiles"  # as some unpack it
     files = sorted(((twice if twice.is_dir() else twice.parent) / split).glob("*.pkl"))
@@ -2215,10 +2203,8 @@ def universal(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndar
 
 def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[int, Iterator[Sample]]:
     """The training half of read_3dhp."""
-    words = [word.strip() for word in cameras.split(",")]
-    if stride < 1 or not all(map(str.isdecimal, words)):
-        raise InputError(f"--stride {stride} --cameras {cameras}: 1 or more, 0,1,2")
-    chosen = [int(word) for word in words]
+    try: chosen = [int(word) for word in cameras.split(",")]
+    except ValueError as error: raise InputError(f"--cameras {cameras}: give numbers, as 0,1,2") from error
     layout = "ROOT holds S1/Seq1/annot.mat, camera.calibration, imageSequence/video_0.avi .., S1/Seq2, S2 .."
     files = ["annot.mat", "camera.calibration", *(f"imageSequence/video_{c}.avi" for c in chosen)]
     need_files(root, [f"{name}/{file}" for name in MPI_FRAMES for file in files], layout)
@@ -2270,8 +2256,8 @@ def testing_3dhp(root: Path, labels: str) -> tuple[int, Iterator[Sample]]:
     return 2929, samples()
 
 
-def read_3dhp(root: Path, split: str = "train", labels: str = "univ_annot3", stride: int = 10,
-              cameras: str = "0,1,2,4,5,6,7,8") -> tuple[int, Iterator[Sample]]:
+def read_3dhp(root: Path, split: Split = "train", labels: Literal["univ_annot3", "annot3"] = "univ_annot3",
+              stride: int = 10, cameras: str = "0,1,2,4,5,6,7,8") -> tuple[int, Iterator[Sample]]:
     """MPI-INF-3DHP (Mehta et al., 3DV 2017): train S1 to S8, videos; test TS1 to TS6, valid frames.
 
     Millimetres, camera; 17 of 28 joints in train, all 17 in test; the pelvis lies above Human3.6M's. labels:
@@ -2280,12 +2266,11 @@ def read_3dhp(root: Path, split: str = "train", labels: str = "univ_annot3", str
     cameras (the customary 8 of 14: none at the ceiling) choose from train only, 25 or 50 frames a second.
     Frame i of a video is row i; img_000001.jpg is row 0. No masks are read: a target needs none.
     """
-    if split not in MPI_JOINTS or labels not in ("univ_annot3", "annot3"):
-        raise InputError(f"split {split!r}: train or test; labels {labels!r}: univ_annot3 or annot3")
     return training_3dhp(root, labels, stride, cameras) if split == "train" else testing_3dhp(root, labels)
 
 
-def read_surreal(root: Path, split: str = "train", frames: str = "middle", stride: int = 1,
+def read_surreal(root: Path, split: Literal["train", "val", "test"] = "train",
+                 frames: Literal["middle", "all"] = "middle", stride: int = 1,
                  runs: str = "012") -> tuple[int, Iterator[Sample]]:
     """SURREAL (Varol et al., CVPR 2017): rendered bodies, 320 x 240 px clips of mostly 100 frames.
 
@@ -2294,9 +2279,7 @@ def read_surreal(root: Path, split: str = "train", frames: str = "middle", strid
     right, so their names change places. Nose and head top are NaN; pelvis and hips are not Human3.6M's. Who
     leaves the picture stays, with half the joints inside. Masks: segm_1 .. segm_T, body parts 1 .. 24.
     """
-    if split not in ("train", "val", "test"): raise InputError(f"split {split!r}: train, val, test")
-    if frames not in ("middle", "all") or stride < 1 or not runs or set(runs) - set("012"):
-        raise InputError(f"--frames {frames} --stride {stride} --runs {runs}: middle or all, 1 .., 012")
+    if not runs or set(runs) - set("012"): raise InputError(f"--runs {runs!r}: some of 012")
     base = next((base for base in ("SURREAL/data/cmu", "data/cmu") if (root / base).is_dir()), "cmu")
     layout = (f"ROOT holds cmu/{split}/run0/SEQUENCE/SEQUENCE_c0001.mp4, SEQUENCE_c0001_info.mat and "
               "SEQUENCE_c0001_segm.mat, .., run1, run2")
@@ -2445,21 +2428,24 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, about: str, *places: str, **flags) -> None:
+    def command(name: str, about: str, *places: str, kinds: dict = {}, **flags) -> None:
         sub = commands.add_parser(name, description=about, formatter_class=plain)
         for place in places: sub.add_argument(place, metavar=place.upper())
         for flag, value in flags.items():
-            sub.add_argument(f"--{flag}", type=type(value), default=value, metavar="", help="[%(default)s]")
+            choices = get_args(kinds.get(flag)) or None                    # of a Literal
+            sub.add_argument(f"--{flag}", type=type(value), default=value, choices=choices,
+                             metavar="|".join(choices or ""), help="[%(default)s]")
 
     for kind in KINDS: command(kind, f"Render the embedded benchmark of {kind}.", "out", side=60, workers=0)
     for name, (reader, _, _) in READERS.items():  # what a reader takes beside root are its flags
         own = {p.name: p.default for p in inspect.signature(reader).parameters.values() if p.name != "root"}
-        command(name, reader.__doc__, "root", "out", **own, side=320, workers=0)
+        command(name, reader.__doc__, "root", "out", kinds=reader.__annotations__, **own, side=320, workers=0)
     command("show", "Draw 16 samples of a data-set folder.", "folder", "picture")
     command("check", check.__doc__, "folder")
     given = vars(parser.parse_args(arguments))
     name, side, workers = given.pop("command"), given.get("side", 16), given.get("workers", 0)
-    if side < 16 or workers < 0: raise InputError("--side is 16 or more, --workers 0 (all cores) or more")
+    if side < 16 or workers < 0 or given.get("stride", 1) < 1:
+        raise InputError("--side is 16 or more, --stride 1 or more, --workers 0 (all cores) or more")
     if name in KINDS: make_benchmark(name, given["out"], BENCHMARK, side, workers)
     elif name in ("show", "check"): (show if name == "show" else check)(**given)
     else: convert_dataset(name, **given)

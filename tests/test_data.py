@@ -170,8 +170,8 @@ def test_versions(freihand, converted, tmp_path):
     run(freihand, tmp_path / "two", "--versions", "13", "--side", "224")
     odd = np.arange(4 * N) % 2 == 1
     assert np.array_equal(np.load(tmp_path / "two/images.npy"), converted.images[odd])
-    for flags in (["--versions", "4"], ["--versions", ""], ["--split", "test"]):
-        with refused("versions|split"): run(freihand, tmp_path / "none", *flags)
+    for versions in ("4", ""):
+        with refused("--versions"): run(freihand, tmp_path / "none", "--versions", versions)
 
 
 def test_two_workers_write_the_same_bytes(freihand, tmp_path, monkeypatch):
@@ -339,7 +339,8 @@ def test_damaged_downloads_are_named(damage, broken, tmp_path):
 def test_the_command_line_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end: run_script(lambda: run(tmp_path / "nothing", tmp_path / "out"))
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit): data.main(["freihand", "a", "b", "--sides", "3"])
+    for wrong in (["--sides", "3"], ["--split", "test"]):
+        with pytest.raises(SystemExit): data.main(["freihand", "a", "b", *wrong])
     for flags in (["--side", "3"], ["--workers", "-1"]):
         with refused("--side is 16"): run(tmp_path, tmp_path / "out", *flags)
 

@@ -588,8 +588,9 @@ def test_pan_stride_and_views(pan, tmp_path):
     assert on_their_dots(some, 14) == 1
     count, samples = data.read_pan(pan, "train", stride=1)
     assert count >= len(list(samples)) and data.read_pan(pan, "train")[0] > 0
-    for flags in (dict(views="7"), dict(views="0,x"), dict(stride=0), dict(split="val")):
-        with refused("HD view|--stride 0|--split 'val'"): data.read_pan(pan, **flags)
+    for views in ("7", "0,x"):
+        with refused("HD view"): data.read_pan(pan, views=views)
+    with refused("--stride 1 or more"): convert("pan", pan, tmp_path / "none", "--stride", 0)
 
 
 def test_pan_thresholds(pan, tmp_path):
@@ -901,9 +902,10 @@ def test_gan_damage_is_named(what, gan, tmp_path):
 # ==========================================================================================================
 @pytest.mark.parametrize("line", ["stb --split val", "stb --camera kinect", "stb --wrist palm",
                                   "rhd --split test", "pan --split val", "gan --split val"])
-def test_unknown_choices_are_refused(line, tmp_path):
+def test_unknown_choices_are_refused(line, tmp_path, capsys):
     name, flag, value = line.split()
-    with refused(f"{flag} '{value}': give .* or "): data.main([name, str(tmp_path), "out", flag, value])
+    with pytest.raises(SystemExit): data.main([name, str(tmp_path), "out", flag, value])
+    assert f"{flag}: invalid choice: '{value}' (choose from " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, flags", [("stb", ["test"]), ("rhd", []), ("pan", ["test", 1]),
