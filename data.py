@@ -2337,7 +2337,7 @@ def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **o
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
     del meta["box"]
     if Path(out).exists() and read_meta(Path(out)).get("origin") == origin:
-        return print(f"{out}: made already by the same command; remove it to make it again")
+        return print(f"{out}: made already, of this ROOT or another; remove it to make it again")
     before = limit_memory(MEMORY)
     try:
         count, samples = reader(Path(root), **options)
