@@ -1723,6 +1723,8 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)     # (K, 2) px
     fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, mask, sample.uv, sample.tolerance,
                      sample.left)
+    if not fault and sample.around is not None and sample.around[:, 2].min() < 100:
+        fault = "projection: the crop has to hold a point less than 100 mm before the camera"
     if fault: raise Missing(fault)
     return crop_sample(sample, image, mask, size, window, side)
 
@@ -1852,8 +1854,9 @@ def read_rhd(root: Path, split: Literal["train", "evaluation"] = "train") -> tup
     labels = read_pickle(path)                                             # {number: {"xyz": array, ..}}
     with reading(path, "file of labels"):
         for i in sorted(labels):
-            if (found := {key: labels[i][key].shape for key in shapes}) != shapes:
-                raise ValueError(f"sample {i} has {found}, not {shapes}")
+            found = {key: np.asarray(labels[i][key], float).shape for key in shapes}
+            if found != shapes or not isinstance(i, int):
+                raise ValueError(f"sample {i!r} has {found}, not {shapes}")
     need_files(root, [f"{part}/{kind}/{i:05d}.png" for kind in ("color", "mask") for i in labels], layout)
 
     def samples() -> Iterator[Sample]:
@@ -1916,7 +1919,8 @@ def read_pan(root: Path, split: Split = "train", stride: int = 30, views: str = 
     """
     layout = ("ROOT has SEQ/calibration_SEQ.json, SEQ/hdHand3d/handRecon3D_hd00000000.json .. (hdHand3d.tar) "
               "and SEQ/hdImgs/00_00/00_00_00000000.jpg .. or SEQ/hdVideos/hd_00_00.mp4 ..")
-    frames = {folder.parent.name: sorted(int(file.stem[-8:]) for file in folder.glob("handRecon3D_hd*.json"))
+    files = "handRecon3D_hd" + 8 * "[0-9]" + ".json"                       # no "copy of", no " (1)"
+    frames = {folder.parent.name: sorted(int(file.stem[-8:]) for file in folder.glob(files))
               for folder in sorted(root.glob("*/hdHand3d"))}
     frames = {name: [i for i in numbers if i % stride == 0] for name, numbers in frames.items()
               if (name == PAN_TEST) == (split == "test")}
@@ -2166,8 +2170,8 @@ def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
     with reading(path, "sequence of 3DPW"):
         cameras = np.reshape(found["cam_poses"], (-1, 4, 4)).astype(float)
         cameras[:, :3, 3] *= 1000                                          # m -> mm
-        people = [(1000 * np.reshape(joints, (len(cameras), 24, 3)), np.reshape(seen, (len(cameras), 3, 18)),
-                   np.reshape(valid, len(cameras)))
+        people = [(1000 * np.reshape(joints, (len(cameras), 24, 3)),
+                   np.reshape(seen, (len(cameras), 3, 18)).astype(float), np.reshape(valid, len(cameras)))
                   for joints, seen, valid in zip(found["jointPositions"], found["poses2d"],
                                                  found["campose_valid"], strict=True)]
         return cameras, np.reshape(found["cam_intrinsics"], (3, 3)).astype(float), people

@@ -590,6 +590,7 @@ def inverse_camera(found): found["cam_poses"] = np.linalg.inv(found["cam_poses"]
 def other_person(found): found["jointPositions"] = found["jointPositions"][::-1]
 def fewer_frames(found): found["jointPositions"] = [joints[1:] for joints in found["jointPositions"]]
 def fewer_people(found): found["poses2d"].pop()
+def words(found): found["poses2d"] = [np.full(seen.shape, "a") for seen in found["poses2d"]]
 def no_camera(found): found["cam_poses"] = np.tile(np.eye(4), (PW3D_FRAMES, 1, 1))
 
 
@@ -653,6 +654,7 @@ PW3D_DAMAGE = {
     "another pickle": (lambda r: write_pickle(r / "sequenceFiles/test/outdoors_up_01.pkl", [1, 2]),
                        "outdoors_up_01.pkl: broken sequence of 3DPW"),
     "fewer frames": (lambda r: rewrite_sequences(fewer_frames)(None, r), "pkl: broken sequence of 3DPW"),
+    "words": (lambda r: rewrite_sequences(words)(None, r), "pkl: broken sequence of 3DPW: could not"),
     "fewer people": (lambda r: rewrite_sequences(fewer_people)(None, r), "pkl: broken sequence of 3DPW"),
     "a malicious pickle": (lambda r: (r / "sequenceFiles/test/outdoors_up_01.pkl").write_bytes(
         pickle.dumps({"cam_poses": Malicious()})), "outdoors_up_01.pkl: .*refused"),

@@ -451,6 +451,11 @@ RHD_DAMAGE = {
                "anno_training.pickle: broken file of labels"),
     "21 joints": (put("xyz", lambda x: x[:21]), "pickle: broken file of labels: sample 0 has"),
     "no K": (lambda r: rewrite_rhd(r, lambda label: label.pop("K")), "pickle: broken file of labels"),
+    "words for joints": (put("xyz", lambda x: np.full(x.shape, "a")), "pickle: broken file of labels"),
+    "numbered by words": (lambda r: write_rhd_labels(
+        r / "training/anno_training.pickle",
+        {str(i): v for i, v in pickle.loads((r / "training/anno_training.pickle").read_bytes()).items()}),
+        "anno_training.pickle: broken file of labels: sample '0' has"),
     "a picture missing": (lambda r: (r / "training/color/00003.png").unlink(), "color/00003.png: missing. R"),
     "a mask missing": (lambda r: (r / "training/mask/00003.png").unlink(), "mask/00003.png: missing. ROOT"),
     "half a mask": (lambda r: cut(r / "training/mask/00003.png", 0.7), "mask/00003.png: broken"),
@@ -723,6 +728,15 @@ def test_pan_damage_is_named(what, pan, tmp_path):
     root = copy(pan, tmp_path)
     spoil(root)
     with refused(message): convert("pan", root, tmp_path / "out", "--split", "test", "--stride", 1)
+
+
+def test_pan_files_that_a_browser_numbered_are_no_labels(pan, tmp_path):
+    root = copy(pan, tmp_path)
+    label = root / SEQUENCES[0] / "hdHand3d/handRecon3D_hd00000000.json"
+    shutil.copy(label, label.with_name("handRecon3D_hd00000000 (1).json"))
+    flags = ("--split", "test", "--stride", 1)
+    before, after = (convert("pan", r, tmp_path / name, *flags) for r, name in ((pan, "a"), (root, "b")))
+    assert np.array_equal(before.keypoints[:], after.keypoints[:])
 
 
 @pytest.mark.parametrize("what", ["missing", "half"])

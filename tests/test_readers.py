@@ -172,6 +172,15 @@ def test_the_lens_is_opencv_s():
     assert np.allclose(found, [[50 * 1.1 + 100 * 0.2 * 0.75, 100 * 0.1 * 0.25]])
 
 
+def test_a_crop_does_not_hold_what_the_camera_nearly_touches(tmp_path):
+    """A head's top at 1 mm would make the crop kilometres wide, one behind the camera turn it inside out."""
+    Image.new("RGB", (240, 224)).save(tmp_path / "a.png")
+    far, near, behind = (body("a.png", around=np.array([[60.0, -100, z]])) for z in (2400, 1, -50))
+    rows, skipped = convert(tmp_path, far, near, behind)
+    assert len(rows["images"]) == 1 and len(skipped) == 2
+    assert all("a point less than 100 mm before the camera" in reason for reason in skipped)
+
+
 @pytest.mark.parametrize("shrink, kind", [(1, "png"), (4, "png"), (4, "jpg")])
 def test_lens_distortion_is_undone(shrink, kind, tmp_path):
     """The stored crop is a pinhole picture; also when it is smaller than its part of the picture, and where a
