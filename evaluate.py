@@ -413,9 +413,13 @@ def place(name: str) -> tuple:
 
 
 def paired_difference(group: list[dict], reference: list[dict]) -> str:
-    """Target error minus the reference row's, over the seeds of both: mean [95 % interval, from two on]."""
+    """Target error minus the reference row's, over the seeds of both: mean [95 % interval, from two on].
+
+    Where a row has more seeds than these, their number follows: it is then not the difference of the means.
+    """
     ours, theirs = by_seed(group), by_seed(reference)
-    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    d = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return interval(d) + f" ({len(d)} of the seeds)" * (0 < len(d) < max(len(ours), len(theirs)))
 
 
 def by_seed(group: list[dict]) -> dict[int, float]:
