@@ -366,7 +366,8 @@ def settings_of(result: dict) -> dict:
     known = {k: v for k, v in s.items() if k not in FREE} | {"test": result.get("test", "target_test")}
     known |= {f"pretraining.{k}": v for k, v in before.items() if k not in FREE}
     if result["kind"] == "pretraining": return known
-    known |= {"steps": result.get("steps"), "init": re.sub(r"-seed\d+$", "", s.get("init", ""))}
+    known |= {"init": re.sub(r"-seed\d+$", "", s.get("init", ""))}
+    known |= {"steps": result["steps"]} if "steps" in result else {}                     # an old file may not
     known.pop("epochs", None)
     if not before: return known
     same_seed = before.get("seed") == s["seed"]
@@ -395,7 +396,7 @@ def plain(value) -> str:
 
 def in_order(value) -> tuple:
     """Sorting key of settings' values: numbers before words."""
-    return isinstance(value, str), value
+    return (False, value) if isinstance(value, (int, float)) else (True, str(value))
 
 
 def group_results(results: list[dict], kind: str) -> dict[str, dict[str, list[dict]]]:
@@ -579,8 +580,8 @@ def read_results(folders: list[str], test: str = "") -> list[dict]:
         try: result = json.loads(path.read_text())
         except ValueError as error: raise u.InputError(f"{path}: not JSON ({error}); remove it") from error
         if not isinstance(result, dict) or "kind" not in result: continue  # another's file
-        if missing := {"settings", "source", "target"} - result.keys():
-            raise u.InputError(f"{path}: lacks {min(missing)}; remove it, measure the run again")
+        with u.usable(path):  # here, where the file has a name, not when a table of many is made
+            pretraining_table([result]), table([result], result.get("metric", "EPE")), error_notes([result])
         if test in ("", "*", result.get("test", "target_test")): found.append(result)
     if not found: raise u.InputError(f"{', '.join(folders)}: no result.json{f' of {test}' * bool(test)}; run "
                                      "evaluate.py without --table")
@@ -968,11 +969,16 @@ def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> di
     return result
 
 
+def check_minus(results: list[dict], minus: str) -> None:
+    """InputError unless --minus is a row of these results, above or first."""
+    names = {row_name(r).split(" ")[1] for r in results if r["kind"] == "finetuning"}
+    if minus not in {"above", "first"} | names:
+        raise u.InputError(f"--minus {minus}: choose above, first, {', '.join(sorted(names))}")
+
+
 def show_tables(results: list[dict], a: argparse.Namespace) -> None:
     """Print the tables asked for on the command line, and what their errors are taken over."""
-    names = {row_name(r).split(" ")[1] for r in results if r["kind"] == "finetuning"}
-    if a.minus not in {"above", "first"} | names:
-        raise u.InputError(f"--minus {a.minus}: choose above, first, {', '.join(sorted(names))}")
+    check_minus(results, a.minus)
     print(show_table(pretraining_table(results), a.markdown))
     for error in PCK_LIMIT:
         tables = {"": table(results, error, a.rigid, a.minus)}
@@ -984,6 +990,7 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
 
 def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None:
     """Print and draw the error against one setting. Raises InputError if no runs differ in it alone."""
+    check_minus(results, a.minus)
     found = {error: sweep(results, a.sweep.replace("-", "_"), error) for error in PCK_LIMIT}
     if not any(found.values()):
         known = [settings_of(r) for r in results if r["kind"] == "finetuning"]
@@ -1023,7 +1030,8 @@ def main(arguments=None) -> int:
         help="box around hand or body in --image, px")
     a = parser.parse_args(arguments)
     rank, _, device = u.setup_distributed(a.device)
-    if a.threads: torch.set_num_threads(a.threads)
+    if a.threads < 0: raise u.InputError(f"--threads {a.threads}: give a number not below 0")
+    u.compute_with(a.threads)
     if a.box and not a.image: raise u.InputError("--box goes with --image")
     if rank and (a.image or a.sweep or a.table): return 0                  # nothing to share out
     if a.image:

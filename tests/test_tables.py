@@ -211,6 +211,17 @@ def test_what_changes_no_result_keeps_one_row(free):
            "init": "runs/tiny/pretrain-full-seed0"}
     assert names(e.table([result(**old), result(**old | free | {"seed": 1})])) [:-1] == ["tiny full"]
     assert len(e.table([result(), result(seed=1) | {"steps": 500}])) == 4
+    older = result(seed=1)
+    del older["steps"]
+    assert names(e.table([result(), older]))[:-1] == ["tiny full"]
+
+
+def test_an_older_file_among_rows_that_differ():
+    """What is not known of it is a question mark, behind the numbers."""
+    older = result(seed=2)
+    del older["steps"]
+    made = [older, result(), result(seed=1) | {"steps": 500}]
+    assert names(e.table(made))[:-1] == [f"tiny full, steps {n}" for n in (500, 1000, "?")]
 
 
 def test_effects_over_the_eight_cells():
@@ -323,6 +334,19 @@ def test_results_on_another_test_set_are_read_by_its_name(tmp_path):
         e.read_results(folder)
 
 
+@pytest.mark.parametrize("change", [
+    {"settings": {}}, {"settings": []}, {"settings": None}, {"target": {}}, {"target": 5},
+    {"target": NUMBERS | {"epe": "x"}}, {"target": NUMBERS | {"epe": None}}, {"pretraining": 3},
+    {"settings": result(lam=[1.0])["settings"]}, {"settings": result(out=5)["settings"]},
+    {"kind": "pretraining", "target": {"mask_iou": 0.5}},
+    {"source": result()["source"] | {"compared": 5}}])
+def test_a_damaged_result_is_named(tmp_path, change):
+    folder = save(tmp_path, **{"a.result": result(), "b.result": result(seed=1) | change})
+    for option in ("--table", "--paper"):
+        with pytest.raises(u.InputError, match="b.result.json: not what it should be"):
+            e.main(["--table", option, *folder])
+
+
 def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path, monkeypatch):
     """Its settings, and the attention before fine-tuning, which differs from that after it."""
     save_dataset(tmp_path / "toy")
@@ -431,8 +455,11 @@ def test_minus_a_row_by_its_name(tmp_path):
     assert lines[0][3] == "minus mae [95 %]" and lines[2][3].startswith("+0.0")
     assert lines[1][3].startswith("+6.0") and lines[3][3].startswith("-4.0")
     for i, r in enumerate(made): u.write_json(tmp_path / f"{i}-result.json", r)
-    with pytest.raises(u.InputError, match="--minus ddc: choose above, first, full, mae, scratch"):
-        e.main(["--table", "--minus", "ddc", str(tmp_path)])
+    for option in (["--table"], ["--sweep", "lam"]):
+        with pytest.raises(u.InputError, match="--minus ddc: choose above, first, full, mae, scratch"):
+            e.main([*option, "--minus", "ddc", str(tmp_path)])
+    with pytest.raises(u.InputError, match="--threads -1: give a number not below 0"):
+        e.main(["--table", "--threads", "-1", str(tmp_path)])
 
 
 # ==========================================================================================================
