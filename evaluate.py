@@ -595,7 +595,8 @@ CELL, CHART, GAP, LINE = 384, (1000, 640), 14, 42  # a panel, a chart, space bet
 LEFT, TOP, RIGHT, FOOT = 66, 50, 30, 46            # margins of axes; equal sums, so that a square stays one
 FONT, SMALL = ImageFont.load_default(27), ImageFont.load_default(23)
 PAPER, INK, GREY, PALE = (255, 255, 255), (40, 40, 40), (130, 130, 130), (225, 225, 225)
-COLOURS = (*data.COLOURS, (140, 90, 50), (250, 120, 170), (100, 100, 100), (150, 160, 0))  # of runs
+COLOURS = (*data.COLOURS, (140, 90, 50), (250, 120, 170), (100, 100, 100), (150, 160, 0))  # of runs,
+COLOURS += tuple((r // 2, g // 2, b // 2) for r, g, b in COLOURS)                          # of more: dark
 HOT = 4.0  # heat overlays are red where a patch has so many times the mean, or more
 POSE_TITLES = ["predicted", "front: x, y in mm", "from the right: z, y", "attention, all blocks"]
 CURVES = {"L_WMAE": "L_WMAE, Eq. (3)", "L_kpt": "L_kpt, Eq. (5)", "L_attn": "lambda L_attn, Eq. (6)",
@@ -611,17 +612,28 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     print(f"wrote {path}", flush=True)
 
 
+def fitting(text: str, width: float) -> str:
+    """Text of at most so many px: what is too long loses its middle, for names often differ at the end."""
+    whole, kept = text, len(text) // 2
+    while FONT.getlength(text) > width and kept > 1:
+        kept -= 1
+        text = f"{whole[:kept]}..{whole[-kept:]}"
+    return text
+
+
 def sheet(rows: list[list], titles: list[str], heading: str) -> Image.Image:
     """Rows of equal panels (picture, caption) under a heading and a title for each column: one picture."""
     w, h = rows[0][0][0].size[0] + GAP, rows[0][0][0].size[1] + LINE + GAP
-    page = Image.new("RGB", (GAP + max(map(len, rows)) * w, 2 * LINE + len(rows) * h), PAPER)
+    width = max(GAP + max(map(len, rows)) * w, 2 * GAP + int(FONT.getlength(heading)))
+    page = Image.new("RGB", (width, 2 * LINE + len(rows) * h), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((GAP, 6), heading, INK, FONT)
     for i, title in enumerate(titles): draw.text((GAP + i * w, LINE), title, INK, FONT)
     for r, row in enumerate(rows):
         for i, (panel, caption) in enumerate(row):
             page.paste(panel, (GAP + i * w, 2 * LINE + r * h))
-            draw.text((GAP + i * w, LINE - GAP + 4 + (r + 1) * h), caption, INK, FONT)
+            at = GAP + i * w, LINE - GAP + 4 + (r + 1) * h
+            draw.text(at, fitting(caption, panel.size[0]), INK, FONT)
     return page
 
 
@@ -684,21 +696,20 @@ def view(pose: np.ndarray, truth: np.ndarray | None, across: int, bones: list) -
 
 def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
           marks: dict[float, str] = {}) -> Image.Image:
-    """Curves {name: (x, y)}, or with bars (x, y, spread); the legend is where falling curves leave room, or
-    rising ones if y is given, or with marks below."""
+    """Curves {name: (x, y)}, or with bars (x, y, spread). The legend is below, where no curve runs, and has
+    room for all `colours`, so that the charts of a sheet are equal."""
     xs, ys = (np.concatenate([curve[i] for curve in curves.values()]) for i in (0, 1))
     margin = 0.05 * np.ptp(xs) if marks else 0
     x = (xs.min() - margin, xs.max() + margin) if marks else (0, xs.max())
-    panel, place = axes(CHART, x, y or (0.9 * ys.min(), ys.max()), marks)
-    top, at, anchor = TOP + 6, LEFT + 20 if y else CHART[0] - RIGHT - 10, "la" if y else "ra"
-    if marks: top, panel = CHART[1], ImageOps.expand(panel, (0, 0, 0, 38 * len(curves)), PAPER)
+    panel, place = axes(CHART, x, y or (0.9 * ys.min(), ys.max() or 1.0), marks)         # all 0: up to 1
+    panel = ImageOps.expand(panel, (0, 0, 0, 38 * len(colours)), PAPER)
     draw = ImageDraw.Draw(panel)
     for i, (name, (x, y, *bars)) in enumerate(curves.items()):
         draw.line(place(np.transpose([x, y])).ravel().tolist(), colours[name], 5, joint="curve")
         for v, mean, half in zip(x, y, *bars) if bars else ():
             draw.line([*place((v, mean - half)), *place((v, mean + half))], colours[name], 3)
             draw.circle(tuple(place((v, mean))), 9, colours[name])
-        draw.text((at, top + 38 * i), name, colours[name], FONT, anchor)
+        draw.text((LEFT, CHART[1] + 38 * i), fitting(name, CHART[0] - LEFT), colours[name], FONT)
     return panel
 
 
@@ -863,7 +874,7 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, 
     if posed: pictures["pck"] = draw_pck({name: runs[name] for name in posed}, colours)
     for name in sorted(runs.keys() - posed.keys()):
         picture = draw_reconstruction(runs[name][0][0], name, tests, rows, device)
-        pictures[name.replace("pretrain", "reconstruction", 1).replace(" ", "-")] = picture
+        pictures[re.sub("[ ,/]+", "-", name.replace("pretrain", "reconstruction", 1))] = picture
     for name, picture in pictures.items():
         if picture: save_picture(picture, folder / f"{name}.png")
 

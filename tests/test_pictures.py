@@ -149,6 +149,45 @@ def test_chart_draws_each_value_at_its_place():
         assert tuple(colour_at(panel, (left + share * (right - left), foot - share * (foot - top)))) == RED
 
 
+@pytest.mark.parametrize("kind", ["training", "pck", "sweep"])
+def test_legend_is_below_the_curves(kind):
+    """However many there are, and however long their names, nothing is written where they run."""
+    y, marks = {"training": ((), {}), "pck": ((0, 12), {}), "sweep": ((0, 12), {1: "one", 2: "two"})}[kind]
+    bars = ([0.0, 0.0],) if marks else ()
+    curves = {f"{i} long {'name ' * 50}": ([1, 2], [float(i), 5.0], *bars) for i in range(12)}
+    panel = e.chart(curves, dict.fromkeys([*curves, "of another panel"], RED), y, marks)
+    assert panel.size == (e.CHART[0], e.CHART[1] + 13 * 38)
+    red = (np.array(panel) == RED).all(-1)                                             # (H, W)
+    written = np.split(red[e.CHART[1]:], 13)
+    assert all(rows.any() for rows in written[:12]) and not written[12].any()
+    left, right = e.LEFT, e.CHART[0] - e.RIGHT
+    first = left + (right - left) * (0.05 / 1.1 if marks else 0.5)                     # the curves begin here
+    assert not red[:e.CHART[1], :int(first) - 10].any()
+
+
+def test_a_loss_that_is_always_zero_has_a_chart():
+    panel = np.array(e.chart({"a": ([1, 2], [0.0, 0.0])}, {"a": RED}))
+    assert (panel[e.CHART[1] - e.FOOT] == RED).all(-1).any()
+
+
+def test_more_runs_than_colours_by_name():
+    assert len(set(e.COLOURS)) == 20 and e.COLOURS[10] == tuple(v // 2 for v in RED)
+
+
+def test_long_captions_leave_their_neighbours_alone():
+    """They lose their middle, for names often differ at the end; a long heading makes room for itself."""
+    names = [f"tiny a-run-with-a-rather-long-name-of-experiment-{i}" for i in range(2)]
+    short = [e.fitting(name, e.CELL) for name in names]
+    assert all(e.FONT.getlength(name) <= e.CELL < 1.1 * e.FONT.getlength(name) for name in short)
+    assert short[0].startswith("tiny a-run-") and short[0].endswith("-0") and short[1].endswith("-1")
+    assert e.fitting("tiny full", e.CELL) == "tiny full"
+    blank = Image.new("RGB", (e.CELL, e.CELL), e.PAPER)
+    page = np.array(e.sheet([[(blank, names[0]), (blank, "")]], [], ""))
+    assert (page[:, e.GAP + e.CELL + 5:] == e.PAPER).all() and not (page == e.PAPER).all()
+    wide = np.array(e.sheet([[(blank, "")]], [], names[0]))
+    assert (wide[:, -10:] == e.PAPER).all() and wide.shape[1] > 600
+
+
 # ==========================================================================================================
 # Every picture is written
 # ==========================================================================================================
@@ -169,6 +208,17 @@ def test_all_pictures(runs, capsys):
     for name in ("curves", "pck"):
         assert len(Image.open(runs / f"pictures/{name}.png").getcolors(10 ** 6)) > 50
     assert capsys.readouterr().out.count("wrote ") == len(names)
+
+
+def test_a_row_named_by_a_path_has_a_picture_in_the_same_folder(tmp_path):
+    save_dataset(tmp_path / "toy")
+    toy = data.Dataset(tmp_path / "toy", "keypoints", "intrinsics", "masks")
+    for seed in (0, 1):
+        save_checkpoint(tmp_path / f"pretrain-full-seed{seed}", train_pretrain, seed, target=f"set/{seed}")
+    paths, tests = sorted(tmp_path.rglob("checkpoint.pt")), {"source": toy, "target": toy}
+    e.draw_all(paths, [e.measure(path, tests, 0, "cpu") for path in paths], tests, tmp_path / "out", "cpu")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "attention.png", "curves.png", *(f"reconstruction-tiny-full-target-set-{i}.png" for i in (0, 1))}
 
 
 def test_pck_is_the_mean_over_seeds(monkeypatch):

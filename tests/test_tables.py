@@ -439,16 +439,6 @@ def test_chart_draws_bars_and_dots():
     assert tuple(colour_at(panel, (left + 7, at(10)))) == RED                            # a dot, not a corner
 
 
-def test_legend_of_a_sweep_is_below_its_lines():
-    """However many lines there are, nothing is written where they run."""
-    curves = {f"line {i}": ([1, 2], [float(i), 5.0], [0.0, 0.0]) for i in range(12)}
-    panel = e.chart(curves, dict.fromkeys(curves, RED), (0, 12), {1: "one", 2: "two"})
-    red = (np.array(panel) == RED).all(-1)                                               # (H, W)
-    dots = [e.LEFT + s * (e.CHART[0] - e.LEFT - e.RIGHT) for s in (0.05 / 1.1, 1.05 / 1.1)]
-    assert not red[:e.CHART[1], :int(dots[0]) - 10].any() and not red[:e.CHART[1], int(dots[1]) + 11:].any()
-    assert panel.size[1] == e.CHART[1] + 12 * 38 and all(rows.any() for rows in np.split(red[e.CHART[1]:], 12))
-
-
 def test_minus_a_row_by_its_name(tmp_path):
     made = results("scratch", 40, 41) + results("mae", 35, 34) + results("full", 30, 31)
     lines = e.table(made, minus="mae")
