@@ -37,7 +37,7 @@ def pck_curve(errors: Tensor, limit: float, points: int = 101) -> tuple[Tensor, 
     """Share of joints closer than each threshold 0..limit mm, and the area under it; NaN does not count."""
     errors = errors[errors.isfinite()]
     thresholds = torch.linspace(0, limit, points)
-    curve = (errors[None] <= thresholds[:, None]).float().mean(dim=1)      # (points,)
+    curve = torch.searchsorted(errors.sort().values, thresholds, right=True) / len(errors)   # (points,)
     return curve, float(torch.trapezoid(curve, thresholds) / limit)
 
 
@@ -171,6 +171,7 @@ def load_encoder(state: dict, path: Path) -> u.Encoder:
     """f^E of a checkpoint, of either stage."""
     s = state["settings"]
     with u.usable(path):
+        # a block holds more than 12 width² numbers of 4 bytes; asked before they take memory
         if 48 * s["depth"] * s["width"] ** 2 > path.stat().st_size or s["image"] > 256 * s["patch"]:
             raise ValueError("its settings ask for larger weights than it holds")
         encoder = u.Encoder((s["image"], s["image"]), s["patch"], s["width"], s["depth"], s["heads"])
@@ -195,7 +196,7 @@ def load_estimator(path: Path, device) -> tuple[u.PoseEstimator, dict]:
     data.check_fields(path, skeleton)
     encoder = load_encoder(state, path)
     with u.usable(path):
-        if 64 * s["head_channels"] * s["width"] > path.stat().st_size:
+        if 64 * s["head_channels"] * s["width"] > path.stat().st_size:     # 4 x 4 kernels of 4 bytes a number
             raise ValueError("its settings ask for larger weights than it holds")
         head = u.KeypointHead(encoder.grid, s["width"], s["head_channels"], len(skeleton["joints"]))
     u.load_parts(path, state, head=head)
@@ -404,10 +405,10 @@ def group_results(results: list[dict], kind: str) -> dict[str, dict[str, list[di
     rows: dict = {}
     for r in results:
         if r["kind"] == kind: rows.setdefault(row_name(r), []).append(r)
-    return {name: by_settings(rows[name]) for name in sorted(rows, key=place)}
+    return {name: by_settings(rows[name]) for name in sorted(rows, key=paper_order)}
 
 
-def place(name: str) -> tuple:
+def paper_order(name: str) -> tuple:
     """Sorting key of a row: preset, then where the paper names it last, then the alphabet."""
     preset, row = name.split(" ", 1)
     return preset != "tiny", preset, -ROWS[::-1].index(row) if row in ROWS else 1, row
@@ -489,13 +490,19 @@ def table(results: list[dict], error: str = "EPE", rigid: bool = False,
     results = measured_by(results, error)
     rows = [(name.split(" ")[0], name + what, group) for name, parts in
             group_results(results, "finetuning").items() for what, group in parts.items()]
-    return table_of(rows, error, rigid, minus) + [chance(group) for *_, group in rows[:1]]
+    return table_of(rows, error, rigid, minus) + chance(rows)
 
 
-def chance(group: list[dict]) -> list[str]:
-    """The last line of a table: what answering with the mean pose of the labelled images would give."""
-    target, source = (f"{group[0][domain]['chance']:.1f}" for domain in ("target", "source"))
-    return ["chance: constant mean pose", "", target, *[""] * 4, source, "", "1.00 everywhere"]
+def chance(rows: list[tuple]) -> list[list[str]]:
+    """The last lines of a table: what answering with the mean pose of the labelled images would give; of each
+    family's first row, where the families were not trained or tested on the same data."""
+    errors = {}                                                            # {family: [target, source]}
+    for family, _, group in rows:
+        errors.setdefault(family, [f"{group[0][domain]['chance']:.1f}" for domain in ("target", "source")])
+    lines = [["chance: constant mean pose", "", target, *[""] * 4, source, "", "1.00 everywhere"]
+             for target, source in errors.values()]
+    if all(line == lines[0] for line in lines): return lines[:1]
+    return [[f"{family} {line[0]}", *line[1:]] for family, line in zip(errors, lines)]
 
 
 def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> dict[str, list[list[str]]]:
@@ -511,8 +518,9 @@ def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> di
                 numbers += [str(errors[error == "MPJPE"])] * len(parts)
             lines = table_of(found, error, rigid, minus)
             tables[f"{preset}: {title}"] = [[*line, number] for line, number in zip(lines, numbers)]
-        ran = [group for name in made if name.split(" ")[0] == preset for group in made[name].values()]
-        tables[f"{preset}: {title}"].append([*chance(ran[0]), "-"])                      # below the bounds
+        ran = [("", name, group) for name in made if name.split(" ")[0] == preset
+               for group in made[name].values()]
+        tables[f"{preset}: {title}"].append([*chance(ran)[0], "-"])                      # below the bounds
         if lines := effects(made, preset, error): tables[f"{preset}: FCR, X_C, AR in all eight cells"] = lines
     return tables
 
@@ -554,8 +562,8 @@ def pretraining_table(results: list[dict]) -> list[list[str]]:
               "error on, at edge of, beside the foreground"]]
     rows = group_results(results, "pretraining")
     for name, group in ((name + what, group) for name in rows for what, group in rows[name].items()):
-        with_masks = [r for r in group if "mask_iou" in r["target"]]
-        iou = [spread([r[domain]["mask_iou"] for r in with_masks], 2) if with_masks else "-"
+        segmented = [r for r in group if "mask_iou" in r["target"]]
+        iou = [spread([r[domain]["mask_iou"] for r in segmented], 2) if segmented else "-"
                for domain in ("target", "source")]
         errors = [r["target"]["reconstruction"] for r in group if "reconstruction" in r["target"]]
         errors = " ".join(f"{v:.3f}" for v in np.mean(errors, axis=0)) if errors else "-"            # (3,)
@@ -948,6 +956,10 @@ def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data
     kind = {"hand": "hands", "human": "bodies"}[task]
     folders = {"source": source or f"datasets/{kind}/source_test",
                "target": target or f"datasets/{kind}/target_test"}
+    name = Path(folders["target"]).name
+    if name in ("", "..", "config") or name.endswith("result"):  # `measure` would write over another file
+        raise u.InputError(f"--target-test {target}: results are named after it, but {name}.json is another "
+                           "file of a run; rename the folder")
     data.ensure_benchmark(list(folders.values()), rank)
     return {name: open_test(folder) for name, folder in folders.items()}
 
@@ -1036,7 +1048,8 @@ def main(arguments=None) -> int:
     add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice [0]")
-    add("--image", help="predict the pose on this picture instead, with the first run named")
+    add("--image", help="predict the pose on this picture instead, with the first run named; a left hand: "
+        "mirror the picture, for data.py turns all hands into right ones")
     add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"),
         help="box around hand or body in --image, px")
     a = parser.parse_args(arguments)

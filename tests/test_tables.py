@@ -224,6 +224,18 @@ def test_an_older_file_among_rows_that_differ():
     assert names(e.table(made))[:-1] == [f"tiny full, steps {n}" for n in (500, 1000, "?")]
 
 
+def test_chance_of_each_family_where_they_differ():
+    """One line while all presets were labelled and tested by the same data."""
+    made = [result(), result("scratch"), result(preset="paper-hand")]
+    lines = e.table(made)
+    assert [line[0] for line in lines if "chance" in line[0]] == ["chance: constant mean pose"]
+    made[2]["target"] = made[2]["target"] | {"chance": 99.0}
+    assert [(line[0], line[2]) for line in e.table(made) if "chance" in line[0]] == [
+        ("tiny chance: constant mean pose", "50.0"), ("paper-hand chance: constant mean pose", "99.0")]
+    tables = e.paper_tables(made, "EPE", False, "above")
+    assert [tables[f"{preset}: Bounds"][-1][2] for preset in ("tiny", "paper-hand")] == ["50.0", "99.0"]
+
+
 def test_effects_over_the_eight_cells():
     """Planted: FCR -1, X_C +2, AR -4 and, in seed s, -s more; together FCR and AR lose 0.5 of it."""
     rows = dict(zip(e.CELLS, itertools.product((1, 0), repeat=3)))
@@ -347,6 +359,12 @@ def test_a_damaged_result_is_named(tmp_path, change):
             e.main(["--table", option, *folder])
 
 
+@pytest.mark.parametrize("name", ["config", "result", "my_result", "."])
+def test_a_test_set_does_not_overwrite_a_runs_files(name):
+    with pytest.raises(u.InputError, match="--target-test .*rename the folder"):
+        e.open_tests("", f"sets/{name}" if name != "." else name, "hand", 0)
+
+
 def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path, monkeypatch):
     """Its settings, and the attention before fine-tuning, which differs from that after it."""
     save_dataset(tmp_path / "toy")
@@ -459,6 +477,12 @@ def rejected(check, *wrong) -> None:
     """Each of these wrong variants fails the check."""
     for variant in wrong:
         with pytest.raises(AssertionError): check(variant)
+
+
+def test_pck_curve():
+    """Of 0, 10, 50, 60 mm: a joint at the threshold counts, one without a label does not."""
+    curve, area = e.pck_curve(torch.tensor([[60.0, 10.0], [torch.nan, 50.0], [0.0, torch.nan]]), 50.0, points=6)
+    assert curve.tolist() == [0.25, 0.5, 0.5, 0.5, 0.5, 0.75] and area == pytest.approx(0.5)
 
 
 def half_and_quarter():
