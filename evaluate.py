@@ -600,7 +600,7 @@ def read_results(folders: list[str], test: str = "") -> list[dict]:
 # Pictures, drawn at twice their size and halved when saved, which smooths them: sizes here are doubled ones
 # ==========================================================================================================
 CELL, CHART, GAP, LINE = 384, (1000, 640), 14, 42  # a panel, a chart, space between, height of a line of text
-LEFT, TOP, RIGHT, FOOT = 66, 50, 30, 46            # margins of axes; equal sums, so that a square stays one
+LEFT, TOP, RIGHT, FOOT = 72, 54, 30, 48            # margins of axes; equal sums, so that a square stays one
 FONT, SMALL = ImageFont.load_default(27), ImageFont.load_default(23)
 PAPER, INK, GREY, PALE = (255, 255, 255), (40, 40, 40), (130, 130, 130), (225, 225, 225)
 COLOURS = (*data.COLOURS, (140, 90, 50), (250, 120, 170), (100, 100, 100), (150, 160, 0))  # of runs,
@@ -945,14 +945,9 @@ def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, de
 # ==========================================================================================================
 # Command line
 # ==========================================================================================================
-def open_test(folder: str) -> data.Dataset:
-    """A labelled test set; where it has masks too, attention on the foreground and IoU are measured."""
-    masks = ["masks"] if (Path(folder) / "masks.npy").exists() else []
-    return data.Dataset(folder, "keypoints", "intrinsics", *masks)
-
-
 def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data.Dataset]:
-    """Test sets of both domains: the folders named, else those of the embedded benchmark."""
+    """Labelled test sets of both domains: the folders named, else those of the embedded benchmark. Where one
+    has masks too, attention on the foreground and IoU are measured."""
     kind = {"hand": "hands", "human": "bodies"}[task]
     folders = {"source": source or f"datasets/{kind}/source_test",
                "target": target or f"datasets/{kind}/target_test"}
@@ -961,7 +956,9 @@ def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data
         raise u.InputError(f"--target-test {target}: results are named after it, but {name}.json is another "
                            "file of a run; rename the folder")
     data.ensure_benchmark(list(folders.values()), rank)
-    return {name: open_test(folder) for name, folder in folders.items()}
+    fields = {name: ["keypoints", "intrinsics"] + ["masks"] * (Path(folder) / "masks.npy").exists()
+              for name, folder in folders.items()}
+    return {name: data.Dataset(folder, *fields[name]) for name, folder in folders.items()}
 
 
 def finished_runs(folders: list[str], rank: int = 0) -> list[Path]:
@@ -987,7 +984,9 @@ def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> di
     if rank: return result
     place = path.parent / "result.json"
     with u.usable(place): before = (json.loads(place.read_text()) if place.exists() else result).get("tests")
-    if before != result["tests"]: place = path.parent / f"{tests['target'].folder.name}.json"
+    if before != result["tests"]:
+        place = path.parent / f"{tests['target'].folder.name}.json"
+        print(f"result.json there is of other test sets, and stays; writing {place}")
     u.write_json(place, result)
     return result
 

@@ -142,6 +142,12 @@ def test_ticks_are_round_and_inside():
     assert e.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
 
 
+def test_labels_of_a_body_fit_beside_the_axes():
+    """-1000 to the left; half of 1000 to the right. Equal sums keep a view's millimetres square."""
+    assert e.SMALL.getlength("-1000") + 7 < e.LEFT and e.SMALL.getlength("1000") / 2 < e.RIGHT
+    assert e.LEFT + e.RIGHT == e.TOP + e.FOOT
+
+
 def test_chart_draws_each_value_at_its_place():
     panel = e.chart({"a": ([0, 10], [0.0, 1.0])}, {"a": RED}, (0, 1))
     left, right, top, foot = e.LEFT, e.CHART[0] - e.RIGHT, e.TOP, e.CHART[1] - e.FOOT

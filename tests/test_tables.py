@@ -388,6 +388,21 @@ def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path, monke
     assert again["pretraining"]["target"] == full["pretraining"]["target"]
 
 
+def test_a_result_of_other_test_sets_stays_and_that_is_said(tmp_path, capsys):
+    """They may have the same name: one that was changed, or made again."""
+    save_dataset(tmp_path / "target_test")
+    save_checkpoint(tmp_path / "full-seed0", train_finetune, source=str(tmp_path / "target_test"))
+    said = []
+    for _ in range(2):
+        test = data.Dataset(tmp_path / "target_test", "keypoints", "intrinsics")
+        e.measure(tmp_path / "full-seed0/checkpoint.pt", {"source": test, "target": test}, 0, "cpu")
+        said.append("result.json there is of other test sets, and stays" in capsys.readouterr().out)
+        np.save(tmp_path / "target_test/keypoints.npy", 2 * test.keypoints)
+    first, second = (json.loads((tmp_path / f"full-seed0/{name}.json").read_text())
+                     for name in ("result", "target_test"))
+    assert said == [False, True] and first["target"]["epe"] != second["target"]["epe"]
+
+
 def test_a_result_holds_the_last_losses(tmp_path):
     lines = [{"stage": "a", "step": 1, "L": 3.0}, {"stage": "b", "step": 1, "L": 9.0},
              {"stage": "b", "step": 2, "L": 8.0}, {"stage": "b", "step": 2, "epe": 7.0}]
@@ -481,7 +496,7 @@ def rejected(check, *wrong) -> None:
 
 def test_pck_curve():
     """Of 0, 10, 50, 60 mm: a joint at the threshold counts, one without a label does not."""
-    curve, area = e.pck_curve(torch.tensor([[60.0, 10.0], [torch.nan, 50.0], [0.0, torch.nan]]), 50.0, points=6)
+    curve, area = e.pck_curve(torch.tensor([[60, 10], [torch.nan, 50], [0, torch.nan]]), 50.0, points=6)
     assert curve.tolist() == [0.25, 0.5, 0.5, 0.5, 0.5, 0.75] and area == pytest.approx(0.5)
 
 
