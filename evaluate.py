@@ -223,10 +223,9 @@ def made_by(path: Path) -> dict:
 
 
 def logged(path: Path) -> list[dict]:
-    """The lines of log.jsonl of the run of this checkpoint; [] where there is none."""
+    """The lines of log.jsonl of the run of this checkpoint; [] where there is none. Call it in `usable`."""
     log = path.parent / "log.jsonl"
-    with u.usable(log):
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def last_logged(path: Path) -> dict[str, dict]:
@@ -861,8 +860,7 @@ def draw_sweep(lines: dict[str, dict], setting: str, error: str) -> Image.Image:
     high = max((mean + half).max() for _, mean, half in curves.values())
     room = 0.1 * max(high - low, 1.0)
     colours = dict(zip(curves, COLOURS * len(curves)))
-    y = low - room, high + room
-    panel = chart(curves, colours, y, {x: plain(v) for v, x in at.items()})
+    panel = chart(curves, colours, (low - room, high + room), {x: plain(v) for v, x in at.items()})
     return sheet([[(panel, f"{setting}: mean and standard deviation over seeds")]], [], f"Target {error}, mm")
 
 
@@ -1008,6 +1006,10 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
         for title, lines in tables.items():
             print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
     for note in error_notes(results): print(note)
+    shown = [r for kind in ("pretraining", "finetuning") for parts in group_results(results, kind).values()
+             for group in parts.values() for r in group]
+    if left := len(results) - len(shown):
+        print(f"not shown: {left} of {len(results)} results, each of the row, seed and settings of another")
 
 
 def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None:

@@ -251,9 +251,14 @@ def test_effects_over_the_eight_cells():
     assert not any("eight" in title for title in e.paper_tables(made[:-4], "EPE", False, "above"))
 
 
-def test_a_run_counts_once():
+def test_a_run_counts_once_and_that_is_said(tmp_path, capsys):
     made = [result(epe=30), result(epe=31), result(seed=1, epe=34)]
     assert e.table(made)[1][:3] == ["tiny full", "2", "32.0 ± 2.8"]
+    for count, said in ((3, True), (1, False)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        e.main(["--table", *save(folder, **{f"{i}.result": r for i, r in enumerate(made[:count])})])
+        assert ("not shown: 1 of 3 results, each of the row" in capsys.readouterr().out) == said
 
 
 def test_lift_before_and_after_fine_tuning():
@@ -409,9 +414,11 @@ def test_a_result_holds_the_last_losses(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     last = {"a": lines[0], "b": lines[2] | lines[3]}
     assert e.last_logged(tmp_path / "checkpoint.pt") == last
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(u.InputError, match="log.jsonl: not what it should be"):
-        e.last_logged(tmp_path / "checkpoint.pt")
+    for broken in ('{"step": 1}\n', "{"):
+        (tmp_path / "log.jsonl").write_text(broken)
+        with pytest.raises(u.InputError, match="log.jsonl: not what it should be") as caught:
+            e.last_logged(tmp_path / "checkpoint.pt")
+        assert str(caught.value).count("log.jsonl") == 1
 
 
 def test_the_pre_training_run_is_found_beside_and_only_if_it_is_the_same(tmp_path, capsys):
