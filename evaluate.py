@@ -463,7 +463,7 @@ def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[lis
     against = {"above": "row above", "first": "first row"}.get(minus, minus)
     lines = [["run", "seeds", f"target {error}", f"minus {against} [95 %]", f"target {aligned}", "target AUC",
               "in plane, depth", f"source {error}", "lift before", "attention lift"]]
-    reference = {family: group for family, label, group in rows if minus in re.split("[ :,]", label)}
+    reference = {family: group for family, label, group in rows if minus in re.split("[ :,]", label)[:2]}
     for family, label, group in rows:
         if not group:
             lines.append([label, "reported" if group is None else "not run", *[""] * 8])
@@ -1040,8 +1040,8 @@ def main(arguments=None) -> int:
             f"[datasets/hands/{name}_test, of a human run datasets/bodies/{name}_test]")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
     add("--paper", action="store_true", help="the paper's tables: its rows, its words, its numbers")
-    add("--minus", default="above", metavar="ROW", help="paired differences to the row above that was run, "
-        "to the first, or to a row by its name: above, first, scratch, mae, .. [above]")
+    add("--minus", default="above", metavar="ROW", help="paired differences, over the seeds of both, to the row "
+        "above that was run, to the first, or to a row by its name: above, first, scratch, mae, .. [above]")
     add("--sweep", metavar="SETTING", help="error against a setting, table and picture, from result.json "
         "files: alpha, mask_ratio, lam, labels, steps, epochs (of pre-training), .., or test (the test sets)")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")
