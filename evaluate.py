@@ -1032,7 +1032,7 @@ def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None
 def main(arguments=None) -> int:
     """Measure, tabulate, draw; or predict on one picture."""
     shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="*", default=["runs"], help="run folders, or folders of runs [runs]")
     for name in ("source", "target"):
@@ -1040,8 +1040,8 @@ def main(arguments=None) -> int:
             f"[datasets/hands/{name}_test, of a human run datasets/bodies/{name}_test]")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
     add("--paper", action="store_true", help="the paper's tables: its rows, its words, its numbers")
-    add("--minus", default="above", metavar="ROW", help="paired differences, over the seeds of both, to the row "
-        "above that was run, to the first, or to a row by its name: above, first, scratch, mae, .. [above]")
+    add("--minus", default="above", metavar="ROW", help="paired differences, over the seeds of both, to the "
+        "row above that was run, to the first, or to one by its name: above, first, scratch, .. [above]")
     add("--sweep", metavar="SETTING", help="error against a setting, table and picture, from result.json "
         "files: alpha, mask_ratio, lam, labels, steps, epochs (of pre-training), .., or test (the test sets)")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")

@@ -491,6 +491,7 @@ def test_minus_a_row_by_its_name(tmp_path):
     for option in (["--table"], ["--sweep", "lam"]):
         with pytest.raises(u.InputError, match="--minus ddc: choose above, first, full, mae, scratch"):
             e.main([*option, "--minus", "ddc", str(tmp_path)])
+    with pytest.raises(SystemExit): e.main(["--table", "--target", "x", str(tmp_path)])  # of another script
     with pytest.raises(u.InputError, match="--threads -1: give a number not below 0"):
         e.main(["--table", "--threads", "-1", str(tmp_path)])
 
