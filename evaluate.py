@@ -420,7 +420,8 @@ def paired_difference(group: list[dict], reference: list[dict]) -> str:
     """
     ours, theirs = by_seed(group), by_seed(reference)
     d = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    return interval(d) + f" ({len(d)} of the seeds)" * (0 < len(d) < max(len(ours), len(theirs)))
+    fewer = 0 < len(d) < max(len(ours), len(theirs))
+    return interval(d) + f" ({len(d)} seed{'s' * (len(d) > 1)})" * fewer
 
 
 def by_seed(group: list[dict]) -> dict[int, float]:

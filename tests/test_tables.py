@@ -61,10 +61,10 @@ def test_difference_is_paired_by_seed():
 def test_difference_over_some_of_the_seeds_says_so():
     """Means 55 and 46, 9 apart, but 4 where both were run."""
     first, group = results("scratch", 40, 50, 60, 70), results("full", 38, 46, 54)
-    assert e.paired_difference(group, first) == "-4.0 [-9.0, +1.0] (3 of the seeds)"
-    assert e.paired_difference(first, group[:1]) == "+2.0 (1 of the seeds)"
+    assert e.paired_difference(group, first) == "-4.0 [-9.0, +1.0] (3 seeds)"
+    assert e.paired_difference(first, group[:1]) == "+2.0 (1 seed)"
     assert [row[2:4] for row in e.table(first + group)[1:3]] == [
-        ["55.0 ± 12.9", "-"], ["46.0 ± 8.0", "-4.0 [-9.0, +1.0] (3 of the seeds)"]]
+        ["55.0 ± 12.9", "-"], ["46.0 ± 8.0", "-4.0 [-9.0, +1.0] (3 seeds)"]]
 
 
 def test_quantiles_of_student():
