@@ -1294,13 +1294,14 @@ def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarra
     CMYK and 16 bit become RGB.
 
     If `width` px of it (0: its shorter side) are to become `side` px, a JPEG is decoded at 1/2, 1/4 or 1/8 of
-    its size where that leaves as many pixels: a quarter of the time, or less.
+    its size where that leaves as many pixels: a quarter of the time, or less. Not one to be turned: the last
+    of such pixels, which reach beyond the picture, would come first, and the picture lie beside its labels.
     """
     with reading(path, "picture"), Image.open(path, formats=PICTURES) as image:
-        size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
-        share = side / (width or min(size))
-        if side: image.draft("RGB", [math.ceil(share * length) for length in image.size])
-        image = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(0x0112, 1) > 1
+        if turned: image = ImageOps.exif_transpose(image)
+        size, share = image.size, side / (width or min(image.size))
+        if side and not turned: image.draft("RGB", [math.ceil(share * length) for length in size])
         if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:  # what lies under it is arbitrary: white instead
@@ -1679,7 +1680,8 @@ def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[st
     """A row of each array: the window (corner, width) of the picture (h, w, 3), which may have been decoded
     smaller than its own size (W, H), of its mask (H, W), and the intrinsics; a left hand as a right one."""
     corner, width = window
-    s, shrunk = side / width, max(1, round(size[0] / image.shape[1]))      # 1, 2, 4 or 8 px of it in a pixel
+    s = side / width
+    shrunk = min((1, 2, 4, 8), key=lambda n: abs(-(-size[0] // n) - image.shape[1]))    # px of it in a pixel
     K = np.diag([s, s, 1.0])
     K[:2, 2] = (0.5 - corner) * s - 0.5                                    # u' = (u + 0.5 - corner) s - 0.5
     row = {"keypoints": np.float32(sample.keypoints), "intrinsics": np.float32(K @ sample.intrinsics)}

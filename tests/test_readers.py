@@ -311,6 +311,34 @@ def test_small_decoding_changes_nothing_but_time(tmp_path, monkeypatch):
         convert(tmp_path, sample._replace(size=(956, 893)))
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("turn, back", [(2, "FLIP_LEFT_RIGHT"), (3, "ROTATE_180"), (6, "ROTATE_90"),
+                                        (8, "ROTATE_270")])
+def test_small_decoding_of_a_turned_picture(kind, turn, back, tmp_path):
+    """A picture whose EXIF turns it, of a size not divisible by 8, shows the joints where they are."""
+    zoom = np.diag([4.0, 4, 1])
+    zoom[:2, 2] = 1.5
+    sample = body(f"a.{kind}", size=(953, 889))._replace(intrinsics=zoom @ K)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture = Image.fromarray(drawn(sample, (953, 889), 9)).transpose(Image.Transpose[back])
+    picture.save(tmp_path / f"a.{kind}", quality=95, exif=exif)
+    arrays, skipped = convert(tmp_path, sample, side=90)
+    assert not skipped
+    assert apart(arrays["images"][0], arrays["keypoints"][0], arrays["intrinsics"][0], 3).max() < 0.15
+
+
+def test_small_decoding_of_a_narrow_picture(tmp_path):
+    """97 px decoded at an eighth are 13 of 8 px each, the last beyond the picture: not of 97 / 13."""
+    lean = np.array([[60.0, 0, 48], [0, 300, 299.5], [0, 0, 1]])
+    sample = body("a.jpg")._replace(intrinsics=lean)
+    pixels = np.random.default_rng(0).integers(0, 256, (76, 13, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    for kind in ("jpg", "png"): Image.fromarray(pixels[:600, :97]).save(tmp_path / f"a.{kind}", quality=95)
+    jpg, png = (convert(tmp_path, sample._replace(image=name), side=16)[0] for name in ("a.jpg", "a.png"))
+    assert data.open_picture(tmp_path / "a.jpg", 16, 150)[0].shape[1] == 13
+    assert np.abs(jpg["images"].astype(int) - png["images"]).mean() < 12
+
+
 # ==========================================================================================================
 # The checks on a body
 # ==========================================================================================================
