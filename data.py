@@ -1334,10 +1334,12 @@ class Video:
         self.keys = sorted((self.number[t], start) for t, start, key in packets if key and self.timed)
         self.begin = min(start for _, start, _ in packets) if self.timed else 0
         self.next = math.inf                                               # number of the next frame decoded
+        self.last = -1, None                                               # number and pixels of the last one
 
     def frame(self, number: int) -> np.ndarray:
         """Frame `number` from 0 as (H, W, 3) uint8; Missing beyond the end."""
         if number >= self.count: raise Missing(f"frame: the video has {self.count}")
+        if number == self.last[0]: return self.last[1]                     # it shows several hands
         key, time = max((key for key in self.keys if key[0] <= number), default=(0, self.begin))
         if not key <= self.next <= number:
             self.container.seek(time, stream=self.stream)
@@ -1348,7 +1350,8 @@ class Video:
             self.next = here + 1
             if here >= number: break
         if here != number: raise ValueError(f"frame {number} cannot be decoded")
-        return frame.to_ndarray(format="rgb24")
+        self.last = number, frame.to_ndarray(format="rgb24")
+        return self.last[1]
 
 
 open_video = lru_cache(maxsize=2)(Video)  # in each worker

@@ -90,6 +90,8 @@ def test_frames_in_order_are_decoded_once(tmp_path):
     assert len(seeks) == 1
     for i in range(0, 50, 12): video.frame(i)                                 # from a keyframe to a keyframe
     assert len(seeks) == 6
+    for i in (48, 48, 49, 49): video.frame(i)                                 # one frame, several hands
+    assert len(seeks) == 6
 
 
 def test_a_broken_video_is_an_error_line(tmp_path):
