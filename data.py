@@ -1385,7 +1385,8 @@ def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise InputError(f"{root}: its labels name {name!r}, which lies outside of it: refused")
     path, mask = root / sample.image, None
-    if sample.frame is None: image, size = open_picture(path, side, width)
+    pixels = side if sample.distortion is None else 2 * side               # as `crop_undistorted` wants
+    if sample.frame is None: image, size = open_picture(path, pixels, width)
     else:
         with reading(path, "video"): image = open_video(path).frame(sample.frame)
         size = image.shape[1::-1]
