@@ -206,7 +206,7 @@ def test_lens_distortion_is_undone(shrink, kind, tmp_path):
 
 
 def test_under_a_lens_a_jpeg_decoded_small_is_as_sharp(tmp_path):
-    """The lens is undone on two pixels for each of the crop's: one alone loses a fifth of the contrast."""
+    """The lens is undone on two pixels for each of the crop's: with one alone an eighth of this contrast is lost."""
     squares = np.random.default_rng(0).integers(40, 215, (112, 120, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     crops = []
     for kind in ("png", "jpg"):
