@@ -702,9 +702,9 @@ def view(pose: np.ndarray, truth: np.ndarray | None, across: int, bones: list) -
     return panel
 
 
-def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
+def chart(title: str, curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
           marks: dict[float, str] = {}) -> Image.Image:
-    """Curves {name: (x, y)}, or with bars (x, y, spread). The legend is below, where no curve runs, and has
+    """Curves {name: (x, y)}, or with bars (x, y, spread), under a title. The legend is below, where no curve runs, and has
     room for all `colours`, so that the charts of a sheet are equal."""
     xs, ys = (np.concatenate([curve[i] for curve in curves.values()]) for i in (0, 1))
     margin = 0.05 * np.ptp(xs) if marks else 0
@@ -712,6 +712,7 @@ def chart(curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
     panel, place = axes(CHART, x, y or (0.9 * ys.min(), ys.max() or 1.0), marks)         # all 0: up to 1
     panel = ImageOps.expand(panel, (0, 0, 0, 38 * len(colours)), PAPER)
     draw = ImageDraw.Draw(panel)
+    draw.text((LEFT, 6), title, INK, FONT)
     for i, (name, (x, y, *bars)) in enumerate(curves.items()):
         draw.line(place(np.transpose([x, y])).ravel().tolist(), colours[name], 5, joint="curve")
         for v, mean, half in zip(x, y, *bars) if bars else ():
@@ -820,7 +821,7 @@ def draw_curves(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image
                 lines = logged(path) if factor else []
                 points = [(line["step"], factor * line[key]) for line in lines if key in line]
             if points: curves[name] = tuple(zip(*points))
-        if curves: panels.append((chart(curves, colours), f"{title}, over steps"))
+        if curves: panels.append((chart(f"{title}, over steps", curves, colours), ""))
     rows = [panels[i:i + 2] for i in range(0, len(panels), 2)]
     return sheet(rows, [], "Training, first seed of each run") if rows else None
 
@@ -833,8 +834,8 @@ def draw_pck(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image:
         pck = np.mean([result["target"]["pck"] for _, result in seeds], axis=0)          # (points,)
         limit = PCK_LIMIT[seeds[0][1].get("metric", "EPE")]
         curves[label], named[label] = (np.linspace(0, limit, len(pck)), pck), colours[name]
-    return sheet([[(chart(curves, named, (0, 1)), "threshold, mm")]], [],
-                 "Target test: share of joints closer than the threshold; area under it")
+    panel = chart("over the threshold, mm; behind each name the area under it", curves, named, (0, 1))
+    return sheet([[(panel, "")]], [], "Target test: share of joints closer than a threshold")
 
 
 def positions(values: list) -> np.ndarray:
@@ -861,8 +862,9 @@ def draw_sweep(lines: dict[str, dict], setting: str, error: str) -> Image.Image:
     high = max((mean + half).max() for _, mean, half in curves.values())
     room = 0.1 * max(high - low, 1.0)
     colours = dict(zip(curves, COLOURS * len(curves)))
-    panel = chart(curves, colours, (low - room, high + room), {x: plain(v) for v, x in at.items()})
-    return sheet([[(panel, f"{setting}: mean and standard deviation over seeds")]], [], f"Target {error}, mm")
+    panel = chart(f"over {setting}; mean and standard deviation over seeds", curves, colours,
+                  (low - room, high + room), {x: plain(v) for v, x in at.items()})
+    return sheet([[(panel, "")]], [], f"Target {error}, mm")
 
 
 def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, device) -> None:

@@ -149,10 +149,16 @@ def test_labels_of_a_body_fit_beside_the_axes():
 
 
 def test_chart_draws_each_value_at_its_place():
-    panel = e.chart({"a": ([0, 10], [0.0, 1.0])}, {"a": RED}, (0, 1))
+    panel = e.chart("title", {"a": ([0, 10], [0.0, 1.0])}, {"a": RED}, (0, 1))
     left, right, top, foot = e.LEFT, e.CHART[0] - e.RIGHT, e.TOP, e.CHART[1] - e.FOOT
     for share in (0.25, 0.5, 0.75):
         assert tuple(colour_at(panel, (left + share * (right - left), foot - share * (foot - top)))) == RED
+
+
+def test_a_chart_has_its_title_above():
+    panel = np.array(e.chart("title", {"a": ([1, 2], [1.0, 2.0])}, {"a": RED}))
+    ink = (panel == e.INK).all(-1)                                                     # (H, W)
+    assert ink[:e.TOP - 4].any() and not ink[e.TOP:].any()
 
 
 @pytest.mark.parametrize("kind", ["training", "pck", "sweep"])
@@ -161,7 +167,7 @@ def test_legend_is_below_the_curves(kind):
     y, marks = {"training": ((), {}), "pck": ((0, 12), {}), "sweep": ((0, 12), {1: "one", 2: "two"})}[kind]
     bars = ([0.0, 0.0],) if marks else ()
     curves = {f"{i} long {'name ' * 50}": ([1, 2], [float(i), 5.0], *bars) for i in range(12)}
-    panel = e.chart(curves, dict.fromkeys([*curves, "of another panel"], RED), y, marks)
+    panel = e.chart("title", curves, dict.fromkeys([*curves, "of another panel"], RED), y, marks)
     assert panel.size == (e.CHART[0], e.CHART[1] + 13 * 38)
     red = (np.array(panel) == RED).all(-1)                                             # (H, W)
     written = np.split(red[e.CHART[1]:], 13)
@@ -172,7 +178,7 @@ def test_legend_is_below_the_curves(kind):
 
 
 def test_a_loss_that_is_always_zero_has_a_chart():
-    panel = np.array(e.chart({"a": ([1, 2], [0.0, 0.0])}, {"a": RED}))
+    panel = np.array(e.chart("title", {"a": ([1, 2], [0.0, 0.0])}, {"a": RED}))
     assert (panel[e.CHART[1] - e.FOOT] == RED).all(-1).any()
 
 
@@ -229,7 +235,7 @@ def test_a_row_named_by_a_path_has_a_picture_in_the_same_folder(tmp_path):
 
 def test_pck_is_the_mean_over_seeds(monkeypatch):
     seen = {}
-    monkeypatch.setattr(e, "chart", lambda curves, *_: seen.update(curves) or Image.new("RGB", e.CHART))
+    monkeypatch.setattr(e, "chart", lambda _, curves, *more: seen.update(curves) or Image.new("RGB", e.CHART))
     result = lambda pck, auc: (None, {"target": {"pck": pck, "auc": auc}})
     e.draw_pck({"full": [result([0, 1], 0.5), result([0, 0.5], 0.25)]}, {"full": RED})
     assert list(seen) == ["full: 0.375"] and np.allclose(seen["full: 0.375"], [[0, 50], [0, 0.75]])

@@ -455,7 +455,7 @@ def test_positions_on_an_axis():
 def test_sweep_draws_mean_and_spread(monkeypatch):
     seen = {}
     chart = e.chart
-    def spy(*a): seen.update(curves=a[0], y=a[2], marks=a[3]); return chart(*a)
+    def spy(*a): seen.update(curves=a[1], y=a[3], marks=a[4]); return chart(*a)
     monkeypatch.setattr(e, "chart", spy)
     lines = {"full": {1: results("full", 30, 34), 10: results("full", 31), 100: results("full", 36, 36)},
              "no-ar": {10: results("no-ar", 50, 52)}}
@@ -468,7 +468,7 @@ def test_sweep_draws_mean_and_spread(monkeypatch):
 
 
 def test_chart_draws_bars_and_dots():
-    panel = e.chart({"a": ([1, 2], [10.0, 20.0], [5.0, 0.0])}, {"a": RED}, (0, 40), {1: "one", 2: "two"})
+    panel = e.chart("title", {"a": ([1, 2], [10.0, 20.0], [5.0, 0.0])}, {"a": RED}, (0, 40), {1: "one", 2: "two"})
     left, right = (e.LEFT + s * (e.CHART[0] - e.LEFT - e.RIGHT) for s in (0.05 / 1.1, 1.05 / 1.1))
     at = lambda v: e.CHART[1] - e.FOOT - v / 40 * (e.CHART[1] - e.FOOT - e.TOP)  # noqa: E731
     for x, y in ((left, 10), (left, 5.2), (left, 14.8), (right, 20)):
