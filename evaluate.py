@@ -704,8 +704,8 @@ def view(pose: np.ndarray, truth: np.ndarray | None, across: int, bones: list) -
 
 def chart(title: str, curves: dict[str, tuple], colours: dict[str, tuple], y: tuple = (),
           marks: dict[float, str] = {}) -> Image.Image:
-    """Curves {name: (x, y)}, or with bars (x, y, spread), under a title. The legend is below, where no curve runs, and has
-    room for all `colours`, so that the charts of a sheet are equal."""
+    """Curves {name: (x, y)}, or with bars (x, y, spread), under a title. The legend is below, where no curve
+    runs, and has room for all `colours`, so that the charts of a sheet are equal."""
     xs, ys = (np.concatenate([curve[i] for curve in curves.values()]) for i in (0, 1))
     margin = 0.05 * np.ptp(xs) if marks else 0
     x = (xs.min() - margin, xs.max() + margin) if marks else (0, xs.max())
