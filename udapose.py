@@ -683,7 +683,8 @@ def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> T
     """
     valid = truth.isfinite().all(-1, keepdim=True)                                       # (B, K, 1)
     count = valid.sum(1, keepdim=True).clamp(min=1)
-    t_mean, p_mean = (torch.where(valid, x, 0.0).sum(1, keepdim=True) / count for x in (truth, predicted))
+    t_mean = torch.where(valid, truth, 0.0).sum(1, keepdim=True) / count                 # (B, 1, 3)
+    p_mean = torch.where(valid, predicted, 0.0).sum(1, keepdim=True) / count             # (B, 1, 3)
     t, p = torch.where(valid, truth - t_mean, 0.0), torch.where(valid, predicted - p_mean, 0.0)
     U, s, Vt = torch.linalg.svd(p.transpose(1, 2) @ t)                                   # (B, 3, 3)
     sign = torch.ones_like(s)
