@@ -13,6 +13,7 @@ images that no training script opens. MPJPE is taken over the joints that the te
 "compare", else over all but the root. Each run's numbers go to its result.json.
 """
 import argparse
+import dataclasses
 import itertools
 import json
 import re
@@ -24,6 +25,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 import data
+import train_finetune
+import train_pretrain
 import udapose as u
 
 SKELETON = ("joints", "bones", "root", "depth_range")  # what a checkpoint has to know of its labels
@@ -324,6 +327,8 @@ CELLS = {"full": (1, 1, 1), "no-ar": (1, 1, 0), "no-xc": (1, 0, 1), "no-xc-ar": 
 ROWS = [row for rows in TABLES.values() for row, *_ in rows]
 FREE = {"preset", "variant", "task", "out", "seed", "init", "validation", "device", "threads", "compile",
         "checkpointing", "save_every", "log_every", "validate_every"}  # settings that tell no rows apart
+DEFAULTS = {"finetuning": dataclasses.asdict(train_finetune.Settings()),  # for settings newer than a run
+            "pretraining": dataclasses.asdict(train_pretrain.Settings())}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, Student's t of 2, 3, .. 10 values
 
 
@@ -362,7 +367,8 @@ def settings_of(result: dict) -> dict:
 
     Steps stand for the epochs of fine-tuning: fewer labels in more epochs are the same training.
     """
-    s, before = result["settings"], result.get("pretraining", {}).get("settings", {})
+    s, before = DEFAULTS[result["kind"]] | result["settings"], {}
+    if "pretraining" in result: before = DEFAULTS["pretraining"] | result["pretraining"]["settings"]
     known = {k: v for k, v in s.items() if k not in FREE} | {"test": result.get("test", "target_test")}
     known |= {f"pretraining.{k}": v for k, v in before.items() if k not in FREE}
     if result["kind"] == "pretraining": return known
@@ -488,9 +494,18 @@ def table(results: list[dict], error: str = "EPE", rigid: bool = False,
           minus: str = "above") -> list[list[str]]:
     """All rows that were run, measured by `error`, and chance."""
     results = measured_by(results, error)
-    rows = [(name.split(" ")[0], name + what, group) for name, parts in
+    tested = by_test_set(results)
+    rows = [(name.split(" ")[0] + tested(group), name + what, group) for name, parts in
             group_results(results, "finetuning").items() for what, group in parts.items()]
     return table_of(rows, error, rigid, minus) + chance(rows)
+
+
+def by_test_set(results: list[dict]):
+    """For a group of results: what to add to its family where not all are of one target test set, for no
+    difference is taken between errors of two."""
+    def name(r): return f" on {r.get('test', 'target_test')} {r.get('tests', {}).get('target', '')}".rstrip()
+    several = len({name(r) for r in results if "tests" in r}) > 1
+    return lambda group: name(group[0]) if several and group else ""
 
 
 def chance(rows: list[tuple]) -> list[list[str]]:
@@ -507,20 +522,21 @@ def chance(rows: list[tuple]) -> list[list[str]]:
 
 def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> dict[str, list[list[str]]]:
     """{title: lines} in the paper's order and words, its numbers last; what nobody ran says "not run"."""
-    made, tables = group_results(measured_by(results, error), "finetuning"), {}
+    results = measured_by(results, error)
+    made, tested, tables = group_results(results, "finetuning"), by_test_set(results), {}
     for preset in dict.fromkeys(name.split(" ")[0] for name in made):
         for title, rows in TABLES.items():
             found, numbers = [], [f"paper: {'Human3.6M to 3DHP' if error == 'MPJPE' else 'FreiHAND to RHD'}"]
             for row, words, *errors in rows:
                 parts = made.get(f"{preset} {row}", {"": []}) if row else {"": None}
-                found += [(title, f"{row}: {words}{what}" if row else words, group)
+                found += [(title + tested(group), f"{row}: {words}{what}" if row else words, group)
                           for what, group in parts.items()]
                 numbers += [str(errors[error == "MPJPE"])] * len(parts)
             lines = table_of(found, error, rigid, minus)
             tables[f"{preset}: {title}"] = [[*line, number] for line, number in zip(lines, numbers)]
-        ran = [("", name, group) for name in made if name.split(" ")[0] == preset
+        ran = [(tested(group).strip(), name, group) for name in made if name.split(" ")[0] == preset
                for group in made[name].values()]
-        tables[f"{preset}: {title}"].append([*chance(ran)[0], "-"])                      # below the bounds
+        tables[f"{preset}: {title}"] += [[*line, "-"] for line in chance(ran)]           # below the bounds
         if lines := effects(made, preset, error): tables[f"{preset}: FCR, X_C, AR in all eight cells"] = lines
     return tables
 
@@ -562,9 +578,9 @@ def pretraining_table(results: list[dict]) -> list[list[str]]:
               "error on, at edge of, beside the foreground"]]
     rows = group_results(results, "pretraining")
     for name, group in ((name + what, group) for name in rows for what, group in rows[name].items()):
-        segmented = [r for r in group if "mask_iou" in r["target"]]
-        iou = [spread([r[domain]["mask_iou"] for r in segmented], 2) if segmented else "-"
+        iou = [[r[domain]["mask_iou"] for r in group if "mask_iou" in r[domain]]
                for domain in ("target", "source")]
+        iou = [spread(values, 2) if values else "-" for values in iou]
         errors = [r["target"]["reconstruction"] for r in group if "reconstruction" in r["target"]]
         errors = " ".join(f"{v:.3f}" for v in np.mean(errors, axis=0)) if errors else "-"            # (3,)
         lines.append([name, str(len(group)), *iou, per_block(group), errors])
@@ -608,6 +624,7 @@ COLOURS += tuple((r // 2, g // 2, b // 2) for r, g, b in COLOURS)               
 HOT = 4.0  # heat overlays are red where a patch has so many times the mean, or more
 POSE_TITLES = ["predicted", "front: x, y in mm", "from the right: z, y", "attention, all blocks"]
 CURVES = {"L_WMAE": "L_WMAE, Eq. (3)", "L_kpt": "L_kpt, Eq. (5)", "L_attn": "lambda L_attn, Eq. (6)",
+          **{f"L_{name}": f"L_{name} by its trade-off" for name in train_finetune.METHODS},
           "source_val_epe": "error on source validation, mm"}
 
 
@@ -715,6 +732,7 @@ def chart(title: str, curves: dict[str, tuple], colours: dict[str, tuple], y: tu
     draw.text((LEFT, 6), title, INK, FONT)
     for i, (name, (x, y, *bars)) in enumerate(curves.items()):
         draw.line(place(np.transpose([x, y])).ravel().tolist(), colours[name], 5, joint="curve")
+        if len(x) == 1: draw.circle(tuple(place((x[0], y[0]))), 9, colours[name])  # a line would not show
         for v, mean, half in zip(x, y, *bars) if bars else ():
             draw.line([*place((v, mean - half)), *place((v, mean + half))], colours[name], 3)
             draw.circle(tuple(place((v, mean))), 9, colours[name])
@@ -816,7 +834,8 @@ def draw_curves(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image
     for key, title in CURVES.items():
         curves = {}
         for name, ((path, result), *_) in runs.items():
-            factor = result["settings"].get("lam", 0) if key == "L_attn" else 1
+            weight = {"L_attn": "lam"} | {f"L_{name}": "adapt_weight" for name in train_finetune.METHODS}
+            factor = result["settings"].get(weight[key], 0) if key in weight else 1
             with u.usable(path.parent / "log.jsonl"):
                 lines = logged(path) if factor else []
                 points = [(line["step"], factor * line[key]) for line in lines if key in line]
@@ -1008,6 +1027,8 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
         if a.paper: tables = paper_tables(results, error, a.rigid, a.minus)
         for title, lines in tables.items():
             print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
+    others = {row_name(r).split(" ")[1] for r in results if r["kind"] == "finetuning"} - set(ROWS)
+    if a.paper and others: print(f"not in the paper's tables: {', '.join(sorted(others))}")
     for note in error_notes(results): print(note)
     shown = [r for kind in ("pretraining", "finetuning") for parts in group_results(results, kind).values()
              for group in parts.values() for r in group]
@@ -1062,13 +1083,14 @@ def main(arguments=None) -> int:
     u.compute_with(a.threads)
     if a.box and not a.image: raise u.InputError("--box goes with --image")
     if rank and (a.image or a.sweep or a.table): return 0                  # nothing to share out
+    folder = Path(a.runs[0]) / "pictures" if a.pictures in ("", "none") else Path(a.pictures)
     if a.image:
         path = next((p for p in finished_runs(a.runs) if "head" in u.read_checkpoint(p)), None)
         if path is None: raise u.InputError(f"{' '.join(a.runs)}: no finished fine-tuning run for --image")
         print(f"with {path.parent}")
-        draw_photo(path, a.image, a.box, Path("" if a.pictures == "none" else a.pictures), device)
+        draw_photo(path, a.image, a.box, folder, device)
         return 0
-    test, folder = Path(a.target_test).name, Path(a.pictures or Path(a.runs[0]) / "pictures")
+    test = Path(a.target_test).name
     if a.sweep:
         show_sweep(read_results(a.runs, "*" if a.sweep == "test" else test), a, folder)
         return 0

@@ -836,6 +836,12 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     return *place_among_processes(), place
 
 
+def code_checksum() -> str:
+    """CRC-32 of the code that trains: whether a run, and another, were made by the same lines."""
+    names = "udapose.py", "data.py", "train_pretrain.py", "train_finetune.py"
+    return f"{zlib.crc32(b''.join(Path(__file__).with_name(name).read_bytes() for name in names)):08x}"
+
+
 def machine(device: torch.device) -> str:
     """What computes, on another kind of which the bits differ: a GPU by its name, or as x86_64 AVX512."""
     if device.type == "cuda": return torch.cuda.get_device_name(device)
@@ -1182,12 +1188,13 @@ class Run:
             raise InputError(f"{self.folder}: another run is at work here; give another --out") from error
         path, new = self.folder / "config.json", dataclasses.asdict(settings)
         facts = facts | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        facts["code"] = code_checksum()
         if not path.exists(): return write_json(path, {"settings": new, "facts": facts})
         defaults = {f.name: f.default for f in dataclasses.fields(settings)}   # a setting may be newer
         old = json.loads(path.read_text())
         ours, theirs = json.loads(json.dumps(new | facts)), defaults | old["settings"] | old["facts"]
         moved = elastic and theirs.get("world") != ours.get("world")
-        free = self.FREE | {"machine"} | ({"world", "threads"} if moved else set())
+        free = self.FREE | {"machine", "code"} | ({"world", "threads"} if moved else set())
         other = [f"{k}: {theirs.get(k)} there, {ours[k]} now" for k in ours
                  if k not in free and theirs.get(k) != ours[k]]
         if other: raise InputError(f"{self.folder}: was made with other settings ({'; '.join(other[:4])}); "
@@ -1196,6 +1203,8 @@ class Run:
                         "up to the order of sums", flush=True)
         if (before := theirs.get("machine", ours.get("machine"))) != ours.get("machine"):
             print(f"begun on {before}, goes on on {ours['machine']}: not bit for bit the same", flush=True)
+        if theirs.get("code", ours["code"]) != ours["code"]:
+            print(f"{self.folder}: begun with other code than this; another --out begins anew", flush=True)
 
     def decide(self, name: str, choose):
         """A choice of the machine, made once by rank 0 and kept: a resume uses the first one."""
@@ -1236,6 +1245,8 @@ class Run:
                 kept = [t for v, t in lines if v["stage"] != state["stage"] or v["step"] <= state["step"]]
             write_atomically(log, lambda part: part.write_text("".join(t + "\n" for t in kept)))
         self.begin = time.perf_counter() - state["seconds"]
+        if self.rank == 0 and 0 < state["step"] < state.get("steps", state["step"]):
+            print(f"{path}: goes on after step {state['step']}", flush=True)
         return state
 
     def log(self, **values) -> None:
@@ -1305,6 +1316,8 @@ def run_script(main) -> None:
     end, text = os._exit if "RANK" in os.environ else sys.exit, ""
     try:
         status = main()
+        if status in (130, 143) and os.environ.get("RANK", "0") == "0":
+            print("stopped; all is saved, the same command goes on", flush=True)
         if distributed(): torch.distributed.destroy_process_group()
     except InputError as error: status, text = 2, str(error)
     except torch.OutOfMemoryError as error:

@@ -357,7 +357,7 @@ def test_variants():
 
 def test_refusals():
     refuse = lambda message: pytest.raises(u.InputError, match=message)  # noqa: E731
-    with refuse("choose ddc, dan or dann"): settings("--adapt", "coral", "--lam", "0")
+    with refuse("choose ddc, dan, dann"): settings("--adapt", "nothing", "--lam", "0")
     with refuse("give --lam 0"): settings("--adapt", "dann")
     with refuse("--source elsewhere: the oracle learns the labels of --target"):
         settings("--variant", "oracle", "--source", "elsewhere")

@@ -155,6 +155,12 @@ def test_chart_draws_each_value_at_its_place():
         assert tuple(colour_at(panel, (left + share * (right - left), foot - share * (foot - top)))) == RED
 
 
+def test_a_curve_of_one_point_is_a_dot():
+    curves = {"a": ([5], [0.5]), "b": ([0, 10], [0.0, 0.0])}
+    panel = np.array(e.chart("title", curves, {"a": RED, "b": (0, 0, 0)}, (0, 1)))
+    assert 100 < (panel[:e.CHART[1]] == RED).all(-1).sum() < 400
+
+
 def test_a_chart_has_its_title_above():
     panel = np.array(e.chart("title", {"a": ([1, 2], [1.0, 2.0])}, {"a": RED}))
     ink = (panel == e.INK).all(-1)                                                     # (H, W)
@@ -336,6 +342,9 @@ def test_a_photo_from_the_command_line(runs, tmp_path, capsys):
     picture = Image.open(tmp_path / "out/me_pose.png")
     assert picture.size[0] == e.GAP // 2 + 4 * (e.CELL + e.GAP) // 2
     assert "assumed for x, y: no perspective; bones as long as in training" in capsys.readouterr().out
+    for none in ([], ["--pictures", "none"]):                              # beside the run, not where one stands
+        assert e.main([str(runs / "runs"), *options[:-1], *none]) == 0
+        (runs / "runs/pictures/me_pose.png").unlink()
     with pytest.raises(u.InputError, match="me.jpg: cannot be made"):                  # a file is no folder
         e.main([str(runs / "runs"), *options, str(tmp_path / "me.jpg")])
     with pytest.raises(u.InputError, match="no finished fine-tuning run"):

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -471,6 +473,26 @@ def test_another_machine_is_said_and_may_go_on(tmp_path, capsys):
     assert run(tmp_path / "old", facts={"n": 5, "machine": "other"}).config["facts"]["n"] == 5
     assert capsys.readouterr().out == ""
     assert u.machine(torch.device("cpu")).startswith(os.uname().machine + " ")
+
+
+def test_other_code_is_said_and_may_go_on(tmp_path, monkeypatch, capsys):
+    """And is no difference between settings; a run from before code was noted says nothing."""
+    now = u.code_checksum()
+    assert run(tmp_path).config["facts"]["code"] == now and re.fullmatch("[0-9a-f]{8}", now)
+    for name, same in (("udapose.py", False), ("train_finetune.py", False), ("evaluate.py", True)):
+        for path in Path(u.__file__).parent.glob("*.py"): shutil.copy(path, tmp_path)
+        with open(tmp_path / name, "a") as file: file.write("# edited\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(u, "__file__", str(tmp_path / "udapose.py"))
+            assert (u.code_checksum() == now) == same
+    monkeypatch.setattr(u, "code_checksum", lambda: "other")
+    run(tmp_path).lock.close()
+    assert "begun with other code than this" in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["facts"]["code"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run(tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_clock_of_a_stage_goes_on(tmp_path, monkeypatch):

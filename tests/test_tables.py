@@ -185,8 +185,8 @@ def test_runs_of_other_settings_are_rows_of_their_own():
     assert [row[:3] for row in lines[1:3]] == [
         ["tiny full, lam 10", "1", "40.0"], ["tiny full, lam 100", "2", "31.0 ± 1.4"]]
     two = [*made, result(seed=0, epe=50, lam=10.0, labels=64)]
-    assert names(e.table(two))[:3] == ["tiny full, lam 10, labels 64", "tiny full, lam 10, labels 1000",
-                                      "tiny full, lam 100, labels 1000"]
+    assert names(e.table(two))[:3] == ["tiny full, labels 64, lam 10", "tiny full, labels 1000, lam 10",
+                                      "tiny full, labels 1000, lam 100"]
 
 
 def test_settings_of_the_pre_training_tell_rows_apart():
@@ -214,6 +214,45 @@ def test_what_changes_no_result_keeps_one_row(free):
     older = result(seed=1)
     del older["steps"]
     assert names(e.table([result(), older]))[:-1] == ["tiny full"]
+
+
+@pytest.mark.parametrize("kind", ["finetuning", "pretraining"])
+def test_a_run_older_than_a_setting_had_its_default(kind, monkeypatch):
+    """A fork adds --weight-floor, 0 by default: its runs with 0.4 are no more seeds of the runs from before."""
+    monkeypatch.setitem(e.DEFAULTS, kind, e.DEFAULTS[kind] | {"weight_floor": 0.0})
+    made = [result(before={}), result(before={}, seed=1)]
+    (made[1] if kind == "finetuning" else made[1]["pretraining"])["settings"]["weight_floor"] = 0.4
+    prefix = "pretraining." * (kind == "pretraining")
+    assert names(e.table(made))[:-1] == [f"tiny full, {prefix}weight_floor {v}" for v in ("0", "0.4")]
+    assert [*e.sweep(made, "weight_floor", "EPE")["tiny full"]] == [0.0, 0.4]
+
+
+def test_no_difference_between_errors_on_two_test_sets():
+    """Nor where two folders have one name; the chance of each is told."""
+    here, there = ({"tests": {"target": fingerprint}} for fingerprint in ("1a", "2b"))
+    made = [result("scratch", epe=40) | here, result("full", epe=30) | here, result("mine", epe=70) | there]
+    made[2]["target"]["chance"] = 99.0
+    assert [row[3] for row in e.table(made)[1:4]] == ["-", "-10.0", "-"]
+    assert names(e.table(made))[3:] == [
+        f"tiny on target_test {fingerprint} chance: constant mean pose" for fingerprint in ("1a", "2b")]
+    made[2] = result("no-ar", epe=70) | there
+    for other, differences in ((there, ["-", "-"]), (here, ["-", "-40.0"])):   # of no-ar, then of full
+        tables = e.paper_tables([*made[:2], made[2] | other], "EPE", False, "above")
+        lines = tables["tiny: Table 3 with X_C"]
+        assert [line[3] for line in lines if re.match("no-ar|full", line[0])] == differences
+
+
+def test_iou_of_the_source_where_the_target_has_no_masks():
+    made = result() | {"kind": "pretraining", "source": {"mask_iou": 0.9}}
+    assert e.pretraining_table([made])[1][2:4] == ["-", "0.90"]
+
+
+def test_what_is_in_no_table_of_the_paper_is_named(tmp_path, capsys):
+    folder = save(tmp_path, **{"a.result": result(), "b.result": result("coral"), "c.result": result("lam10")})
+    e.main(["--table", "--paper", *folder])
+    assert "not in the paper's tables: coral, lam10" in capsys.readouterr().out
+    e.main(["--table", *folder])
+    assert "not in the paper's" not in capsys.readouterr().out
 
 
 def test_an_older_file_among_rows_that_differ():
@@ -355,7 +394,7 @@ def test_results_on_another_test_set_are_read_by_its_name(tmp_path):
     {"settings": {}}, {"settings": []}, {"settings": None}, {"target": {}}, {"target": 5},
     {"target": NUMBERS | {"epe": "x"}}, {"target": NUMBERS | {"epe": None}}, {"pretraining": 3},
     {"settings": result(lam=[1.0])["settings"]}, {"settings": result(out=5)["settings"]},
-    {"kind": "pretraining", "target": {"mask_iou": 0.5}},
+    {"kind": "pretraining", "target": {"mask_iou": "x"}},
     {"source": result()["source"] | {"compared": 5}}])
 def test_a_damaged_result_is_named(tmp_path, change):
     folder = save(tmp_path, **{"a.result": result(), "b.result": result(seed=1) | change})

@@ -227,6 +227,7 @@ def test_sigterm_saves_and_the_same_command_continues(sets, pretrained, tmp_path
     process.send_signal(signal.SIGTERM)
     try: assert process.wait(timeout=60) == 143, process.stderr.read()
     finally: process.kill()
+    assert process.stdout.read().endswith("stopped; all is saved, the same command goes on\n")
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     state = u.read_checkpoint(tmp_path / "run/checkpoint.pt")
     assert state["step"] >= log[-1]["step"] > 0 and state["step"] < state["steps"]
@@ -412,12 +413,36 @@ def test_unknown_flag_and_preset(sets, tmp_path, capsys):
 
 def test_finetuning_refuses(sets, pretrained, finetuned, tmp_path):
     refuse = lambda message, *a: pytest.raises(u.InputError, match=message)  # noqa: E731
-    with refuse("no such checkpoint"): finetune(sets, tmp_path / "a", "nowhere")
+    with refuse("--init nowhere: neither a pre-training run"): finetune(sets, tmp_path / "a", "nowhere")
+    with refuse("--init mae.pth: neither"): finetune(sets, tmp_path / "a", "mae.pth")
+    (tmp_path / "a").mkdir()
+    with refuse("a/checkpoint.pt: no such checkpoint"): finetune(sets, tmp_path / "b", str(tmp_path / "a"))
     with refuse("another architecture"): finetune(sets, tmp_path / "b", str(pretrained), "--width", "32")
     with refuse("other settings.*lam: 100.0 there, 3.0 now"):
         finetune(sets, finetuned, str(pretrained), "--lam", "3")
     with refuse("needs a pre-trained f"): finetune(sets, tmp_path / "c", "", "--lam", "3")
     with refuse("--labels -5: give"): finetune(sets, tmp_path / "c", str(pretrained), "--labels", "-5")
+
+
+def test_a_source_of_which_no_joint_counts(sets, tmp_path):
+    """As where the root has no label: nothing would be trained."""
+    shutil.copytree(sets / "source", tmp_path / "source")
+    keypoints = np.load(tmp_path / "source/keypoints.npy")
+    keypoints[:, data.HAND["root"]] = np.nan
+    np.save(tmp_path / "source/keypoints.npy", keypoints)
+    (tmp_path / "source/checksums.npy").unlink(missing_ok=True)
+    with pytest.raises(u.InputError, match="source: no joint counts: the root has no label"):
+        finetune(sets, tmp_path / "run", "", "--lam", "0", "--source", str(tmp_path / "source"),
+                 "--validation", "")
+
+
+def test_validation_of_other_joints_names_the_flag(sets, tmp_path):
+    shutil.copytree(sets / "source", tmp_path / "other")
+    meta = json.loads((tmp_path / "other/meta.json").read_text())
+    meta["joints"] = [f"own_{name}" for name in meta["joints"]]
+    (tmp_path / "other/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(u.InputError, match="^--validation .*other: has other joints than .*or \"\" for none$"):
+        finetune(sets, tmp_path / "run", "", "--lam", "0", "--validation", str(tmp_path / "other"))
 
 
 def test_unfinished_pretraining_is_refused(sets, tmp_path, monkeypatch):
