@@ -2443,6 +2443,20 @@ def check(folder: str) -> None:
         fault = fault_of(dataset.meta["joints"], keypoints, to_uv(keypoints, K), size, mask)
         if fault: faults.append(f"row {i}: {fault}")
     print(f"labels: {len(faults)} of {len(dataset)} rows are impossible", *faults[:5], sep="\n  ")
+    print(describe_labels(np.array(dataset.keypoints), dataset.meta))
+
+
+def describe_labels(poses: np.ndarray, meta: dict) -> str:
+    """What betrays another unit, or labels of which nothing is learned, of poses (n, K, 3) mm: in words."""
+    child, parent = np.array(meta["bones"], int).reshape(-1, 2).T
+    bones = np.linalg.norm(poses[:, child] - poses[:, parent], axis=-1)                  # (n, bones) mm
+    known = np.isfinite(poses).all(-1)                                                   # (n, K)
+    depth = abs(poses[..., 2] - poses[:, [meta["root"]], 2])                             # (n, K) mm
+    length = f"{np.median(bones[np.isfinite(bones)]):.3g} mm" if np.isfinite(bones).any() else "unknown"
+    return (f"bones: {length} in the median; joints: {100 * (1 - known.mean()):.1f} % unlabelled, "
+            f"{100 * (depth > meta['depth_range'] / 2).mean():.1f} % beyond the depth range of "
+            f"{meta['depth_range']:g} mm; {(~known[:, meta['root']]).sum()} rows lack the root: nothing is "
+            "learned of them")
 
 
 def main(arguments=None) -> None:

@@ -662,6 +662,17 @@ def test_check_of_own_data(converted, own, tmp_path, capsys):
     assert f"{4 * N} of {4 * N} rows are impossible" in capsys.readouterr().out
 
 
+def test_labels_in_words():
+    """Bones of 50 and 67.1 mm, one joint 60 mm behind the root, in one of four rows no root; in metres."""
+    meta, poses = {"bones": [[0, 1], [1, 2]], "root": 1, "depth_range": 100.0}, np.zeros((4, 3, 3), np.float32)
+    poses[:, 0], poses[:, 2], poses[3, 1] = (0, 30, 60), (30, 40, 0), np.nan
+    assert data.describe_labels(poses, meta) == (
+        "bones: 58.5 mm in the median; joints: 8.3 % unlabelled, 25.0 % beyond the depth range of 100 mm; "
+        "1 rows lack the root: nothing is learned of them")
+    assert data.describe_labels(poses / 1000, meta).startswith("bones: 0.0585 mm")
+    assert data.describe_labels(poses, meta | {"bones": []}).startswith("bones: unknown")
+
+
 def test_hands(tmp_path, monkeypatch, capsys):
     """The embedded benchmark goes through the same writer, and its labels through the same checks."""
     monkeypatch.setattr(data, "BENCHMARK", {"target_test": ("target", 60), "unconstrained": (None, 10)})
