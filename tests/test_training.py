@@ -1,6 +1,7 @@
 """The two training scripts on a tiny data set: resume, processes, variants, what is not opened, refusals."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -443,6 +444,32 @@ def test_validation_of_other_joints_names_the_flag(sets, tmp_path):
     (tmp_path / "other/meta.json").write_text(json.dumps(meta))
     with pytest.raises(u.InputError, match="^--validation .*other: has other joints than .*or \"\" for none$"):
         finetune(sets, tmp_path / "run", "", "--lam", "0", "--validation", str(tmp_path / "other"))
+
+
+def test_own_data_as_the_readme_says(tmp_path, monkeypatch):
+    """Its ten lines and its commands, word for word but for the length of training; three joints of our own."""
+    section = (ROOT / "README.md").read_text().partition("\n## Your own data\n")[2].partition("\n## ")[0]
+    (writer,), (commands,) = (re.findall(f"```{kind}\n(.*?)```", section, re.S) for kind in ("python", "sh"))
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    known = {"images": rng.integers(0, 255, (40, 60, 60, 3), dtype=np.uint8), "names": ["a", "b", "c"],
+             "masks": np.uint8(255) * (rng.random((40, 60, 60)) < 0.3),
+             "keypoints": np.float32(rng.uniform(-60, 60, (40, 3, 3)) + (0, 0, 500)),
+             "intrinsics": np.float32([[[200, 0, 29.5], [0, 200, 29.5], [0, 0, 1]]] * 40)}
+    exec(writer, known)
+    for name in ("mine_test", "mine_target_test", "mine_target", "mine_xc"): shutil.copytree("mine", name)
+    for name in ("keypoints", "masks", "intrinsics"): Path(f"mine_target/{name}.npy").unlink()
+    meta = json.loads(Path("mine/meta.json").read_text()) | {"joints": [], "bones": []}
+    Path("mine_xc/meta.json").write_text(json.dumps(meta))
+    for script, shorter in (("pretrain", "--seg-steps 2 --epochs 1"), ("finetune", "--epochs 1")):
+        commands = commands.replace(f"train_{script}.py", f"train_{script}.py {shorter}")
+    commands = commands.replace("python ", f"{sys.executable} {ROOT}/")
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "starts from runs/mine/pretrain-full" in done.stdout
+    assert [line.split("|")[0].split() for line in done.stdout.splitlines() if line.startswith("tiny ")] == [
+        ["tiny", "full"], ["tiny", "scratch"], ["tiny", "full"]]           # pre-training, then both rows
+    assert {p.stem for p in Path("runs/mine/pictures").iterdir()} >= {"attention", "poses", "pck", "curves"}
 
 
 def test_unfinished_pretraining_is_refused(sets, tmp_path, monkeypatch):
