@@ -204,6 +204,17 @@ def test_domains_differ_and_poses_do_not():
     assert on > 1.1 and off > 1.04                 # 0.99 off the body before the source's scenery
 
 
+def test_scenery_of_bodies_is_a_third_of_the_way():
+    """From the source's clutter, share 0, to that of the hands' target, share 1; colours are the target's."""
+    calm, wild, mine = data.DOMAINS["source"], data.DOMAINS["target"], data.HUMAN_DOMAINS["target"]
+    assert mine["shapes"] == 4 and mine["wall"] == wild["wall"] and mine["limbs"] == wild["limbs"]
+    assert mine["stripes"] == pytest.approx(0.35 / 3) and mine["limb_chance"] == pytest.approx(0.5 / 3)
+    np.testing.assert_allclose(mine["shape_size"], (0.12, 0.40))
+    for share, as_in in ((0, calm | {"limb_chance": 0}), (1, wild)):
+        for key in (*data.CLUTTER, "shapes"):
+            np.testing.assert_allclose(data.calmed(wild, share)[key], as_in[key], atol=1e-12)
+
+
 def test_folders_share_no_pose():
     poses = {}
     for name, (domain, _) in data.BENCHMARK.items():
