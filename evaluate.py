@@ -502,9 +502,10 @@ def table(results: list[dict], error: str = "EPE", rigid: bool = False,
 
 def by_test_set(results: list[dict]):
     """For a group of results: what to add to its family where not all are of one target test set, for no
-    difference is taken between errors of two."""
-    def name(r): return f" on {r.get('test', 'target_test')} {r.get('tests', {}).get('target', '')}".rstrip()
-    several = len({name(r) for r in results if "tests" in r}) > 1
+    difference is taken between errors of two. They go by name: the same rendering has other last bits, and so
+    another fingerprint, on another kind of CPU."""
+    def name(r): return f" on {r.get('test', 'target_test')}"
+    several = len({name(r) for r in results}) > 1
     return lambda group: name(group[0]) if several and group else ""
 
 
