@@ -477,8 +477,9 @@ def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[lis
             continue
         column = lambda domain, key, digits=1: spread(  # noqa: E731
             [r[domain].get(key, float("nan")) for r in group], digits)
+        before = reference.get(family, [])
         lines.append([label, str(len(group)), column("target", "epe"),
-                      paired_difference(group, reference.get(family, [])), column("target", pa),
+                      paired_difference(group, before if before is not group else []), column("target", pa),
                       column("target", "auc", 3), by_axis(group), column("source", "epe"),
                       per_block([r.get("pretraining", {}) for r in group]), per_block(group)])
         if minus == "above" or minus == "first" and family not in reference: reference[family] = group

@@ -521,11 +521,11 @@ def test_chart_draws_bars_and_dots():
 def test_minus_a_row_by_its_name(tmp_path):
     made = results("scratch", 40, 41) + results("mae", 35, 34) + results("full", 30, 31)
     lines = e.table(made, minus="mae")
-    assert lines[0][3] == "minus mae [95 %]" and lines[2][3].startswith("+0.0")
+    assert lines[0][3] == "minus mae [95 %]" and lines[2][3] == "-"
     assert lines[1][3].startswith("+6.0") and lines[3][3].startswith("-4.0")
     # another row is named "z, init a run"
     a_run = [*results("run", 10), *results("z", 30, before={}), *results("z", 33, init="weights.pth")]
-    assert [line[3] for line in e.table(a_run, minus="run")[1:4]] == ["+0.0", "+20.0", "+23.0"]
+    assert [line[3] for line in e.table(a_run, minus="run")[1:4]] == ["-", "+20.0", "+23.0"]
     for i, r in enumerate(made): u.write_json(tmp_path / f"{i}-result.json", r)
     for option in (["--table"], ["--sweep", "lam"]):
         with pytest.raises(u.InputError, match="--minus ddc: choose above, first, full, mae, scratch"):
