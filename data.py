@@ -2448,7 +2448,7 @@ def check(folder: str) -> None:
 
 def describe_labels(poses: np.ndarray, meta: dict) -> str:
     """What betrays another unit, or labels of which nothing is learned, of poses (n, K, 3) mm: in words."""
-    child, parent = np.array(meta["bones"], int).reshape(-1, 2).T
+    parent, child = np.array(meta["bones"], int).reshape(-1, 2).T
     bones = np.linalg.norm(poses[:, child] - poses[:, parent], axis=-1)                  # (n, bones) mm
     known = np.isfinite(poses).all(-1)                                                   # (n, K)
     depth = abs(poses[..., 2] - poses[:, [meta["root"]], 2])                             # (n, K) mm
