@@ -595,14 +595,15 @@ def labels_of(dataset: Dataset, rows: np.ndarray, A: Tensor) -> tuple[Tensor, Te
     return uv, keypoints[..., 2] - keypoints[:, root:root + 1, 2]
 
 
-def same_skeleton(dataset: Dataset, skeleton: dict) -> None:
-    """InputError unless the data set's joints, root and depth range are those that a model learned."""
+def same_skeleton(dataset: Dataset, skeleton: dict, whose: str = "the model") -> None:
+    """InputError unless the data set's joints, root and depth range are those of `whose` skeleton."""
     theirs, ours = dataset.meta["joints"], skeleton["joints"]
     if len(theirs) != len(ours):
-        raise InputError(f"{dataset.folder}: {len(theirs)} joints, the model has {len(ours)}")
+        raise InputError(f"{dataset.folder}: {len(theirs)} joints, not {len(ours)} as {whose}")
     for key in ("joints", "root", "depth_range"):
         if dataset.meta[key] != skeleton[key]:
-            raise InputError(f"{dataset.folder}: {key} is {dataset.meta[key]}, the model has {skeleton[key]}")
+            found, known = dataset.meta[key], skeleton[key]
+            raise InputError(f"{dataset.folder}: {key} is {found}, not {known} as {whose}")
 
 
 def compared(meta: dict) -> list[int]:

@@ -625,9 +625,11 @@ COLOURS = (*data.COLOURS, (140, 90, 50), (250, 120, 170), (100, 100, 100), (150,
 COLOURS += tuple((r // 2, g // 2, b // 2) for r, g, b in COLOURS)                          # of more: dark
 HOT = 4.0  # heat overlays are red where a patch has so many times the mean, or more
 POSE_TITLES = ["predicted", "front: x, y in mm", "from the right: z, y", "attention, all blocks"]
-CURVES = {"L_WMAE": "L_WMAE, Eq. (3)", "L_kpt": "L_kpt, Eq. (5)", "L_attn": "lambda L_attn, Eq. (6)",
-          **{f"L_{name}": f"L_{name} by its trade-off" for name in train_finetune.METHODS},
-          "source_val_epe": "error on source validation, mm"}
+CURVES = {  # of log.jsonl: (title, the setting that it is multiplied by)
+    "L_WMAE": ("L_WMAE, Eq. (3)", ""), "L_kpt": ("L_kpt, Eq. (5)", ""),
+    "L_attn": ("lambda L_attn, Eq. (6)", "lam"),
+    **{f"L_{name}": (f"L_{name} by its trade-off", "adapt_weight") for name in train_finetune.METHODS},
+    "source_val_epe": ("error on source validation, mm", "")}
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -833,11 +835,10 @@ def draw_attention(looks: dict[str, dict], count: int) -> Image.Image:
 def draw_curves(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image | None:
     """Losses and validation error over the steps, from log.jsonl of the first seed of each run."""
     panels = []
-    for key, title in CURVES.items():
+    for key, (title, weight) in CURVES.items():
         curves = {}
         for name, ((path, result), *_) in runs.items():
-            weight = {"L_attn": "lam"} | {f"L_{name}": "adapt_weight" for name in train_finetune.METHODS}
-            factor = result["settings"].get(weight[key], 0) if key in weight else 1
+            factor = result["settings"].get(weight, 0) if weight else 1
             with u.usable(path.parent / "log.jsonl"):
                 lines = logged(path) if factor else []
                 points = [(line["step"], factor * line[key]) for line in lines if key in line]

@@ -234,10 +234,8 @@ def open_data(s: Settings):
     source = data.Dataset(s.source, "keypoints", "intrinsics")
     target = data.Dataset(s.target) if s.lam or s.adapt else None
     validation = data.Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
-    if validation is not None and validation.meta["joints"] != source.meta["joints"]:
-        raise u.InputError(f"--validation {s.validation}: has other joints than {s.source}; name labelled "
-                           'images of the source, or "" for none')
-    if validation is not None: data.same_skeleton(validation, source.meta)
+    whose = f'{s.source}; name another --validation, or "" for none'
+    if validation is not None: data.same_skeleton(validation, source.meta, whose)
     facts = {name: d.fingerprint for name, d in (("source", source), ("target", target)) if d is not None}
     return source, target, validation, facts
 

@@ -161,6 +161,23 @@ def test_a_curve_of_one_point_is_a_dot():
     assert 100 < (panel[:e.CHART[1]] == RED).all(-1).sum() < 400
 
 
+def test_curves_are_of_what_is_minimised(tmp_path, monkeypatch):
+    """A second term as it stands in Eq. (7), by lambda or by a comparison method's trade-off; none of weight 0."""
+    drawn = {}
+    monkeypatch.setattr(e, "chart", lambda title, curves, colours: drawn.update({title.split(",")[0]: curves}))
+    monkeypatch.setattr(e, "sheet", lambda rows, *_: rows)
+    runs = {}
+    for name, settings, line in (("full", {"lam": 10.0}, {"L_attn": 0.5}), ("mae", {"lam": 0.0}, {"L_attn": 0.0}),
+                                 ("ddc", {"lam": 0.0, "adapt_weight": 0.25}, {"L_ddc": 8.0})):
+        (tmp_path / name).mkdir()
+        line = {"stage": "finetuning", "step": 50, "L_kpt": 7.0} | line
+        (tmp_path / name / "log.jsonl").write_text(json.dumps(line) + "\n")
+        runs[name] = [(tmp_path / name / "checkpoint.pt", {"settings": settings})]
+    e.draw_curves(runs, {})
+    assert drawn == {"L_kpt": {name: ((50,), (7.0,)) for name in runs}, "lambda L_attn": {"full": ((50,), (5.0,))},
+                     "L_ddc by its trade-off": {"ddc": ((50,), (2.0,))}}
+
+
 def test_a_chart_has_its_title_above():
     panel = np.array(e.chart("title", {"a": ([1, 2], [1.0, 2.0])}, {"a": RED}))
     ink = (panel == e.INK).all(-1)                                                     # (H, W)
