@@ -420,7 +420,7 @@ def quiet_worker() -> None:
 # ==========================================================================================================
 @lru_cache(maxsize=4)
 def epoch_permutation(count: int, seed: int, purpose: str, epoch: int) -> np.ndarray:
-    """The order (count,) of an epoch: these 8 bytes an image, and Records' one, grow with a data set."""
+    """The order (count,) of an epoch. These 8 bytes an image, and Records' one, are all that grows."""
     return random_generator(seed, purpose, epoch).permutation(count)
 
 
@@ -431,8 +431,8 @@ def batch_rows(count: int, seed: int, purpose: str, step: int, batch: int) -> np
 
 
 def prefetch(batches, device: torch.device):
-    """The same batches, on CUDA made ahead. Not on a CPU: one thread more than cores makes each operation
-    of the others wait for the one that was put aside (tests/benchmark.py measures it)."""
+    """The same batches, on CUDA made ahead. On a CPU one thread more than cores slows the others down
+    (tests/benchmark.py measures it)."""
     return in_a_thread(batches, device) if device.type == "cuda" else iter(batches)
 
 

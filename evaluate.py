@@ -135,8 +135,8 @@ def measure_attention(encoder, dataset: data.Dataset, side: int, device) -> dict
 
 
 def reconstruction_error(predicted: Tensor, patches: Tensor, m: Tensor, area: Tensor) -> Tensor:
-    """Sum of the squared error of an image's hidden patches, a pixel's mean, and their number: (n, 2, 3) for
-    patches on the foreground (half of it or more), on its edge (a tenth or more), and beside it.
+    """(n, 2, 3): of an image's hidden patches the sum of the squared errors (a pixel's mean) and the number;
+    on the foreground (half of the patch or more), on its edge (a tenth or more), and beside it.
 
     predicted, patches (n, N, P*P*3); m (n, N), 1 = hidden; area (n, N): share of foreground in a patch.
     """

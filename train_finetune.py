@@ -6,13 +6,13 @@
     torchrun --nproc_per_node 8 train_finetune.py --preset paper-hand
 
 The same command again resumes a run that was stopped. Writes checkpoint.pt (f^E, f^H) for evaluate.py. The
-last step's weights are the result: the target's labels are never opened, so nothing can be chosen on them.
+last step's weights are the result: the target's labels are never opened (but by `oracle`, which learns them),
+so that nothing can be chosen on them.
 """
 import copy
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import data
@@ -21,7 +21,7 @@ import udapose as u
 
 @dataclasses.dataclass
 class Settings:
-    """One field a line: meaning, origin. The defaults are the paper's; presets and variants change some."""
+    """One field a line: meaning, origin. Defaults: the paper's, where it has them. Others: PRESETS."""
     preset: str = "tiny"          # sizes and schedule: tiny, small, paper-hand, paper-human
     task: str = "hand"            # embedded benchmark, hand or human: see TASKS
     variant: str = "full"         # row of the paper's tables: see VARIANTS
@@ -32,7 +32,7 @@ class Settings:
     validation: str = "datasets/hands/source_val"  # labelled *source* images, to watch the training; "": none
     labels: int = 0               # labelled source images to use, the first so many; 0: all
     lam: float = 100.0            # lambda_attn of Eq. 7 (paper Sec. 7: 100 hands, 10 humans); 0: without AR
-    adapt: str = ""               # method to compare with: ddc, dan or dann, of micro-batches; "": none
+    adapt: str = ""               # method to compare with: see METHODS; of micro-batches; "": none
     adapt_weight: float = 1.0     # its trade-off (as published: DDC 0.25, DAN 1, DANN 1)
     sigma: float = 2.0          # standard deviation of the target Gaussians, voxels (ours; the field's value)
     image: int = 256              # side of the network's crop, px (paper Sec. 7)
@@ -130,8 +130,8 @@ def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device,
 @torch.no_grad()
 def losses_by_image(s: Settings, step: int, own: slice, estimator, f_A, source, target, labels: int, device,
                     dtype):
-    """(term, value, data set, row) of each image of a share alone. What compares two domains has no value for
-    one image: the sum of its feature stands for it, and is not finite where the feature is not."""
+    """(term, value, data set, row) of each image of a share alone, to find the one that is not finite. A loss
+    of two domains has no value for one image: the sum of its feature stands in for it."""
     compare = (lambda phi_s, phi_t: phi_t.sum()) if s.adapt else None
     batch = finetuning_batch(s, step, own, source, target, labels, estimator.head.side, device)
     rows = data.batch_rows(labels, s.seed, "finetuning order", step, s.batch)[own]
@@ -230,7 +230,8 @@ def complete(s: Settings) -> None:
 
 
 def open_data(s: Settings):
-    """Source with labels, target (images only), validation (None where not asked for); their checksums."""
+    """Source with labels, target (images only), validation (None where not asked for); checksums of the two
+    that are learned from."""
     source = data.Dataset(s.source, "keypoints", "intrinsics")
     target = data.Dataset(s.target) if s.lam or s.adapt else None
     validation = data.Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
@@ -263,7 +264,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)):
         estimator.compile()
         if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
-    if run.rank == 0: print(f"fine-tuning: {steps} steps of {s.batch}, {labels} labels, {dtype}", flush=True)
+    if run.rank == 0: print(f"fine-tuning: {steps} steps, {labels}/{len(source)} labels, {dtype}", flush=True)
     model, scaler = u.parallel(estimator, world), u.grad_scaler(device, dtype, state)
     estimator.train()
     progress = u.Progress("fine-tuning", steps, s.batch, start, run.rank)

@@ -23,7 +23,7 @@ import udapose as u
 
 @dataclasses.dataclass
 class Settings:
-    """One field a line: meaning, origin. The defaults are the paper's; presets and variants change some."""
+    """One field a line: meaning, origin. Defaults: the paper's, where it has them. Others: PRESETS."""
     preset: str = "tiny"          # sizes and schedule: tiny, small, paper-hand, paper-human
     task: str = "hand"            # embedded benchmark, hand or human: see TASKS
     variant: str = "full"         # row of the paper's tables: see VARIANTS
@@ -106,34 +106,34 @@ def check(s: Settings) -> None:
 # ==========================================================================================================
 # f^S: learned on the source's images and masks only
 # ==========================================================================================================
-def swap_backgrounds(s: Settings, rng, x, m, share, own: slice, batch: int, unconstrained, jitter, gain):
-    """Give about `share` of the images x (b, 3, H, W), masks m (b, 1, H, W), a background from X_C, whose
-    colours vary by jitter and gain. Drawn for the global batch, of which x and m are the slice `own`."""
+def swap_backgrounds(s: Settings, rng, x, fg, share, own: slice, batch: int, unconstrained, jitter, gain):
+    """Give about `share` of the images x (b, 3, H, W), foreground fg (b, 1, H, W), a background from X_C. Its
+    colours vary by jitter and gain. Drawn for the global batch, of which x and fg are the slice `own`."""
     swap, rows = rng.random(batch) < share, rng.integers(len(unconstrained), size=batch)
     parameters = data.augmentation(rng, batch, jitter, gain)
     at = np.flatnonzero(swap[own])
     if not len(at): return x
     x_c, _, _ = data.crops(unconstrained, rows[own][at], parameters[own][at], s.image, x.device)
     at = torch.from_numpy(at).to(x.device)
-    x[at] = u.replace_background(x[at], m[at], x_c)
+    x[at] = u.replace_background(x[at], fg[at], x_c)
     return x
 
 
 def segmentation_batch(s: Settings, step: int, own: slice, source, unconstrained, device) -> tuple:
-    """Images (b, 3, H, W), normalised, and masks (b, 1, H, W): strong colours (each channel times 1 +- 0.4,
-    beside seg_jitter), half with X_C behind."""
+    """Images (b, 3, H, W), normalised, and their foreground (b, 1, H, W): strong colours (each channel times
+    1 +- 0.4, beside seg_jitter), half with X_C behind."""
     rng = u.random_generator(s.seed, "segmentation", step)
     rows = data.batch_rows(len(source), s.seed, "segmentation order", step, s.seg_batch)[own]
     parameters = data.augmentation(rng, s.seg_batch, s.seg_jitter, gain=0.4)[own]
-    x, m, _ = data.crops(source, rows, parameters, s.image, device, source.masks)
-    x = swap_backgrounds(s, rng, x, m, 0.5, own, s.seg_batch, unconstrained, s.seg_jitter, 0.4)
-    return data.normalise(x).contiguous(memory_format=torch.channels_last), m
+    x, fg, _ = data.crops(source, rows, parameters, s.image, device, source.masks)
+    x = swap_backgrounds(s, rng, x, fg, 0.5, own, s.seg_batch, unconstrained, s.seg_jitter, 0.4)
+    return data.normalise(x).contiguous(memory_format=torch.channels_last), fg
 
 
-def segmentation_loss(net, x, m, device, dtype):
-    """Binary cross-entropy of f^S on images x (b, 3, H, W) against masks m (b, 1, H, W) in 0..1."""
+def segmentation_loss(net, x, fg, device, dtype):
+    """Binary cross-entropy of f^S on images x (b, 3, H, W) against the foreground fg (b, 1, H, W) in 0..1."""
     with u.autocast(device, dtype): logits = net(x)                                      # (b, 1, H, W)
-    return F.binary_cross_entropy_with_logits(logits.float(), m)
+    return F.binary_cross_entropy_with_logits(logits.float(), fg)
 
 
 def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unconstrained, device, world):
@@ -159,8 +159,8 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
 
     def losses(step):  # of each image alone
         rows = data.batch_rows(len(source), s.seed, "segmentation order", step, s.seg_batch)[own]
-        x, m = segmentation_batch(s, step, own, source, unconstrained, device)
-        for row, *one in zip(rows, x.split(1), m.split(1)):
+        x, fg = segmentation_batch(s, step, own, source, unconstrained, device)
+        for row, *one in zip(rows, x.split(1), fg.split(1)):
             with torch.no_grad(): yield "L_seg", segmentation_loss(net, *one, device, dtype), source, row
     guard = u.Guard(optimiser, scaler, net, torch.zeros(1, device=device), save, losses)
     steps = range(start, s.seg_steps)
@@ -197,12 +197,13 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Ru
         if run.rank == 0: np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
     u.wait_for_all()  # outside: a peer that is gone is no failure to write
     with u.writing(part):
-        mine, file = np.array_split(np.arange(n), world)[run.rank], open(part, "r+b")
-        file.seek(np.load(part, mmap_mode="r").offset + mine[0] * H * H)
+        mine = np.array_split(np.arange(n), world)[run.rank]  # its rows; none, if processes outnumber them
+        file = open(part, "r+b")
+        if len(mine): file.seek(np.load(part, mmap_mode="r").offset + int(mine[0]) * H * H)
     seen = round(s.image * dataset.meta["margin"])  # f^S learned with this many pixels to the stored crop
     progress = u.Progress("target masks", len(mine), world, rank=run.rank)
     share = np.zeros(n, np.float32)                                                      # of foreground
-    for i in range(0, -(-n // world), 64):                                               # as often on each
+    for i in range(0, -(-n // world), 64):  # as many rounds on each process, for they ask each other to stop
         if stop.requested(): return False  # the same command begins them again
         if not len(rows := mine[i:i + 64]): continue
         x = data.normalise(data.load_images(dataset, rows, device))
@@ -249,15 +250,15 @@ def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconst
     parameters = data.augmentation(rng, s.batch, s.jitter)[own]
     noise = torch.from_numpy(rng.random((s.batch, N), np.float32)[own]).to(device)       # (b, N)
     x = torch.empty(len(rows), 3, s.image, s.image, device=device)
-    m, w = torch.zeros_like(x[:, :1]), torch.ones(len(rows), N, device=device)
+    fg, w = torch.zeros_like(x[:, :1]), torch.ones(len(rows), N, device=device)   # (b, 1, H, W), (b, N)
     for i, (dataset, masks, weighted) in enumerate(domains):
         here = np.flatnonzero(which == i)
         if not len(here): continue
         at = torch.from_numpy(here).to(device)
-        x[at], mask, _ = data.crops(dataset, rows[here], parameters[here], s.image, device, masks)
-        if masks is not None: m[at] = mask
-        if weighted: w[at] = u.foreground_weights(mask, s.patch, s.alpha)                # Eq. (2)
-    if s.xc > 0: x = swap_backgrounds(s, rng, x, m, s.xc, own, s.batch, unconstrained, s.jitter, 0.0)
+        x[at], seen, _ = data.crops(dataset, rows[here], parameters[here], s.image, device, masks)
+        if masks is not None: fg[at] = seen
+        if weighted: w[at] = u.foreground_weights(seen, s.patch, s.alpha)                # Eq. (2)
+    if s.xc > 0: x = swap_backgrounds(s, rng, x, fg, s.xc, own, s.batch, unconstrained, s.jitter, 0.0)
     return data.normalise(x), w, noise
 
 
@@ -272,7 +273,7 @@ def reconstruction_loss(s: Settings, model, x, w, noise, device, dtype):
 
 
 def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unconstrained, device, world):
-    """f^E and f^D by Eq. (3). Returns the number of steps, or 0 if stopped."""
+    """f^E and f^D by Eq. (3). Returns False if stopped."""
     torch.manual_seed(s.seed)
     encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
     decoder = u.Decoder(encoder.grid, s.patch, s.width, s.decoder_width, s.decoder_depth, s.decoder_heads)
@@ -282,7 +283,9 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     optimiser = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
     state = run.resume("checkpoint.pt", optimiser, parts, "pretraining")
     steps = max(1, round(s.epochs * sum(len(dataset) for dataset, _, _ in domains) / s.batch))
-    if (start := state["step"]) == steps: return steps
+    if (start := state["step"]) == steps:
+        if run.rank == 0: print(f"finished already: {run.folder}", flush=True)
+        return True
     sums = state.get("sums", torch.zeros(3)).to(device)  # of L_WMAE, pixel, steps since the last log
     shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
 
@@ -301,7 +304,8 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
 
     def losses(step):  # of each image alone
         for own in shares:
-            for i, row, *one in zip(*rows_of(s, step, own, domains), *(t.split(1) for t in make(step, own))):
+            (which, rows), batch = rows_of(s, step, own, domains), make(step, own)
+            for i, row, *one in zip(which, rows, *(part.split(1) for part in batch)):
                 with torch.no_grad(): L_WMAE, _ = reconstruction_loss(s, mae, *one, device, dtype)
                 yield "L_WMAE", L_WMAE, domains[i][0], row
     guard = u.Guard(optimiser, scaler, mae, sums, save, losses)
@@ -324,8 +328,8 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
             progress.show(done, {"L_WMAE": L_WMAE, "per masked pixel": pixel}, final=done == steps)
             sums.zero_()
         if saving or stopping: save(done)
-        if stopping: return 0
-    return steps
+        if stopping: return False
+    return True
 
 
 def main(arguments=None) -> int:
@@ -365,9 +369,9 @@ def main(arguments=None) -> int:
     # ---- f^E and f^D ---------------------------------------------------------------------------------------
     domains = [(source, source.masks, s.masks != "none")]
     if target is not None: domains.append((target, target_masks, s.masks == "both"))
-    steps = train_autoencoder(s, run, stop, domains, unconstrained, device, world)
-    if not steps: return stop.status
-    if rank == 0: print(f"finished: {run.folder}, {steps} steps in {run.seconds() / 60:.1f} minutes")
+    finished = train_autoencoder(s, run, stop, domains, unconstrained, device, world)
+    if not finished: return stop.status
+    if rank == 0: print(f"finished: {run.folder}; now: python train_finetune.py", flush=True)
     return 0
 
 

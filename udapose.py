@@ -86,7 +86,7 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Tokens x (B, N, D) at index (B, V): (B, V, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))       # (B, V, D)
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
@@ -127,8 +127,8 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The output (B, M, T, d) of `plain_attention` by the faster of its two forms.
 
-    The fused form never makes A, and wins on CUDA and in float32. Its bfloat16 backward pass on a CPU (torch
-    2.13) is 2 to 6 times slower than the written form's: tests/benchmark.py measures it.
+    The fused form never makes A, and wins on CUDA. On a CPU (torch 2.13) it is level in float32, and its
+    bfloat16 backward pass 2 to 5 times slower than the written form's: tests/benchmark.py measures it.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu": return plain_attention(q, k, v)[0]
     return F.scaled_dot_product_attention(q, k, v)
@@ -393,7 +393,8 @@ class UNet(nn.Module):
             x = double(x if i == 0 else F.max_pool2d(x, 2))                # (B, C, H/2^(i+1), W/2^(i+1))
             skips.append(x)
         for double, skip in zip(self.up, reversed(skips[:-1])):
-            x = double(torch.cat([skip, F.interpolate(x, size=skip.shape[-2:])], dim=1))
+            x = F.interpolate(x, size=skip.shape[-2:])                     # (B, C, the size of the skip)
+            x = double(torch.cat([skip, x], dim=1))                        # (B, 2 C, ..) to (B, C, ..)
         return self.head(self.last(F.interpolate(x, size=images.shape[-2:])))  # (B, 1, H, W)
 
 
@@ -446,14 +447,13 @@ class PoseEstimator(nn.Module):
         self.encoder, self.head, self.discriminator = encoder, head, discriminator
 
     def forward(self, source: Tensor, target: Tensor | None = None, compare: bool = False) -> tuple:
-        """Source images (B, 3, H, W) to head features (B, C, S, S); target images to a_cls^E (B, L, N).
-
-        With `compare`: features, None, and the mean patch tokens (B, D) of source and target.
-        """
+        """Source images (B, 3, H, W) to head features (B, C, S, S); target images to a_cls^E (B, L, N) or,
+        with `compare`, those of both to phi_s and phi_t (B, D). Returns all four; None is not asked for."""
         tokens = self.encoder(source)                                      # (B, 1 + N, D)
-        features = self.head.features(tokens)
-        if compare: return features, None, mean_patch_token(tokens), mean_patch_token(self.encoder(target))
-        return features, None if target is None else self.encoder.attention_maps(target)
+        features, a_E, phi_s, phi_t = self.head.features(tokens), None, None, None
+        if compare: phi_s, phi_t = mean_patch_token(tokens), mean_patch_token(self.encoder(target))
+        elif target is not None: a_E = self.encoder.attention_maps(target)
+        return features, a_E, phi_s, phi_t
 
     def heatmaps(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to H^ (B, K, S, S, S)."""
@@ -551,9 +551,8 @@ class ScaleGradient(torch.autograd.Function):
 def gather_features(phi: Tensor) -> Tensor:
     """phi (b, D) of every process in one (B, D): unlike DANN, DDC and DAN are not sums over images.
 
-    Every process then has the whole loss, but a way back to f^E through its own rows only. As
-    DistributedDataParallel takes the mean of the gradients where a sum is due, these count `world` times; the
-    discriminator has its whole gradient on each process, and the mean is right.
+    Every process then has the whole loss; a gradient reaches f^E through its own rows only, `world` times,
+    for DistributedDataParallel takes the mean where the sum is due.
     """
     if not distributed(): return phi
     rank, world = place_among_processes()
@@ -660,11 +659,13 @@ def decode_heatmaps(heatmaps: Tensor, refine: bool = True) -> Tensor:
     step = torch.arange(-1, 2, device=heatmaps.device)
     z, y, x = (zyx[..., axis, None] + step for axis in range(3))                         # 3 x (B, K, 3)
     flat = (z[..., :, None, None] * S + y[..., None, :, None]) * S + x[..., None, None, :]   # (B, K, 3, 3, 3)
-    window = heatmaps.flatten(2).gather(2, flat.flatten(2)).float().clamp(min=1e-6).reshape(B, K, 3, 3, 3)
+    window = heatmaps.flatten(2).gather(2, flat.flatten(2)).float().clamp(min=1e-6)      # (B, K, 27)
+    window = window.unflatten(2, (3, 3, 3))                                              # (B, K, Z, Y, X)
     profiles = torch.stack([window.sum(dim=(3, 4)), window.sum(dim=(2, 4)), window.sum(dim=(2, 3))], dim=2)
-    left, middle, right = profiles.log().unbind(-1)                                      # 3 x (B, K, 3) z y x
+    left, middle, right = profiles.log().unbind(-1)              # (B, K, axis, 3 voxels) to 3 x (B, K, 3)
     curvature = (left - 2 * middle + right).clamp(max=-1e-3)                          # a peak bends downwards
-    return (zyx + ((left - right) / (2 * curvature)).clamp(-1.5, 1.5)).flip(-1)          # (B, K, 3) x y z
+    vertex = ((left - right) / (2 * curvature)).clamp(-1.5, 1.5)                         # (B, K, 3) z y x
+    return (zyx + vertex).flip(-1)                                                       # (B, K, 3) x y z
 
 
 def joint_errors(predicted: Tensor, truth: Tensor, root: int) -> Tensor:

@@ -63,8 +63,8 @@ def test_compared_features_are_those_of_the_encoder():
     encoder = u.Encoder((8, 8), 4, 8, 2, 2)
     model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
     source, target = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
-    features, nothing, *phi = model(source, target, True)
-    assert nothing is None and torch.equal(features, model(source)[0])
+    features, a_E, *phi = model(source, target, True)
+    assert a_E is None and torch.equal(features, model(source)[0])
     for x, images in zip(phi, (source, target)):
         close(x, torch.stack([sum(tokens[1:]) / 4 for tokens in encoder(images)]))
         assert x.requires_grad

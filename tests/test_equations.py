@@ -568,7 +568,7 @@ def test_eq6_gradient_reaches_queries_and_keys_only():
     """Eq. (6) regularises f^E up to q and k of its last block: v, projection, FFN, norm, f^H get none."""
     encoder = u.Encoder((8, 8), 4, 8, 2, 2)
     model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
-    _, a_E = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8))
+    _, a_E, *_ = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8))
     u.attention_loss(a_E, torch.rand(2, 2, 4)).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {n for n in reached if not n.startswith("encoder.")} == set()
@@ -617,7 +617,7 @@ def test_eq7_gradient_is_that_of_both_terms():
     centres, valid = torch.rand(2, 2, 3) * 7, torch.ones(2, 2)
 
     def gradients(loss):
-        features, a_E = model(source, target)
+        features, a_E, *_ = model(source, target)
         L_kpt = u.keypoint_loss_expanded(features, model.head.conv, centres, valid, 1.0)
         values = torch.autograd.grad(loss(L_kpt, u.attention_loss(a_E, a_A)), list(model.parameters()),
                                      allow_unused=True, materialize_grads=True)

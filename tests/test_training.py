@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,18 @@ def test_pretraining_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch, ca
     assert (tmp_path / "run/log.jsonl").read_text() == (pretrained / "log.jsonl").read_text()
     masks = [np.load(run / "target_masks.npy") for run in (tmp_path / "run", pretrained)]
     assert np.array_equal(*masks) and masks[0].shape == (40, 60, 60)
+
+
+def test_masks_of_fewer_images_than_processes(sets, tmp_path, monkeypatch):
+    """A process that has no image to predict waits for the others; what they wrote stays."""
+    monkeypatch.setattr(u, "mean_over_processes", lambda share: share)
+    target, s = data.Dataset(sets / "target"), train_pretrain.Settings(image=48)
+    (n, H), part = target.images.shape[:2], tmp_path / "target_masks.part.npy"
+    np.save(part, np.full((n, H, H), 7, np.uint8))
+    run, stop = SimpleNamespace(rank=n, folder=tmp_path), SimpleNamespace(requested=lambda: False)
+    assert train_pretrain.predict_masks(s, u.UNet(4).eval(), target, tmp_path / "target_masks.npy", run, stop,
+                                        n + 1, torch.device("cpu"), torch.float32)
+    assert (np.load(part) == 7).all()
 
 
 def test_finetuning_resumes_bitwise(sets, pretrained, finetuned, tmp_path, monkeypatch):
@@ -483,8 +496,8 @@ def test_unfinished_pretraining_is_refused(sets, tmp_path, monkeypatch):
 
 
 def test_finished_run_says_so(sets, pretrained, finetuned, capsys):
-    assert finetune(sets, finetuned, str(pretrained)) == 0
-    assert "finished already" in capsys.readouterr().out
+    assert finetune(sets, finetuned, str(pretrained)) == pretrain(sets, pretrained) == 0
+    assert capsys.readouterr().out.count("finished already") == 2
 
 
 def test_changed_data_is_noticed(sets, finetuned, pretrained, tmp_path):
