@@ -606,6 +606,13 @@ def same_skeleton(dataset: Dataset, skeleton: dict, whose: str = "the model") ->
             raise InputError(f"{dataset.folder}: {key} is {found}, not {known} as {whose}")
 
 
+def say_if_enlarged(datasets: list[Dataset | None], side: int) -> None:
+    """Name those whose stored crops hold fewer pixels than the network's crop of `side` px asks for."""
+    for dataset in filter(None, datasets):
+        there = round(dataset.images.shape[1] / dataset.meta["margin"])
+        if there < side: print(f"{dataset.folder}: crops of {there} px are enlarged to {side}", flush=True)
+
+
 def compared(meta: dict) -> list[int]:
     """Joints over which errors are averaged: `compare` of meta.json; else all, but of a human not the root,
     whose error is 0 by definition: hands' EPE counts the wrist by custom, MPJPE here does not the pelvis."""

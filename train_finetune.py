@@ -325,6 +325,7 @@ def main(arguments=None) -> int:
     data.ensure_benchmark([s.source, s.target if s.lam or s.adapt else "", s.validation], rank)
     stop = u.StopSignal()
     source, target, validation, facts = open_data(s)
+    if rank == 0: data.say_if_enlarged([source, target, validation], s.image)
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
     if s.init: facts["init"] = u.file_checksum(s.init)
     elastic = s.sync_bn and not s.micro_batch  # else f^H's BatchNorm sees one process's images

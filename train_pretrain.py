@@ -350,6 +350,7 @@ def main(arguments=None) -> int:
     use_f_S = target is not None and not s.target_masks and (s.masks == "both" or s.xc > 0)
     unconstrained = data.Dataset(s.unconstrained) if s.xc > 0 or use_f_S else None
     sets = {"source": source, "target": target, "unconstrained": unconstrained}
+    if rank == 0: data.say_if_enlarged(list(sets.values()), s.image)
     facts = {name: d.fingerprint for name, d in sets.items() if d is not None}
     target_masks = data.open_masks(s.target_masks, target) if target is not None and s.target_masks else None
     if target_masks is not None: facts["target_masks"] = u.file_checksum(s.target_masks)

@@ -110,6 +110,14 @@ def test_pretraining_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch, ca
     assert np.array_equal(*masks) and masks[0].shape == (40, 60, 60)
 
 
+def test_images_smaller_than_the_networks_are_named(sets, tmp_path, capsys):
+    """60 px with a margin of 1.25 are 48 px: enough for the preset's crop, not for one of 56 px."""
+    assert finetune(sets, tmp_path / "a", "", "--variant", "scratch", "--epochs", "0.3") == 0
+    assert "enlarged" not in capsys.readouterr().out
+    assert finetune(sets, tmp_path / "b", "", "--variant", "scratch", "--epochs", "0.3", "--image", "56") == 0
+    assert f"{sets}/source: crops of 48 px are enlarged to 56" in capsys.readouterr().out
+
+
 def test_masks_of_fewer_images_than_processes(sets, tmp_path, monkeypatch):
     """A process that has no image to predict waits for the others; what they wrote stays."""
     monkeypatch.setattr(u, "mean_over_processes", lambda share: share)
