@@ -372,7 +372,7 @@ def main(arguments=None) -> int:
     if target is not None: domains.append((target, target_masks, s.masks == "both"))
     finished = train_autoencoder(s, run, stop, domains, unconstrained, device, world)
     if not finished: return stop.status
-    if rank == 0: print(f"finished: {run.folder}; now: python train_finetune.py", flush=True)
+    if rank == 0: print(f"finished: {run.folder}; train_finetune.py can start from it", flush=True)
     return 0
 
 
