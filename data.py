@@ -3,7 +3,7 @@
     python data.py hands datasets/hands             render the embedded benchmark (the scripts do so too);
     python data.py bodies datasets/bodies           the same with human bodies
     python data.py freihand ROOT OUT --split train  convert a publisher's files into a data-set folder, once
-    python data.py photos ROOT OUT                  any folder of photographs (ImageNet's), as X_C
+    python data.py imagenet ROOT OUT                any folder of photographs, as X_C
     python data.py show FOLDER PICTURE.png          draw a few samples, with their labels and masks
     python data.py check FOLDER                     sizes, checksums, and whether the labels are possible
 
@@ -2357,7 +2357,6 @@ READERS = {  # name on the command line: (reader, skeleton, share of the samples
     "3dhp": (read_3dhp, HUMAN | MPI_COMPARED, 0.05),
     "surreal": (read_surreal, HUMAN | SMPL_COMPARED, 0.2),
     "imagenet": (read_photos, HAND | {"joints": [], "bones": []}, 1.0),
-    "photos": (read_photos, HAND | {"joints": [], "bones": []}, 1.0),
 }
 
 

@@ -517,7 +517,7 @@ def test_photos(tmp_path):
     halves.save(root / "g_cut.jpg"); cut(root / "g_cut.jpg")
     (root / "h_text.jpg").write_text("not a picture")
     (root / "readme.txt").write_text("not a photograph")
-    data.main(["photos", str(root), str(tmp_path / "xc"), "--side", "32", "--workers", "1"])
+    data.main(["imagenet", str(root), str(tmp_path / "xc"), "--side", "32", "--workers", "1"])
     dataset = data.Dataset(tmp_path / "xc")
     assert len(dataset) == 6 and dataset.meta["joints"] == []
     assert [text.split(": ")[0][-9:] for text in dataset.meta["skipped"]] == ["g_cut.jpg", "_text.jpg"]
@@ -527,12 +527,12 @@ def test_photos(tmp_path):
     assert np.abs(images[3][:, 20:] - (0, 0, 255)).max() < 40                  # blue is on the right now
     assert np.abs(images[4][:12] - (0, 0, 255)).max() < 9 and (images[5] == (9, 8, 7)).all()
     for folder in (tmp_path / "nothing", root / "deep/none"):
-        with refused("no photographs"): data.main(["photos", str(folder), str(tmp_path / "none")])
+        with refused("no photographs"): data.main(["imagenet", str(folder), str(tmp_path / "none")])
 
 
 def test_a_folder_may_be_named_with_a_slash(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    data.main(["photos", str(tmp_path), f"{tmp_path}/xc/", "--side", "32", "--workers", "1"])
+    data.main(["imagenet", str(tmp_path), f"{tmp_path}/xc/", "--side", "32", "--workers", "1"])
     assert len(data.Dataset(tmp_path / "xc")) == 1
 
 
