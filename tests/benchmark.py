@@ -252,7 +252,7 @@ def laps_of(works: dict, device, seconds: float = 8) -> dict:
 
 
 def measure_forms(size: str, root: str, device: torch.device) -> dict:
-    """Readable forms against fast ones, forward and backward, in ms: attention in both types, and Eq. (5)."""
+    """Readable forms against fast ones, forward and backward, in ms: attention in both types, Eq. (5); reading."""
     s, B = settings_of(tune, size, device, "--init", ""), 8 if size == "paper" else 32
     result, d, T = {"part": f"forms, {size} (ms)"}, s.width // s.heads, 1 + (s.image // s.patch) ** 2
     for dtype in (torch.float32, torch.bfloat16):
@@ -274,6 +274,12 @@ def measure_forms(size: str, root: str, device: torch.device) -> dict:
     laps = laps_of({"written": written, "expanded": expanded}, device)
     kept = [saved_bytes(lambda: u.keypoint_loss(head.heatmaps(features), centres, valid, s.sigma)),
             saved_bytes(lambda: u.keypoint_loss_expanded(features, head.conv, centres, valid, s.sigma))]
+    sets = random_folder(Path(root) / "forms", 256, round(1.25 * s.image))
+    rows, buffer = np.random.default_rng(0).permutation(256), np.empty_like(sets.images.array)
+    def at_once(): buffer[...] = sets.images[rows]                        # as torch.from_numpy(..).pin_memory()
+    def row_by_row(): data.read_into(buffer, sets.images, rows)           # as data.read_rows on CUDA
+    reading = laps_of({"at once": at_once, "row by row": row_by_row}, device, seconds=4)
+    result |= {f"reading 256 stored images, {k}": 1e3 * v for k, v in reading.items()}
     return result | {f"Eq. (5) {k}": 1e3 * v for k, v in laps.items()} | {
         f"Eq. (5) {k}, MiB kept an image": v / B / 2 ** 20 for k, v in zip(("written", "expanded"), kept)}
 

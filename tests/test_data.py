@@ -742,6 +742,18 @@ def test_batch_rows():
     assert sorted(data.batch_rows(3, 0, "order", 0, 9)) == 3 * [0] + 3 * [1] + 3 * [2]  # three epochs in one
 
 
+def test_rows_for_a_gpu_are_read_into_pinned_memory(dots, monkeypatch):
+    """The same rows, in their order; the copy does not wait."""
+    rows, asked, empty = np.array([7, 0, 7, 3]), [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, dtype: asked.append(pin_memory) or
+                        empty(*size, dtype=dtype))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: asked.append(non_blocking) or x)
+    for array in (dots.images, dots.masks):
+        x = data.read_rows(array, rows, torch.device("cuda"))
+        assert x.dtype == torch.uint8 and torch.equal(x, torch.from_numpy(array[rows]))
+    assert asked == [True] * 4
+
+
 @pytest.mark.parametrize("prefetch", [data.prefetch, data.in_a_thread])
 def test_prefetch(prefetch):
     """Without a thread, as on a CPU, and with one: the same batches, and their errors come through."""

@@ -86,6 +86,9 @@ def test_a_bit_that_flips_is_told_when_its_record_is_read(rotten, name):
         dataset = data.Dataset(rotten, *data.RECORDS[1:])
         getattr(dataset, name)[[0, 1]]
         with refused("row 3 is not"): getattr(dataset, name)[rows]
+    dataset = data.Dataset(rotten, *data.RECORDS[1:])
+    with refused("row 3 is not"):
+        data.read_into(np.empty_like(array), getattr(dataset, name), np.arange(N))
 
 
 def test_a_record_is_checked_once(rotten, monkeypatch):
