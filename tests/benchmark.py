@@ -4,6 +4,7 @@
     python tests/benchmark.py --sizes tiny --json speed.json
     python tests/benchmark.py --device cuda --sizes paper
     python tests/benchmark.py --only conversion        the readers of public data sets, a minute or two
+    python tests/benchmark.py --only reading           stored images, from memory and from the disk, a minute
 
 The figure of merit is a share: useful operations of a step (counted from the equations, `pretraining_flops`,
 `finetuning_flops`) per second, over the machine's own rate for one large matrix product of the same type,
@@ -244,7 +245,7 @@ def attention_only(model, x_t, device, dtype):
 
 
 def laps_of(works: dict, device, seconds: float = 8) -> dict:
-    """The least time of each, taken in turn, so that a busy neighbour hits all alike; at least three rounds."""
+    """The least time of each, taken in turn, so that a busy neighbour hits all alike; three laps at least."""
     laps, end = [], time.perf_counter() + seconds
     while len(laps) < 3 or time.perf_counter() < end:
         laps.append({name: seconds_of(work, device, 1) for name, work in works.items()})
@@ -252,7 +253,7 @@ def laps_of(works: dict, device, seconds: float = 8) -> dict:
 
 
 def measure_forms(size: str, root: str, device: torch.device) -> dict:
-    """Readable forms against fast ones, forward and backward, in ms: attention in both types, Eq. (5); reading."""
+    """Readable forms against fast ones, forward and backward, in ms: attention in both types, and Eq. (5)."""
     s, B = settings_of(tune, size, device, "--init", ""), 8 if size == "paper" else 32
     result, d, T = {"part": f"forms, {size} (ms)"}, s.width // s.heads, 1 + (s.image // s.patch) ** 2
     for dtype in (torch.float32, torch.bfloat16):
@@ -274,14 +275,34 @@ def measure_forms(size: str, root: str, device: torch.device) -> dict:
     laps = laps_of({"written": written, "expanded": expanded}, device)
     kept = [saved_bytes(lambda: u.keypoint_loss(head.heatmaps(features), centres, valid, s.sigma)),
             saved_bytes(lambda: u.keypoint_loss_expanded(features, head.conv, centres, valid, s.sigma))]
-    sets = random_folder(Path(root) / "forms", 256, round(1.25 * s.image))
-    rows, buffer = np.random.default_rng(0).permutation(256), np.empty_like(sets.images.array)
-    def at_once(): buffer[...] = sets.images[rows]                        # as torch.from_numpy(..).pin_memory()
-    def row_by_row(): data.read_into(buffer, sets.images, rows)           # as data.read_rows on CUDA
-    reading = laps_of({"at once": at_once, "row by row": row_by_row}, device, seconds=4)
-    result |= {f"reading 256 stored images, {k}": 1e3 * v for k, v in reading.items()}
     return result | {f"Eq. (5) {k}": 1e3 * v for k, v in laps.items()} | {
         f"Eq. (5) {k}, MiB kept an image": v / B / 2 ** 20 for k, v in zip(("written", "expanded"), kept)}
+
+
+def measure_reading(root: str, device: torch.device) -> dict:
+    """Stored images of 320 px a second: from memory, in the two ways to fill pinned memory; and from the disk
+    (where the folder for temporary files lies on one), rows announced or not."""
+    path, rng = random_folder(Path(root) / "set", 2000, 320).folder / "images.npy", np.random.default_rng(0)
+    buffer = np.empty((256, 320, 320, 3), np.uint8)
+
+    def at_once(images, rows): buffer[...] = images[rows]                 # as torch.from_numpy().pin_memory()
+    def row_by_row(images, rows): data.read_into(buffer, images, rows)    # as data.read_rows on CUDA
+    def announced(images, rows): data.announce(images, rows); row_by_row(images, rows)
+    def rate(read, cold=False):
+        path.read_bytes()                                                  # now it is in memory
+        if cold:
+            with open(path) as file:
+                os.fsync(file)
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        images, rows = data.open_array(path, np.uint8, (None, 320, 320, 3)), rng.permutation(2000)[:256]
+        return len(rows) / seconds_of(lambda: read(images, rows), torch.device("cpu"), 1)
+    ways = {"from memory, at once": (at_once,), "from memory, row by row": (row_by_row,),
+            "from memory, announced": (announced,)}
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        ways |= {"from the disk": (row_by_row, True), "from the disk, announced": (announced, True)}
+    for way in ways.values(): rate(*way)                                   # the first warms up
+    laps = [{name: rate(*way) for name, way in ways.items()} for _ in range(5)]
+    return {"part": "reading (images/s)"} | {name: max(lap[name] for lap in laps) for name in ways}
 
 
 def measure_compile(size: str, root: str, device: torch.device) -> dict:
@@ -462,7 +483,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
-    parser.add_argument("--only", choices=["training", "conversion"], help="one half of the report")
+    parser.add_argument("--only", choices=["training", "reading", "conversion"], help="one part")
     parser.add_argument("--json", help="also write the results to this file")
     given = parser.parse_args(arguments)
     where = (given.device, given.threads)
@@ -473,10 +494,12 @@ def main(arguments=None) -> None:
     jobs = [(f, stage, size) for f in (measure_stage, measure_options) for size in given.sizes
             for stage in STAGES]
     jobs += [(f, size) for f in (measure_forms, measure_compile) for size in given.sizes]
-    training, conversion = (given.only in (None, part) for part in ("training", "conversion"))
+    training, reading, conversion = (given.only in (None, part) for part in
+                                     ("training", "reading", "conversion"))
     processes = torch.cuda.device_count() if given.device == "cuda" else min(2, os.cpu_count() or 1)
     jobs = jobs * training + [(measure_scaling, processes)] * (training and processes > 1)
-    for function, *which in jobs + [(measure_conversion,)] * conversion:
+    jobs += [(measure_reading,)] * reading + [(measure_conversion,)] * conversion
+    for function, *which in jobs:
         results.append(alone(function, *which, *where))
         show(results[-1])
         if given.json: u.write_json(Path(given.json), results)

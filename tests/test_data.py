@@ -4,10 +4,12 @@ The fixture is FreiHAND in the publisher's own layout, made of the project's own
 windows of larger pictures (so that some crops reach beyond), a dot of its finger's colour on each joint.
 """
 import json
+import mmap
 import shutil
 import threading
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -752,6 +754,26 @@ def test_rows_for_a_gpu_are_read_into_pinned_memory(dots, monkeypatch):
         x = data.read_rows(array, rows, torch.device("cuda"))
         assert x.dtype == torch.uint8 and torch.equal(x, torch.from_numpy(array[rows]))
     assert asked == [True] * 4
+
+
+def test_rows_that_come_next_are_announced(dots, monkeypatch):
+    """The pages of each record, from the start of the first one to its end; only of mapped files."""
+    asked: list[tuple] = []
+
+    class Spy(np.memmap):
+        base = SimpleNamespace(madvise=lambda *call: asked.append(call))
+    spied, size = dots.images.view(Spy), dots.images[0].nbytes
+    monkeypatch.setattr(dots, "images", spied)
+    data.announce(dots.images, np.array([11, 0, 5]))
+    for row, (advice, start, length) in zip((11, 0, 5), asked, strict=True):
+        first = spied.offset + row * size
+        assert advice == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0
+        assert first - mmap.PAGESIZE < start <= first and start + length == first + size
+    data.load_images(dots, np.array([2]), torch.device("cpu"), np.array(dots.masks))
+    data.announce(data.Records(spied, np.zeros(len(spied)), dots.folder), np.array([1]))
+    assert len(asked) == 5                                         # of masks that are not in a file: nothing
+    mapped = data.open_array(dots.folder / "masks.npy", np.uint8, dots.masks.shape)
+    data.announce(mapped, np.arange(len(mapped)))                  # the system takes each of them
 
 
 @pytest.mark.parametrize("prefetch", [data.prefetch, data.in_a_thread])
