@@ -555,7 +555,7 @@ def colour_jitter(images: Tensor, parameters: Tensor) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in 0..1 to the statistics that the encoder expects."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (to_device(np.float32(v), images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return torch.addcmul(-mean / std, images, 1 / std)
 
 
@@ -563,6 +563,13 @@ def denormalise(images: Tensor) -> Tensor:
     """The inverse of `normalise`, clipped to 0..1."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return (images * std + mean).clamp(0, 1)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A small array as a tensor on the device. On CUDA by way of pinned memory: a copy from elsewhere would
+    wait for all that the stream was given before."""
+    x = torch.from_numpy(array)
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x
 
 
 def read_rows(array: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
@@ -607,7 +614,7 @@ def load_images(dataset: Dataset, rows: np.ndarray, device: torch.device,
 def crops(dataset: Dataset, rows: np.ndarray, parameters: np.ndarray, side: int, device: torch.device,
           masks: np.ndarray | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
     """Augmented crops: images (B, 3, side, side) in 0..1, masks (B, 1, side, side) or None, A (B, 2, 3)."""
-    p = torch.from_numpy(parameters).to(device)
+    p = to_device(parameters, device)
     A = crop_transform(p, dataset.images.shape[1], dataset.meta["margin"], side)
     x = warp(load_images(dataset, rows, device, masks), A, side)
     return colour_jitter(x[:, :3], p), None if masks is None else x[:, 3:], A
@@ -615,8 +622,8 @@ def crops(dataset: Dataset, rows: np.ndarray, parameters: np.ndarray, side: int,
 
 def labels_of(dataset: Dataset, rows: np.ndarray, A: Tensor) -> tuple[Tensor, Tensor]:
     """Labels in the network's crop: uv (B, K, 2) px, depth (B, K) mm from the root; NaN: not labelled."""
-    keypoints = torch.from_numpy(dataset.keypoints[rows]).to(A.device)                  # (B, K, 3) mm, camera
-    intrinsics = torch.from_numpy(dataset.intrinsics[rows]).to(A.device)                 # (B, 3, 3)
+    keypoints = to_device(dataset.keypoints[rows], A.device)                            # (B, K, 3) mm, camera
+    intrinsics = to_device(dataset.intrinsics[rows], A.device)                           # (B, 3, 3)
     uv = transform_points(A, project(keypoints, intrinsics))                             # (B, K, 2) px
     root = dataset.meta["root"]
     return uv, keypoints[..., 2] - keypoints[:, root:root + 1, 2]
@@ -658,8 +665,8 @@ def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device,
     images, _, A = crops(dataset, rows, no_augmentation(len(rows)), side, device)
     with autocast(A.device, dtype): heatmaps = estimator.heatmaps(normalise(images))       # (B, K, S, S, S)
     uv, depth = from_voxels(decode_heatmaps(heatmaps), side, dataset.meta["depth_range"], heatmaps.shape[-1])
-    truth = torch.from_numpy(dataset.keypoints[rows]).to(device)                        # (B, K, 3) mm, camera
-    intrinsics = transform_intrinsics(A, torch.from_numpy(dataset.intrinsics[rows]).to(device))
+    truth = to_device(dataset.keypoints[rows], device)                                  # (B, K, 3) mm, camera
+    intrinsics = transform_intrinsics(A, to_device(dataset.intrinsics[rows], device))
     root = dataset.meta["root"]
     return back_project(uv, truth[:, root:root + 1, 2] + depth, intrinsics), truth
 

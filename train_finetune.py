@@ -69,9 +69,10 @@ PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=64, save_every=500),
     "paper-hand": dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train",
-                       validation="", micro_batch=64),  # 211 MiB a pair: 13 of a GPU's 24 GiB
+                       validation="", micro_batch=64,  # 211 MiB a pair: 13 of a GPU's 24 GiB
+                       save_every=2000),  # a checkpoint is 1.1 GB
     "paper-human": dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train",
-                        validation="", lam=10.0, epochs=100, micro_batch=64),
+                        validation="", lam=10.0, epochs=100, micro_batch=64, save_every=2000),
 }
 TASKS = {  # what the embedded benchmark of bodies changes
     "hand": {},
@@ -261,7 +262,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: sum(pose_losses(
         s, trial, trial.head, f_A, *first, device, dtype, comparison(s, trial.discriminator, 0))).backward())
     del trial, first  # else their memory stays taken
-    if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)):
+    if run.decide_compile(s.compile, device, steps):
         estimator.compile()
         if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
     if run.rank == 0: print(f"fine-tuning: {steps} steps, {labels}/{len(source)} labels, {dtype}", flush=True)
@@ -329,7 +330,7 @@ def main(arguments=None) -> int:
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
     if s.init: facts["init"] = u.file_checksum(s.init)
     elastic = s.sync_bn and not s.micro_batch  # else f^H's BatchNorm sees one process's images
-    run = u.Run(s.out, s, {"data": facts, "world": world, "machine": u.machine(device)}, rank, elastic)
+    run = u.Run(s.out, s, {"data": facts, "world": world, **u.machine(device)}, rank, elastic)
     finished = train_pose(s, run, stop, estimator, f_A, source, target, validation, device, world)
     if not finished: return stop.status
     if rank == 0: print(f"finished: {run.folder}; now: python evaluate.py {run.folder}", flush=True)

@@ -74,9 +74,10 @@ PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=200, seg_steps=2000, seg_batch=48, save_every=500),
     "paper-hand": dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train",
-                       unconstrained="datasets/imagenet_val", micro_batch=256),  # 30 MiB an image: 8 GiB
+                       unconstrained="datasets/imagenet_val", micro_batch=256,  # 30 MiB an image: 8 GiB
+                       save_every=1000),  # a checkpoint is 1.1 GB
     "paper-human": dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train",
-                        unconstrained="datasets/imagenet_val", micro_batch=256),
+                        unconstrained="datasets/imagenet_val", micro_batch=256, save_every=1000),
 }
 TASKS = {  # what the embedded benchmark of bodies changes
     "hand": {},
@@ -114,7 +115,7 @@ def swap_backgrounds(s: Settings, rng, x, fg, share, own: slice, batch: int, unc
     at = np.flatnonzero(swap[own])
     if not len(at): return x
     x_c, _, _ = data.crops(unconstrained, rows[own][at], parameters[own][at], s.image, x.device)
-    at = torch.from_numpy(at).to(x.device)
+    at = data.to_device(at, x.device)
     x[at] = u.replace_background(x[at], fg[at], x_c)
     return x
 
@@ -248,13 +249,13 @@ def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconst
     rng, N = u.random_generator(s.seed, "pretraining", step), (s.image // s.patch) ** 2
     which, rows = rows_of(s, step, own, domains)
     parameters = data.augmentation(rng, s.batch, s.jitter)[own]
-    noise = torch.from_numpy(rng.random((s.batch, N), np.float32)[own]).to(device)       # (b, N)
+    noise = data.to_device(rng.random((s.batch, N), np.float32)[own], device)            # (b, N)
     x = torch.empty(len(rows), 3, s.image, s.image, device=device)
     fg, w = torch.zeros_like(x[:, :1]), torch.ones(len(rows), N, device=device)   # (b, 1, H, W), (b, N)
     for i, (dataset, masks, weighted) in enumerate(domains):
         here = np.flatnonzero(which == i)
         if not len(here): continue
-        at = torch.from_numpy(here).to(device)
+        at = data.to_device(here, device)
         x[at], seen, _ = data.crops(dataset, rows[here], parameters[here], s.image, device, masks)
         if masks is not None: fg[at] = seen
         if weighted: w[at] = u.foreground_weights(seen, s.patch, s.alpha)                # Eq. (2)
@@ -294,7 +295,7 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: reconstruction_loss(
         s, trial, *first, device, dtype)[0].backward())  # on a copy, so that timing leaves no trace
     del trial, first
-    if run.decide("compile", lambda: u.wants_compile(s.compile, device, steps)): mae.compile()
+    if run.decide_compile(s.compile, device, steps): mae.compile()
     if run.rank == 0: print(f"MAE: {steps} steps of {s.batch} images, {dtype}, {device}", flush=True)
     model, scaler = u.parallel(mae, world), u.grad_scaler(device, dtype, state)
     progress = u.Progress("MAE", steps, s.batch, start, run.rank)
@@ -356,7 +357,7 @@ def main(arguments=None) -> int:
     if target_masks is not None: facts["target_masks"] = u.file_checksum(s.target_masks)
     # f^S has BatchNorm, of one process's images; once the target's masks are there, nothing else has
     elastic = not use_f_S or (Path(s.out) / "target_masks.npy").exists()
-    run = u.Run(s.out, s, {"data": facts, "world": world, "machine": u.machine(device)}, rank, elastic)
+    run = u.Run(s.out, s, {"data": facts, "world": world, **u.machine(device)}, rank, elastic)
 
     # ---- f^S, and the target's masks by it -----------------------------------------------------------------
     if use_f_S:

@@ -832,6 +832,8 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     if "RANK" not in os.environ: return 0, 1, torch.device("cuda" if cuda else "cpu")
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     local = int(os.environ["LOCAL_RANK"])
+    if cuda and local >= torch.cuda.device_count():
+        raise InputError(f"--nproc_per_node: more processes than CUDA devices here, {torch.cuda.device_count()}")
     if cuda: torch.cuda.set_device(local)
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
     return *place_among_processes(), place
@@ -843,15 +845,22 @@ def code_checksum() -> str:
     return f"{zlib.crc32(b''.join(Path(__file__).with_name(name).read_bytes() for name in names)):08x}"
 
 
-def machine(device: torch.device) -> str:
-    """What computes, on another kind of which the bits differ: a GPU by its name, or as x86_64 AVX512."""
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
-    return f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
+def machine(device: torch.device) -> dict:
+    """What computes, on another kind of which the bits differ: a GPU by its name, or as x86_64 AVX512. A GPU's
+    bits do not depend on the CPU's threads."""
+    if device.type == "cuda": return {"machine": torch.cuda.get_device_name(device), "threads": 0}
+    return {"machine": f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"}
 
 
 def compute_with(threads: int, deterministic: bool = False) -> None:
     """CPU threads, 0: torch's choice. deterministic: a GPU gives the same bits each time, more slowly. Else
-    atomic additions in the backward pass of attention, and cuDNN's choice of kernels, vary them."""
+    atomic additions in the backward pass of attention, and cuDNN's choice of kernels, vary them.
+
+    float32 is float32: rounded to TensorFloat-32, as convolutions are by default and, in some containers, all
+    products, pixels and millimetres would have three digits.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if threads: torch.set_num_threads(threads)
     if not deterministic: return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
@@ -1030,13 +1039,27 @@ def grad_scaler(device: torch.device, dtype: torch.dtype, state: dict) -> torch.
     return scaler
 
 
+def no_compile(device: torch.device) -> str:
+    """Why torch.compile does not work here, or "": it needs Triton and a C compiler, which some images lack."""
+    try: torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error: return first_line(error)  # whatever it is
+    return ""
+
+
 def wants_compile(wanted: str, device: torch.device, steps: int) -> bool:
-    """Whether torch.compile pays: it takes a minute at the start, and gains next to nothing on a CPU."""
+    """Whether to use torch.compile: it takes a minute at the start, and gains next to nothing on a CPU.
+
+    auto: where it pays, and works for all processes. InputError where it is wanted and does not work.
+    """
     if wanted not in ("auto", "on", "off"): raise InputError(f"--compile {wanted!r}: choose auto, on or off")
     # a compiler that times its kernels may choose others next time; Triton makes nothing for less than 7.0
     pays = device.type == "cuda" and steps >= 2000 and not torch.are_deterministic_algorithms_enabled() \
         and torch.cuda.get_device_capability(device) >= (7, 0)
-    return wanted == "on" or (wanted == "auto" and pays)
+    if wanted == "off": return False
+    why = no_compile(device) if wanted == "on" or pays else "it does not pay"
+    if wanted == "on" and why: raise InputError(f"--compile on: torch.compile does not work here ({why})")
+    if why and pays: print(f"torch.compile does not work here ({why}); goes on without it", flush=True)
+    return not any(from_all_ranks(why))
 
 
 def cosine_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -1053,15 +1076,20 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM raise a flag, the loop saves at the end of its step. A second one stops at once."""
+    """Ctrl-C and SIGTERM raise a flag, the loop saves at the end of its step. A second one stops at once.
+
+    What comes within 3 seconds is the same one: a terminal and Slurm send it to each process, and torchrun,
+    which gets it too, passes it on.
+    """
 
     def __init__(self):
         self.number, self.agreed = 0, 0  # the signal that came here; the one that all processes stop for
+        self.since = 0.0                 # when it came
         for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, self.note)
 
     def note(self, number, _frame):
-        if self.number: raise KeyboardInterrupt
-        self.number = number
+        if self.number and time.monotonic() > self.since + 3: raise KeyboardInterrupt
+        if not self.number: self.number, self.since = number, time.monotonic()
 
     def requested(self) -> bool:
         """True on every process as soon as one of them was told to stop. On the CPU: no GPU waits for it."""
@@ -1167,7 +1195,7 @@ class Run:
 
     Raises InputError if the folder cannot be made, another process holds it, or it has other settings.
     """
-    FREE = {"save_every", "log_every", "out"}  # settings that do not change the result
+    FREE = {"save_every", "log_every", "out", "compile"}  # settings that do not change the result, or hardly
 
     def __init__(self, folder: str, settings, facts: dict, rank: int, elastic: bool = False):
         self.folder, self.rank, self.lock, self.begin = Path(folder), rank, None, time.perf_counter()
@@ -1188,7 +1216,7 @@ class Run:
         except BlockingIOError as error:
             raise InputError(f"{self.folder}: another run is at work here; give another --out") from error
         path, new = self.folder / "config.json", dataclasses.asdict(settings)
-        facts = facts | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        facts = {"threads": torch.get_num_threads()} | facts | {"torch": torch.__version__}
         facts["code"] = code_checksum()
         if not path.exists(): return write_json(path, {"settings": new, "facts": facts})
         defaults = {f.name: f.default for f in dataclasses.fields(settings)}   # a setting may be newer
@@ -1216,6 +1244,11 @@ class Run:
 
     def decide_dtype(self, name: str, wanted: str, device: torch.device, one_pass) -> torch.dtype:
         return getattr(torch, self.decide(name, lambda: choose_precision(wanted, device, one_pass)))
+
+    def decide_compile(self, wanted: str, device: torch.device, steps: int) -> bool:
+        """What --compile says now; what `auto` chose is kept."""
+        if wanted != "auto": self.config.pop("compile", None)
+        return self.decide("compile", lambda: wants_compile(wanted, device, steps))
 
     def seconds(self) -> float:
         """Time that this stage has taken, before it was stopped included."""

@@ -382,7 +382,7 @@ def peers(work: Path, number: int, rng: random.Random) -> dict:
 
 def torchrun(work: Path, number: int, rng: random.Random) -> dict:
     """The real launcher: with --max-restarts a killed process costs the steps since the last checkpoint; a
-    signal to the launcher is a signal to the run."""
+    signal to the launcher is a signal to the run, and so is one to all of its processes."""
     command, place = [*MAE, "--epochs", "8", "--out", "runs/mae"], fresh(work, "torchrun")
     whole, found = fresh(work, "torchrun-whole"), {}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -391,15 +391,18 @@ def torchrun(work: Path, number: int, rng: random.Random) -> dict:
         return subprocess.Popen([*launch, *more, str(HERE.parent / "train_pretrain.py"), *command], cwd=place,
                                 stdout=open(place / "output", "a"), stderr=subprocess.STDOUT)
     need(run(whole).wait() == 0, (whole / "output").read_text()[-3000:])
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number, whole_group in itertools.product((signal.SIGINT, signal.SIGTERM), (False, True)):
         process, goal = run(place), logged(place / "runs/mae") + 20
         while logged(place / "runs/mae") < goal: need(process.poll() is None, "ended"); time.sleep(0.005)
-        process.send_signal(number)
+        ranks = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ")
+                 if is_rank(path, process.pid)]
+        for pid in [process.pid, *ranks] if whole_group else [process.pid]: os.kill(pid, number)
         begin = time.perf_counter()
         process.wait()
         saved, last = u.read_checkpoint(place / "runs/mae/checkpoint.pt")["step"], logged(place / "runs/mae")
-        found[f"{number.name}: seconds, launcher's status"] = [round(time.perf_counter() - begin, 2),
-                                                               process.returncode]
+        who = "launcher and processes" if whole_group else "launcher"      # as Slurm or a terminal does
+        found[f"{number.name} to {who}: seconds, status"] = [round(time.perf_counter() - begin, 2),
+                                                            process.returncode]
         need(saved == last, number.name, "saved step", saved, "of", last)
     process, goal = run(place, "--max-restarts", "1"), logged(place / "runs/mae") + 20
     while logged(place / "runs/mae") < goal: need(process.poll() is None, "ended"); time.sleep(0.005)

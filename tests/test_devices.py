@@ -51,6 +51,7 @@ def waits(monkeypatch):
     adamw = torch.optim.AdamW
     monkeypatch.setattr(u, "setup_distributed", lambda *_: (0, 1, META))
     monkeypatch.setattr(data, "read_rows", lambda array, rows, device: torch.from_numpy(array[rows]).to(device))
+    monkeypatch.setattr(data, "to_device", lambda array, device: torch.from_numpy(array).to(device))
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, fused, **k: adamw(*a, **k))
     monkeypatch.setattr(u.Run, "save", lambda *a, **k: None)

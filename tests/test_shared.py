@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_pretrain
 import udapose as u
 
 
@@ -143,9 +144,56 @@ def test_a_gpu_without_bfloat16_is_offered_float16(monkeypatch):
 def test_compile_where_it_pays(wanted, device, steps, on, monkeypatch):
     """On the second GPU it cannot: it is of an old kind."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (6, 1) if gpu.index else (7, 0))
+    monkeypatch.setattr(u, "no_compile", lambda device: "")
     assert u.wants_compile(wanted, torch.device(device), steps) is on
     with pytest.raises(u.InputError, match="'yes': choose auto, on or off"):
         u.wants_compile("yes", torch.device(device), steps)
+
+
+def test_compile_where_there_is_no_compiler(tmp_path, monkeypatch, capsys):
+    """auto goes on without it, on all processes if one has none; one who wants it is told before anything is
+    decided; and a later --compile counts, whatever was chosen before."""
+    def broken(*_): raise RuntimeError("Failed to find C compiler\nmore")
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (7, 0))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert u.no_compile(cpu) == "Failed to find C compiler"
+    with monkeypatch.context() as patch:
+        patch.setattr(u, "no_compile", lambda device: "no compiler")
+        assert u.wants_compile("auto", gpu, 2000) is False
+        assert capsys.readouterr().out == "torch.compile does not work here (no compiler); goes on without it\n"
+        assert not u.wants_compile("auto", cpu, 2000) and not u.wants_compile("off", gpu, 2000)
+        assert capsys.readouterr().out == ""
+    def run(switch): return u.Run(str(tmp_path), train_pretrain.Settings(compile=switch), {}, 0)
+    made = run("on")
+    with pytest.raises(u.InputError, match="^--compile on: .* does not work here \\(Failed to find C compiler\\)$"):
+        made.decide_compile("on", cpu, 1)
+    assert "compile" not in json.loads((tmp_path / "config.json").read_text())
+    monkeypatch.setattr(u, "no_compile", lambda device: "")
+    assert made.decide_compile("auto", gpu, 2000) is True
+    made.lock.close()
+    again = run("off")                                                     # is not refused
+    assert again.decide_compile("auto", cpu, 1) is True                    # what auto chose is kept
+    assert again.decide_compile("off", gpu, 2000) is False and again.decide_compile("on", cpu, 1) is True
+    monkeypatch.setattr(u, "from_all_ranks", lambda why: [why, "no compiler"])
+    assert u.wants_compile("auto", gpu, 2000) is False
+
+
+def test_float32_is_not_rounded_to_fewer_digits(monkeypatch):
+    """As convolutions are on a GPU by torch's default, and products in some containers."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    u.compute_with(0)
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)
+    monkeypatch.setenv("RANK", "2"), monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(u.InputError, match="^--nproc_per_node: more processes than CUDA devices here, 2$"):
+        u.setup_distributed("cuda")
 
 
 def test_gradients_travel_with_the_last_micro_batch_only():
@@ -472,7 +520,16 @@ def test_another_machine_is_said_and_may_go_on(tmp_path, capsys):
     run(tmp_path / "old", facts={"n": 5}).lock.close()
     assert run(tmp_path / "old", facts={"n": 5, "machine": "other"}).config["facts"]["n"] == 5
     assert capsys.readouterr().out == ""
-    assert u.machine(torch.device("cpu")).startswith(os.uname().machine + " ")
+    assert u.machine(torch.device("cpu"))["machine"].startswith(os.uname().machine + " ")
+
+
+def test_a_gpu_goes_on_with_another_number_of_cpu_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    def claim(device): run(tmp_path / device, facts=u.machine(torch.device(device))).lock.close()
+    for device in ("cpu", "cuda"): claim(device)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    claim("cuda")
+    with pytest.raises(u.InputError, match="threads: 1 there, 99 now"): claim("cpu")
 
 
 def test_other_code_is_said_and_may_go_on(tmp_path, monkeypatch, capsys):
@@ -538,13 +595,20 @@ def test_a_log_on_a_full_disk_is_one_line(tmp_path):
 # Stopping and progress
 # ==========================================================================================================
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_stops(number):
+def test_the_first_signal_asks_and_the_second_stops(number, monkeypatch):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         stop = u.StopSignal()
         assert not stop.requested() and signal.getsignal(number) == stop.note
+        monkeypatch.setattr(u.time, "monotonic", lambda: clock[0])
+        clock = [1000.0]
         signal.raise_signal(number)
         assert stop.requested()
+        clock[0] += 2.9
+        signal.raise_signal(number)                    # the same one, by way of torchrun
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested() and stop.number == number
+        clock[0] += 0.2
         with pytest.raises(KeyboardInterrupt): signal.raise_signal(number)
     finally:
         for n, handler in handlers.items(): signal.signal(n, handler)
