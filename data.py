@@ -591,7 +591,7 @@ def read_into(buffer: np.ndarray, array: np.ndarray, rows: np.ndarray) -> None:
 
 def announce(array: np.ndarray, rows: np.ndarray) -> None:
     """Tell the system which rows of a memory-mapped array come next: it fetches those that are not in memory
-    from the disk at once, not one after another, four times as fast (tests/benchmark.py measures it)."""
+    from the disk at once, not one after another, several times as fast (tests/benchmark.py measures it)."""
     array = getattr(array, "array", array)                                               # of `Records`
     if not isinstance(array, np.memmap): return
     size = array[0].nbytes
