@@ -833,7 +833,7 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     local = int(os.environ["LOCAL_RANK"])
     if cuda and local >= torch.cuda.device_count():
-        raise InputError(f"--nproc_per_node: more processes than CUDA devices here, {torch.cuda.device_count()}")
+        raise InputError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs here")
     if cuda: torch.cuda.set_device(local)
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
     return *place_among_processes(), place
@@ -846,8 +846,10 @@ def code_checksum() -> str:
 
 
 def machine(device: torch.device) -> dict:
-    """What computes, on another kind of which the bits differ: a GPU by its name, or as x86_64 AVX512. A GPU's
-    bits do not depend on the CPU's threads."""
+    """What computes, on another kind of which the bits differ: a GPU by its name, or as x86_64 AVX512.
+
+    The bits of a GPU do not depend on the CPU's threads.
+    """
     if device.type == "cuda": return {"machine": torch.cuda.get_device_name(device), "threads": 0}
     return {"machine": f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"}
 
@@ -1040,7 +1042,7 @@ def grad_scaler(device: torch.device, dtype: torch.dtype, state: dict) -> torch.
 
 
 def no_compile(device: torch.device) -> str:
-    """Why torch.compile does not work here, or "": it needs Triton and a C compiler, which some images lack."""
+    """Why torch.compile does not work here, or "": it needs Triton and a C compiler, which may be missing."""
     try: torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error: return first_line(error)  # whatever it is
     return ""

@@ -192,7 +192,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)
     monkeypatch.setenv("RANK", "2"), monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(u.InputError, match="^--nproc_per_node: more processes than CUDA devices here, 2$"):
+    with pytest.raises(u.InputError, match="^--nproc_per_node: more processes than the 2 GPUs here$"):
         u.setup_distributed("cuda")
 
 
