@@ -29,8 +29,8 @@ import fcntl
 import inspect
 import itertools
 import json
-import mmap
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -561,7 +561,7 @@ def normalise(images: Tensor) -> Tensor:
 
 def denormalise(images: Tensor) -> Tensor:
     """The inverse of `normalise`, clipped to 0..1."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (to_device(np.float32(v), images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return (images * std + mean).clamp(0, 1)
 
 

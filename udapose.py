@@ -1054,10 +1054,10 @@ def wants_compile(wanted: str, device: torch.device, steps: int) -> bool:
     auto: where it pays, and works for all processes. InputError where it is wanted and does not work.
     """
     if wanted not in ("auto", "on", "off"): raise InputError(f"--compile {wanted!r}: choose auto, on or off")
+    if wanted == "off": return False
     # a compiler that times its kernels may choose others next time; Triton makes nothing for less than 7.0
     pays = device.type == "cuda" and steps >= 2000 and not torch.are_deterministic_algorithms_enabled() \
         and torch.cuda.get_device_capability(device) >= (7, 0)
-    if wanted == "off": return False
     why = no_compile(device) if wanted == "on" or pays else "it does not pay"
     if wanted == "on" and why: raise InputError(f"--compile on: torch.compile does not work here ({why})")
     if why and pays: print(f"torch.compile does not work here ({why}); goes on without it", flush=True)

@@ -245,7 +245,7 @@ def attention_only(model, x_t, device, dtype):
 
 
 def laps_of(works: dict, device, seconds: float = 8) -> dict:
-    """The least time of each, taken in turn, so that a busy neighbour hits all alike; three laps at least."""
+    """The least time of each, taken in turn, so that a busy neighbour hits all alike; at least three rounds."""
     laps, end = [], time.perf_counter() + seconds
     while len(laps) < 3 or time.perf_counter() < end:
         laps.append({name: seconds_of(work, device, 1) for name, work in works.items()})

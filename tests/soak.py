@@ -394,9 +394,7 @@ def torchrun(work: Path, number: int, rng: random.Random) -> dict:
     for number, whole_group in itertools.product((signal.SIGINT, signal.SIGTERM), (False, True)):
         process, goal = run(place), logged(place / "runs/mae") + 20
         while logged(place / "runs/mae") < goal: need(process.poll() is None, "ended"); time.sleep(0.005)
-        ranks = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ")
-                 if is_rank(path, process.pid)]
-        for pid in [process.pid, *ranks] if whole_group else [process.pid]: os.kill(pid, number)
+        for pid in [process.pid, *(ranks_of(process) if whole_group else [])]: os.kill(pid, number)
         begin = time.perf_counter()
         process.wait()
         saved, last = u.read_checkpoint(place / "runs/mae/checkpoint.pt")["step"], logged(place / "runs/mae")
@@ -406,8 +404,7 @@ def torchrun(work: Path, number: int, rng: random.Random) -> dict:
         need(saved == last, number.name, "saved step", saved, "of", last)
     process, goal = run(place, "--max-restarts", "1"), logged(place / "runs/mae") + 20
     while logged(place / "runs/mae") < goal: need(process.poll() is None, "ended"); time.sleep(0.005)
-    ranks = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ")
-             if is_rank(path, process.pid)]
+    ranks = ranks_of(process)
     need(len(ranks) == 2, "found", ranks)
     os.kill(rng.choice(ranks), signal.SIGKILL)
     begin = time.perf_counter()
@@ -423,6 +420,11 @@ def is_rank(environ: Path, parent: int) -> bool:
         own = b"RANK=" in environ.read_bytes()
         return own and environ.with_name("stat").read_text().rpartition(") ")[2].split()[1] == str(parent)
     return False
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """The processes of a run that torchrun started."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if is_rank(path, launcher.pid)]
 
 
 def signals(work: Path, number: int, rng: random.Random) -> dict:

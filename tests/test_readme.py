@@ -132,6 +132,14 @@ def test_tables_are_what_the_commands_print(heading, arguments, tmp_path, capsys
     assert len(lines) > 5 and ours[:len(lines)] == lines
 
 
+def test_the_first_table_is_what_the_committed_runs_print(tmp_path, capsys):
+    """That of the demo, whose two runs are in assets."""
+    shown = printed("evaluate.py --table assets/results/tiny-scratch-seed0* assets/results/tiny-full-seed0*".split(),
+                    tmp_path, capsys)
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(lines) == 5 and "\n".join(lines) in README
+
+
 def test_table_of_switches_is_what_the_command_prints(tmp_path, capsys):
     shown = printed("evaluate.py --table --paper assets/results/small-[!h]*".split(), tmp_path, capsys)
     lines = [line for line in shown.partition("in all eight cells\n\n")[2].splitlines() if line.startswith("|")]
