@@ -12,8 +12,6 @@ measured before and after the steps. A slow or busy machine changes both, and ha
 runs in a process of its own, so that its peak memory is its own.
 """
 import argparse
-import copy
-import json
 import multiprocessing
 import os
 import platform

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import evaluate
-import train_finetune
 import udapose as u
 from test_training import finetune, finetuned, pretrain, pretrained, sets  # noqa: F401
 

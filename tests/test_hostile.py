@@ -2,10 +2,8 @@
 
 The long version, thousands of damaged files for each loader, is `python tests/fuzz.py`.
 """
-import io
 import json
 import os
-import pickle
 import shutil
 import struct
 import subprocess

@@ -358,7 +358,7 @@ def test_small_decoding_of_a_narrow_picture(tmp_path):
 def bent(knee: float, elbow: float) -> np.ndarray:
     """POSE with both knees and both elbows bent by these angles (degrees)."""
     pose = POSE.copy()
-    for side, (hip, shoulder) in ((-1, (1, 14)), (1, (4, 11))):
+    for hip, shoulder in ((1, 14), (4, 11)):
         for first, angle, sign in ((hip, knee, 1), (shoulder, elbow, -1)):
             a = np.radians(angle) / 2
             pose[first + 1] = pose[first] + np.array([0, np.cos(a), -sign * np.sin(a)]) * 420
