@@ -84,6 +84,15 @@ def overlap(predicted: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([(p & t).sum(dim=1), (p | t).sum(dim=1)], dim=1)
 
 
+def with_root(dataset: data.Dataset) -> np.ndarray:
+    """The rows of a test set whose root is labelled: of others nothing says how far away they are. InputError
+    where there is none."""
+    rows = np.flatnonzero(np.isfinite(np.array(dataset.keypoints)[:, dataset.meta["root"]]).all(axis=1))
+    if len(rows): return rows
+    raise u.InputError(f"{dataset.folder}/keypoints.npy: no image has a label of the root, "
+                       f"{dataset.meta['joints'][dataset.meta['root']]}; errors are measured from it")
+
+
 def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> float:
     """Chance: the error of answering every image with the mean root-relative pose of the labelled images."""
     root = test.meta["root"]
@@ -751,7 +760,7 @@ def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, de
     state = u.read_checkpoint(path)
     s, mae, f_S = state["settings"], load_autoencoder(state, path, device), load_segmentation(path, device)
     as_it_is = data.no_augmentation(len(rows))
-    crops = [data.crops(d, rows, as_it_is, s["image"], device)[0] for d in tests.values()]
+    crops = [data.crops(d, rows % len(d), as_it_is, s["image"], device)[0] for d in tests.values()]
     x = data.normalise(torch.cat(crops))                                                 # (n, 3, H, W)
     patches = u.patchify(x, s["patch"])                                                  # (n, N, P*P*3)
     noise = torch.from_numpy(u.random_generator(0, "pictures").random(patches.shape[:2], np.float32))
@@ -896,8 +905,8 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, 
             for kind, before in (("pretraining", "pretrain "), ("finetuning", ""))
             for name, parts in group_results(results, kind).items() for what, seeds in parts.items()}
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
-    rows = np.linspace(0, min(map(len, tests.values())) - 1, 3).astype(int)              # not picked by hand
-    rows = rows[:max(1, 12 // len(runs))]
+    rows = with_root(tests["target"])
+    rows = rows[np.linspace(0, len(rows) - 1, 3).astype(int)][:max(1, 12 // len(runs))]  # not picked by hand
     looks = {name: look_at(seeds[0][0], tests["target"], rows, device) for name, seeds in runs.items()}
     posed = {name: seen for name, seen in looks.items() if "pose" in seen}
     pictures = {"attention": draw_attention(looks, len(rows)), "curves": draw_curves(runs, colours)}
@@ -981,7 +990,9 @@ def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data
     data.ensure_benchmark(list(folders.values()), rank)
     fields = {name: ["keypoints", "intrinsics"] + ["masks"] * (Path(folder) / "masks.npy").exists()
               for name, folder in folders.items()}
-    return {name: data.Dataset(folder, *fields[name]) for name, folder in folders.items()}
+    tests = {name: data.Dataset(folder, *fields[name]) for name, folder in folders.items()}
+    for dataset in tests.values(): with_root(dataset)
+    return tests
 
 
 def finished_runs(folders: list[str], rank: int = 0) -> list[Path]:

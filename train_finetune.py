@@ -32,8 +32,8 @@ class Settings:
     validation: str = "datasets/hands/source_val"  # labelled *source* images, to watch the training; "": none
     labels: int = 0               # labelled source images to use, the first so many; 0: all
     lam: float = 100.0            # lambda_attn of Eq. 7 (paper Sec. 7: 100 hands, 10 humans); 0: without AR
-    adapt: str = ""               # method to compare with: see METHODS; of micro-batches; "": none
-    adapt_weight: float = 1.0     # its trade-off (as published: DDC 0.25, DAN 1, DANN 1)
+    adapt: str = ""  # method to compare with: see METHODS; on what all processes hold at once; "": none
+    adapt_weight: float = 1.0     # its trade-off (DDC 0.25, DANN 1: published; DAN 1: public code's)
     sigma: float = 2.0          # standard deviation of the target Gaussians, voxels (ours; the field's value)
     image: int = 256              # side of the network's crop, px (paper Sec. 7)
     patch: int = 16               # side of a patch, px (paper: ViT-B/16)
@@ -48,7 +48,7 @@ class Settings:
     warmup: int = 500             # steps in which the learning rate rises (ViTPose)
     lr: float = 5e-4              # peak learning rate of AdamW (paper Sec. 7)
     layer_decay: float = 1.0      # learning rate of a block, relative to the block above it (ViTPose: 0.75)
-    weight_decay: float = 0.1     # of AdamW (ViTPose)
+    weight_decay: float = 0.1     # of AdamW (ViTPose, as its betas 0.9 and 0.999)
     jitter: float = 0.2           # brightness, contrast, saturation 1 +- jitter (ours)
     expanded: bool = True  # Eq. 5 without a heatmap (keypoint_loss_expanded); --no-expanded: as it is written
     seed: int = 0                 # of everything random

@@ -36,7 +36,7 @@ class Settings:
     xc: float = 0.5             # share of images whose background is replaced from X_C; 0: never (ours: half)
     mask_ratio: float = 0.75      # masking ratio r (paper Sec. 7, Table 9)
     alpha: float = 4.0            # sharpness of the foreground weights, Eq. 2 (paper Sec. 7, Table 9)
-    norm_pix: bool = False      # reconstruct pixels normalised per patch (MAE's option; Eq. 3 has raw pixels)
+    norm_pix: bool = False      # reconstruct pixels normalised per patch (MAE's option; else f^E's input)
     image: int = 256              # side of the network's crop, px (paper Sec. 7)
     patch: int = 16               # side of a patch, px (paper: ViT-B/16)
     width: int = 768              # width of f^E (Table 5)
@@ -51,7 +51,7 @@ class Settings:
     epochs: float = 800           # passes over source + target (paper Sec. 7)
     warmup: float = 0.05         # share of the steps in which the learning rate rises (MAE: 40 of 800 epochs)
     lr: float = 2.4e-3            # peak learning rate of AdamW (paper Sec. 7; already scaled to batch 4096)
-    weight_decay: float = 0.05    # of AdamW (paper Sec. 7)
+    weight_decay: float = 0.05    # of AdamW (paper Sec. 7; betas 0.9 and 0.95: MAE)
     jitter: float = 0.4           # brightness, contrast, saturation 1 +- jitter (ours)
     seg_steps: int = 20000        # steps of f^S (ours; the paper is silent on its training)
     seg_batch: int = 64           # images a step of f^S (ours)
@@ -223,8 +223,8 @@ def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Ru
     failed = ((share < 0.01) | (share > 0.90)).float().mean()
     if run.rank == 0:
         part.rename(path)
-        print(f"target masks: {100 * share.mean():.0f} % foreground; {100 * failed:.1f} % are under 1 % or "
-              "over 90 %, and keep their backgrounds", flush=True)
+        print(f"target masks: {100 * share.mean():.0f} % foreground; {100 * failed:.1f} % of them have under "
+              "1 % or over 90 %; an augmented crop that has so keeps its background", flush=True)
     u.wait_for_all()
     return True
 
@@ -244,7 +244,8 @@ def rows_of(s: Settings, step: int, own: slice, domains: list) -> tuple[np.ndarr
 def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconstrained, device) -> tuple:
     """One share of global batch `step`: images (b, 3, H, W), normalised; weights and masking noise (b, N).
 
-    domains: (data set, its masks or None, whether they weight Eq. 2); rows come from their union.
+    domains: (data set, its masks or None, whether they weight Eq. 2). not in the paper: rows come from their
+    union, so that the larger has the larger share of a batch.
     """
     rng, N = u.random_generator(s.seed, "pretraining", step), (s.image // s.patch) ** 2
     which, rows = rows_of(s, step, own, domains)

@@ -21,6 +21,7 @@ Letters in the shape comments:
     L blocks                K keypoints                   S side of the heatmap volume, in voxels
     H, W image side in px   P side of a patch in px       C channels
     r share of patches masked   D' width of a token in f^D   H^, H predicted and true heatmaps, Eq. (5)
+The paper's S and M, masks and mask tokens, are spelt out. C is that of the layer at hand.
 Pixels and voxels have their centres at integers. The camera frame: x right, y down, z forward, millimetres.
 Where the paper is silent the comment says `not in the paper:` and why.
 """
@@ -48,7 +49,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-# not in the paper: the input statistics of MAE and of almost every public ViT, so that their weights fit.
+# not in the paper: the input statistics of MAE, DeiT and ViTPose, so that their weights fit (Google's own
+# ViTs expect 0.5 and 0.5).
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LN_EPS = 1e-6  # not in the paper: MAE's value
 
@@ -202,7 +204,7 @@ class Block(nn.Module):
 
 
 def initialise_transformer(module: nn.Module) -> None:
-    """not in the paper: MAE's. Linear layers and the flattened patch kernel Xavier-uniform, biases zero."""
+    """not in the paper: MAE's. Linear layers (bias 0) and the flattened patch kernel Xavier-uniform."""
     for part in module.modules():
         if isinstance(part, nn.Linear): nn.init.xavier_uniform_(part.weight); nn.init.zeros_(part.bias)
         if isinstance(part, PatchEmbed): nn.init.xavier_uniform_(part.proj.weight.flatten(1))
@@ -288,7 +290,7 @@ class Decoder(nn.Module):
                  heads: int):
         super().__init__()
         self.decoder_embed = nn.Linear(encoder_width, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))  # one for all m_i of Sec. 3.1, as MAE
         self.register_buffer("decoder_pos_embed", sincos_positions(grid, width))
         self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(width, eps=LN_EPS)
@@ -353,7 +355,7 @@ def replace_background(images: Tensor, masks: Tensor, unconstrained: Tensor) -> 
     """Sec. 3.1, data augmentation: keep the foreground of x and take the background from x_c.
 
     images, unconstrained (B, 3, H, W); masks (B, 1, H, W) in 0..1. not in the paper: the soft mask is cut at
-    0.5; with under 1 % or over 90 % foreground it counts as a failure of f^S, and the image stays as it is.
+    0.5; with under 1 % or over 90 % foreground f^S may have failed, and the image stays as it is.
     """
     hard = masks >= 0.5                                                    # (B, 1, H, W) True = foreground
     share = hard.float().mean(dim=(1, 2, 3))[:, None, None, None]          # (B, 1, 1, 1)
@@ -528,8 +530,9 @@ def hpe_loss(L_kpt: Tensor, L_attn: Tensor, lambda_attn: float) -> Tensor:
 
 
 # ==========================================================================================================
-# Comparison methods, Sec. 4.2 and Table 1, on the mean patch token phi (B, D) of f^E: the paper does not say
-# on which feature. Their loss takes the place of L_attn in Eq. (7), so that all else is equal.
+# Comparison methods, Sec. 4.2, Tables 1 and 2, on the mean patch token phi (B, D) of f^E: the paper does not
+# say on which feature. No adaptation layer (DDC) or bottleneck between; one layer (DAN: several). Their loss
+# takes the place of L_attn in Eq. (7), so that all else is equal.
 # ==========================================================================================================
 def mean_patch_token(tokens: Tensor) -> Tensor:
     """phi (B, D), float32: the mean of an image's patch tokens (B, 1 + N, D), class token left out."""
@@ -631,7 +634,8 @@ def to_voxels(uv: Tensor, depth: Tensor, image: int, depth_range: float, side: i
     """Pixels uv (B, K, 2) of a square crop and depth (B, K) mm from the root, to voxels (B, K, 3), x y z.
 
     The volume spans the crop, and depth_range mm around the root. Also returns valid (B, K): 1 = inside the
-    volume; an unlabelled joint (NaN) is 0 and lies at the origin.
+    volume; a joint outside, or without label (NaN), is 0 and lies at the origin. not in the paper: one outside
+    does not count in Eq. (5); what the volume holds of its Gaussian has the peak in a wrong place.
     """
     xy = (uv + 0.5) * side / image - 0.5                                # pixel and voxel centres are integers
     z = (depth / depth_range + 0.5) * side - 0.5
@@ -679,15 +683,15 @@ def joint_errors(predicted: Tensor, truth: Tensor, root: int) -> Tensor:
 def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> Tensor:
     """Move predicted (B, K, 3) onto truth by the best rotation, shift and, unless rigid, scale (Sec. 4.1).
 
-    Joints that are NaN in truth do not count. A reflection is no rotation: the smallest singular vector is
-    turned round where the product would be one.
+    Joints that are NaN in either do not count. A reflection is no rotation: the smallest singular vector is
+    turned round where the product would be one. not in the paper, which aligns "rigidly": the scale.
     """
-    valid = truth.isfinite().all(-1, keepdim=True)                                       # (B, K, 1)
+    valid = (truth.isfinite() & predicted.isfinite()).all(-1, keepdim=True)              # (B, K, 1)
     count = valid.sum(1, keepdim=True).clamp(min=1)
     t_mean = torch.where(valid, truth, 0.0).sum(1, keepdim=True) / count                 # (B, 1, 3)
     p_mean = torch.where(valid, predicted, 0.0).sum(1, keepdim=True) / count             # (B, 1, 3)
     t, p = torch.where(valid, truth - t_mean, 0.0), torch.where(valid, predicted - p_mean, 0.0)
-    U, s, Vt = torch.linalg.svd(p.transpose(1, 2) @ t)                                   # (B, 3, 3)
+    U, s, Vt = torch.linalg.svd(p.transpose(1, 2) @ t)                         # (B, 3, 3), (B, 3), (B, 3, 3)
     sign = torch.ones_like(s)
     sign[:, 2] = torch.linalg.det(U @ Vt).sign()
     R = U @ (sign[..., None] * Vt)                                                      # row vectors: p R = t
@@ -1071,7 +1075,7 @@ def cosine_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """No weight decay on 1-D parameters and tokens (MAE): they are offsets and scales, not maps."""
+    """No weight decay on 1-D parameters (MAE) and tokens (ours): they are offsets and scales, not maps."""
     decay = [p for n, p in module.named_parameters() if p.ndim > 1 and not n.endswith("_token")]
     plain = [p for n, p in module.named_parameters() if p.ndim <= 1 or n.endswith("_token")]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -245,6 +245,31 @@ def test_all_pictures(runs, capsys):
     assert capsys.readouterr().out.count("wrote ") == len(names)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN", "ignore:Mean of empty")
+def test_an_image_whose_root_has_no_label_counts_nowhere(runs, tmp_path):
+    """Its other joints are labelled, but nothing says how far away it is. It may be the first one drawn."""
+    for name, rows in (("all", slice(None)), ("others", slice(1, None))):
+        save_dataset(tmp_path / name)
+        for array in ("images", "masks", "keypoints", "intrinsics"):
+            values = np.load(tmp_path / name / f"{array}.npy")
+            if array == "keypoints": values[0, META["root"]] = np.nan
+            np.save(tmp_path / name / f"{array}.npy", values[rows])
+    path = runs / "runs/full-seed0/checkpoint.pt"
+    estimator, _ = e.load_estimator(path, "cpu")
+    toys = {name: data.Dataset(tmp_path / name, "keypoints", "intrinsics", "masks") for name in ("all", "others")}
+    errors = [e.measure_pose(estimator, toy, SIDE, "cpu") for toy in toys.values()]
+    for key in ("epe", "in_plane", "depth", "pa_epe", "pa_rigid", "auc"):
+        assert errors[0][key] == pytest.approx(errors[1][key], rel=1e-5), key
+    tests = {"source": toys["others"], "target": toys["all"]}                          # three and four images
+    paths = [path, runs / "runs/pretrain-full-seed0/checkpoint.pt"]
+    results = [measure(p, tests, "cpu") for p, measure in zip(paths, (e.measure_finetuned, e.measure_pretrained))]
+    e.draw_all(paths, results, tests, tmp_path / "pictures", "cpu")
+    assert (tmp_path / "pictures/poses.png").exists()
+    np.save(tmp_path / "all/keypoints.npy", toys["all"].keypoints * np.float32(np.nan))
+    with pytest.raises(u.InputError, match="all/keypoints.npy: no image has a label of the root, a;"):
+        e.open_tests(str(tmp_path / "others"), str(tmp_path / "all"), "hand", 0)
+
+
 def test_a_row_named_by_a_path_has_a_picture_in_the_same_folder(tmp_path):
     save_dataset(tmp_path / "toy")
     toy = data.Dataset(tmp_path / "toy", "keypoints", "intrinsics", "masks")
