@@ -245,7 +245,6 @@ def test_all_pictures(runs, capsys):
     assert capsys.readouterr().out.count("wrote ") == len(names)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN", "ignore:Mean of empty")
 def test_an_image_whose_root_has_no_label_counts_nowhere(runs, tmp_path):
     """Its other joints are labelled, but nothing says how far away it is. It may be the first one drawn."""
     for name, rows in (("all", slice(None)), ("others", slice(1, None))):
