@@ -57,12 +57,15 @@ def pose_metrics(predicted: Tensor, truth: Tensor, meta: dict) -> dict:
     """
     errors, own = u.joint_errors(predicted, truth, meta["root"]), data.compared(meta)   # (n, K) mm
     p, t = predicted[:, own], truth[:, own]
+    few = t.isfinite().all(-1).sum(dim=1) < 3                              # two joints can always be aligned
+    t = torch.where(few[:, None, None], torch.nan, t)
     similar, rigid = ((u.procrustes_align(p, t, rigid) - t).norm(dim=-1).nanmean() for rigid in (False, True))
     curve, auc = pck_curve(errors[:, own], PCK_LIMIT[metric(meta["joints"])])
     flat, deep = (u.joint_errors(predicted[..., part], truth[..., part], meta["root"])[:, own].nanmean()
                   for part in (slice(2), slice(2, 3)))
     return {"epe": float(errors[:, own].nanmean()), "in_plane": float(flat), "depth": float(deep),
-            "pa_epe": float(similar), "pa_rigid": float(rigid), "auc": auc, "images": len(errors),
+            "pa_epe": float(similar), "pa_rigid": float(rigid), "auc": auc,
+            "images": int(errors[:, own].isfinite().any(dim=1).sum()),
             "pck": [round(float(share), 4) for share in curve],
             "per_joint": [round(float(e), 3) for e in errors.nanmean(dim=0)],
             "compared": [meta["joints"][i] for i in own], "protocol": meta.get("protocol", "")}
@@ -167,7 +170,7 @@ def measure_reconstruction(mae, dataset: data.Dataset, s: dict, device) -> list[
         if s["norm_pix"]: patches = u.normalise_patches(patches)                   # in the units of the loss
         return reconstruction_error(predicted, patches, m, u.foreground_share(mask, s["patch"]))
     total, count = over_images(dataset, "reconstruction", measured).double().sum(dim=0)      # 2 x (3,)
-    return [round(float(v), 4) for v in total / count.clamp(min=1)]
+    return [round(float(v), 4) for v in total / count]                     # NaN where there is no such patch
 
 
 def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
@@ -176,7 +179,7 @@ def measure_masks(net, dataset: data.Dataset, side: int, device) -> float:
         x, m = with_masks(dataset, rows, side, device)
         return overlap(net(x).sigmoid(), m)                                              # (b, 2)
     both, either = over_images(dataset, "masks", measured).sum(dim=0)
-    return float(both / either.clamp(min=1))
+    return float(both / either)                                            # NaN where neither has foreground
 
 
 def load_encoder(state: dict, path: Path) -> u.Encoder:
@@ -269,13 +272,14 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
     labelled = data.Dataset(s["source"], "keypoints")
     result = {"kind": "finetuning", "settings": s, "steps": state["step"],
               "metric": metric(state["skeleton"]["joints"]), "seconds": round(state["seconds"], 1),
+              "labels": min(s["labels"] or len(labelled), len(labelled)),
               "made_by": made_by(path), "logged": last_logged(path)}
     before = pretraining_of(path, s)
     if before is not None: result["pretraining"] = measure_pretrained(before, tests, device)
     for name, dataset in tests.items():
         data.same_skeleton(dataset, state["skeleton"])
         result[name] = measure_pose(estimator, dataset, s["image"], device)
-        result[name]["chance"] = mean_pose_error(labelled, s["labels"] or len(labelled), dataset)
+        result[name]["chance"] = mean_pose_error(labelled, result["labels"], dataset)
         if dataset.masks is not None:
             result[name]["attention"] = measure_attention(estimator.encoder, dataset, s["image"], device)
     return result
@@ -338,11 +342,13 @@ FREE = {"preset", "variant", "task", "out", "seed", "init", "validation", "devic
         "checkpointing", "save_every", "log_every", "validate_every"}  # settings that tell no rows apart
 DEFAULTS = {"finetuning": dataclasses.asdict(train_finetune.Settings()),  # for settings newer than a run
             "pretraining": dataclasses.asdict(train_pretrain.Settings())}
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, Student's t of 2, 3, .. 10 values
+# two-sided 95 % of Student's t of 2, 3, .. 10 values; more are taken for 10, their interval is too wide
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and, over several seeds, the sample standard deviation."""
+    """Mean and, over several seeds, the sample standard deviation; "-" where one is not known (NaN)."""
+    if np.isnan(values).any(): return "-"
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
@@ -377,6 +383,7 @@ def settings_of(result: dict) -> dict:
     Steps stand for the epochs of fine-tuning: fewer labels in more epochs are the same training.
     """
     s, before = DEFAULTS[result["kind"]] | result["settings"], {}
+    if "labels" in result: s["labels"] = result["labels"]                                # 0, all, as a number
     if "pretraining" in result: before = DEFAULTS["pretraining"] | result["pretraining"]["settings"]
     known = {k: v for k, v in s.items() if k not in FREE} | {"test": result.get("test", "target_test")}
     known |= {f"pretraining.{k}": v for k, v in before.items() if k not in FREE}
@@ -384,9 +391,7 @@ def settings_of(result: dict) -> dict:
     known |= {"init": re.sub(r"-seed\d+$", "", s.get("init", ""))}
     known |= {"steps": result["steps"]} if "steps" in result else {}                     # an old file may not
     known.pop("epochs", None)
-    if not before: return known
-    same_seed = before.get("seed") == s["seed"]
-    return known | {"init": "a run", "pretraining.seed": "the same" if same_seed else before.get("seed")}
+    return known | {"init": "a run", "pretraining.seed": before.get("seed")} if before else known
 
 
 def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
@@ -395,6 +400,9 @@ def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
     Of runs that differ in nothing, the first counts. What an old file does not hold tells nothing apart.
     """
     known, groups = [settings_of(r) for r in results], {}
+    if len({s.get("pretraining.seed") for s in known}) > 1:                # not one pre-training for all
+        for r, s in zip(results, known):
+            if s.get("pretraining.seed") == r["settings"]["seed"]: s["pretraining.seed"] = "the same"
     names = dict.fromkeys(k for s in known for k in s if k != but)
     differ = [k for k in names if len({s[k] for s in known if k in s}) > 1]
     for r, s in zip(results, known):
@@ -406,7 +414,7 @@ def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
 
 def plain(value) -> str:
     """A setting's value as it is printed: 0.75, not 0.750."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def in_order(value) -> tuple:
@@ -452,13 +460,19 @@ def interval(d: list[float]) -> str:
 
 
 def effects(made: dict, preset: str, error: str) -> list[list[str]]:
-    """Lines of text: what each switch of CELLS does to the target error, over its four pairs of cells.
+    """Lines of text: what each switch of CELLS does to the target error, over its four pairs of cells; or why
+    that cannot be said; none where a cell was not run.
 
     An interval is over the seeds (of which all eight cells were run), each with the mean of its four pairs.
     """
-    cells = {row: by_seed(made.get(f"{preset} {row}", {}).get("", [])) for row in CELLS}
-    seeds = sorted(set.intersection(*(set(cell) for cell in cells.values())))
+    parts = {row: list(made.get(f"{preset} {row}", {"": []}).items()) for row in CELLS}
+    cells = {row: by_seed(groups[0][1]) for row, groups in parts.items()}
+    seeds = sorted(set.intersection(*map(set, cells.values())))
     if not seeds: return []
+    why = [f"{row} is several rows" for row, groups in parts.items() if len(groups) > 1]
+    tests = sorted({test_of(groups[0][1]) for groups in parts.values()})
+    if len(tests) > 1: why.append(f"cells are of {', '.join(tests)}")
+    if why: return [["switch", "not told"], ["FCR, X_C, AR", why[0]]]
     lines = [["switch", "seeds", f"target {error} with it minus without [95 %]", "lower in"]]
     for i, switch in enumerate(("FCR", "X_C", "AR")):
         pairs = [(on, off) for on, a in CELLS.items() for off, b in CELLS.items()
@@ -469,8 +483,20 @@ def effects(made: dict, preset: str, error: str) -> list[list[str]]:
     return lines
 
 
-def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[list[str]]:
-    """Lines of text for rows (family, label, results), the header first; differences stay in a family.
+def references(rows: list[tuple], minus: str) -> dict[str, list[dict]]:
+    """{family: results of its row of the name `minus`} of rows (family, label, results). InputError where
+    there are several."""
+    found: dict = {}
+    for family, label, group in rows:
+        if not group or row_name(group[0]).split(" ", 1)[1] != minus: continue
+        if found.setdefault(family, (label, group))[1] is not group:
+            raise u.InputError(f"--minus {minus}: is several rows: {found[family][0]}; {label}")
+    return {family: group for family, (_, group) in found.items()}
+
+
+def table_of(rows: list[tuple], error: str, rigid: bool, minus: str, reference: dict) -> list[list[str]]:
+    """Lines of text for rows (family, label, results), the header first; differences stay in a family, and
+    are to its `reference`, or to the row above or the first.
 
     Results [] were not run, None are the paper's alone. The lift of the class attention on the target's
     foreground is that of f^A, before fine-tuning, and of f^E. PA: aligned by similarity, or `rigid`.
@@ -479,7 +505,7 @@ def table_of(rows: list[tuple], error: str, rigid: bool, minus: str) -> list[lis
     against = {"above": "row above", "first": "first row"}.get(minus, minus)
     lines = [["run", "seeds", f"target {error}", f"minus {against} [95 %]", f"target {aligned}", "target AUC",
               "in plane, depth", f"source {error}", "lift before", "attention lift"]]
-    reference = {family: group for family, label, group in rows if minus in re.split("[ :,]", label)[:2]}
+    reference = dict(reference)
     for family, label, group in rows:
         if not group:
             lines.append([label, "reported" if group is None else "not run", *[""] * 8])
@@ -505,18 +531,22 @@ def table(results: list[dict], error: str = "EPE", rigid: bool = False,
     """All rows that were run, measured by `error`, and chance."""
     results = measured_by(results, error)
     tested = by_test_set(results)
-    rows = [(name.split(" ")[0] + tested(group), name + what, group) for name, parts in
+    rows = [(name.split(" ")[0] + tested(group), name + what + tested(group), group) for name, parts in
             group_results(results, "finetuning").items() for what, group in parts.items()]
-    return table_of(rows, error, rigid, minus) + chance(rows)
+    return table_of(rows, error, rigid, minus, references(rows, minus)) + chance(rows)
 
 
 def by_test_set(results: list[dict]):
     """For a group of results: what to add to its family where not all are of one target test set, for no
     difference is taken between errors of two. They go by name: the same rendering has other last bits, and so
     another fingerprint, on another kind of CPU."""
-    def name(r): return f" on {r.get('test', 'target_test')}"
-    several = len({name(r) for r in results}) > 1
-    return lambda group: name(group[0]) if several and group else ""
+    several = len({test_of([r]) for r in results}) > 1
+    return lambda group: f" on {test_of(group)}" if several and group else ""
+
+
+def test_of(group: list[dict]) -> str:
+    """The name of the target test set of a row's results."""
+    return group[0].get("test", "target_test")
 
 
 def chance(rows: list[tuple]) -> list[list[str]]:
@@ -536,17 +566,20 @@ def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> di
     results = measured_by(results, error)
     made, tested, tables = group_results(results, "finetuning"), by_test_set(results), {}
     for preset in dict.fromkeys(name.split(" ")[0] for name in made):
+        ran = [(tested(group).strip(), name + what, group) for name in made
+               if name.split(" ")[0] == preset for what, group in made[name].items()]
+        named = references(ran, minus)
         for title, rows in TABLES.items():
             found, numbers = [], [f"paper: {'Human3.6M to 3DHP' if error == 'MPJPE' else 'FreiHAND to RHD'}"]
             for row, words, *errors in rows:
+                if not row and errors[error == "MPJPE"] == "-": continue   # the paper's, of its other table
                 parts = made.get(f"{preset} {row}", {"": []}) if row else {"": None}
-                found += [(title + tested(group), f"{row}: {words}{what}" if row else words, group)
-                          for what, group in parts.items()]
+                found += [(title + tested(group), f"{row}: {words}{what}{tested(group)}" if row else words,
+                           group) for what, group in parts.items()]
                 numbers += [str(errors[error == "MPJPE"])] * len(parts)
-            lines = table_of(found, error, rigid, minus)
+            lines = table_of(found, error, rigid, minus, {f"{title} {place}".strip(): group
+                                                          for place, group in named.items()})
             tables[f"{preset}: {title}"] = [[*line, number] for line, number in zip(lines, numbers)]
-        ran = [(tested(group).strip(), name, group) for name in made if name.split(" ")[0] == preset
-               for group in made[name].values()]
         tables[f"{preset}: {title}"] += [[*line, "-"] for line in chance(ran)]           # below the bounds
         if lines := effects(made, preset, error): tables[f"{preset}: FCR, X_C, AR in all eight cells"] = lines
     return tables
@@ -562,6 +595,7 @@ def sweep(results: list[dict], setting: str, error: str) -> dict[str, dict]:
         key = next((k for k in (setting, f"pretraining.{setting}") if k in settings_of(r)), None)
         if key: variants.setdefault((f"{group_of(r)} {r['settings']['variant']}", key), []).append(r)
     for (name, key), runs in variants.items():
+        runs = sorted(runs, key=lambda r: row_name(r) != name)  # of two alike that of the variant's own name
         value = lambda r: settings_of(r)[key]  # noqa: B023, E731
         alike = by_settings(runs, key).values()
         kept = [r for group in alike if len(set(map(value, group))) > 1 for r in group]
@@ -574,6 +608,8 @@ def sweep(results: list[dict], setting: str, error: str) -> dict[str, dict]:
 def error_notes(results: list[dict]) -> list[str]:
     """The joints that errors are taken over, where not all, and the protocol of the test sets, each once."""
     notes: dict[str, list] = {}                                            # what is said: of which domains
+    names = {r.get("test", "target_test") for r in results} - {"target_test"}
+    if len(names) == 1: notes[f"test set: {names.pop()}"] = ["target"]
     for r, domain in ((r, domain) for r in results for domain in ("target", "source")):
         names, protocol = (r[domain].get(key, "") for key in ("compared", "protocol"))
         every = len(names) in (0, len(r[domain].get("per_joint", names)))  # as of hands: nothing to say
@@ -610,6 +646,8 @@ def show_table(lines: list[list[str]], markdown: bool) -> str:
 def read_results(folders: list[str], test: str = "") -> list[dict]:
     """Every result.json below the folders, or named; or all measured on the test set `test`, "*" for any."""
     found, pattern = [], "*.json" if test else "*result.json"
+    for place in map(Path, folders):
+        if not place.exists(): raise u.InputError(f"{place}: no such folder or file")
     for path in (path for place in map(Path, folders)
                  for path in ([place] if place.is_file() else sorted(place.rglob(pattern)))):
         try: result = json.loads(path.read_text())
@@ -617,7 +655,7 @@ def read_results(folders: list[str], test: str = "") -> list[dict]:
         if not isinstance(result, dict) or "kind" not in result: continue  # another's file
         with u.usable(path):  # here, where the file has a name, not when a table of many is made
             pretraining_table([result]), table([result], result.get("metric", "EPE")), error_notes([result])
-        if test in ("", "*", result.get("test", "target_test")): found.append(result)
+        if test in ("", "*", result.get("test", "target_test")): found.append(result | {"file": str(path)})
     if not found: raise u.InputError(f"{', '.join(folders)}: no result.json{f' of {test}' * bool(test)}; run "
                                      "evaluate.py without --table")
     return found
@@ -631,7 +669,8 @@ LEFT, TOP, RIGHT, FOOT = 72, 54, 30, 48            # margins of axes; equal sums
 FONT, SMALL = ImageFont.load_default(27), ImageFont.load_default(23)
 PAPER, INK, GREY, PALE = (255, 255, 255), (40, 40, 40), (130, 130, 130), (225, 225, 225)
 COLOURS = (*data.COLOURS, (140, 90, 50), (250, 120, 170), (100, 100, 100), (150, 160, 0))  # of runs,
-COLOURS += tuple((r // 2, g // 2, b // 2) for r, g, b in COLOURS)                          # of more: dark
+COLOURS += tuple(tuple((part + shade) // 2 for part in colour)                             # of more: dark,
+                 for shade in (0, 230) for colour in COLOURS)                              # then pale
 HOT = 4.0  # heat overlays are red where a patch has so many times the mean, or more
 POSE_TITLES = ["predicted", "front: x, y in mm", "from the right: z, y", "attention, all blocks"]
 CURVES = {  # of log.jsonl: (title, the setting that it is multiplied by)
@@ -747,8 +786,9 @@ def chart(title: str, curves: dict[str, tuple], colours: dict[str, tuple], y: tu
         draw.line(place(np.transpose([x, y])).ravel().tolist(), colours[name], 5, joint="curve")
         if len(x) == 1: draw.circle(tuple(place((x[0], y[0]))), 9, colours[name])  # a line would not show
         for v, mean, half in zip(x, y, *bars) if bars else ():
-            draw.line([*place((v, mean - half)), *place((v, mean + half))], colours[name], 3)
-            draw.circle(tuple(place((v, mean))), 9, colours[name])
+            inside = PAPER if np.isnan(half) else colours[name]            # NaN: one value has no spread
+            if half > 0: draw.line([*place((v, mean - half)), *place((v, mean + half))], colours[name], 3)
+            draw.circle(tuple(place((v, mean))), 9, inside, colours[name], 4)
         draw.text((LEFT, CHART[1] + 38 * i), fitting(name, CHART[0] - LEFT), colours[name], FONT)
     return panel
 
@@ -887,13 +927,13 @@ def draw_sweep(lines: dict[str, dict], setting: str, error: str) -> Image.Image:
     at, curves = dict(zip(values, positions(values).tolist())), {}
     for name, points in lines.items():
         errors = [[r["target"]["epe"] for r in group] for group in points.values()]      # values, seeds
-        deviation = [np.std(e, ddof=1) if len(e) > 1 else 0.0 for e in errors]
+        deviation = [np.std(e, ddof=1) if len(e) > 1 else np.nan for e in errors]
         curves[name] = [at[v] for v in points], np.array([np.mean(e) for e in errors]), np.array(deviation)
-    low = min((mean - half).min() for _, mean, half in curves.values())
-    high = max((mean + half).max() for _, mean, half in curves.values())
+    low = min((mean - np.nan_to_num(half)).min() for _, mean, half in curves.values())
+    high = max((mean + np.nan_to_num(half)).max() for _, mean, half in curves.values())
     room = 0.1 * max(high - low, 1.0)
     colours = dict(zip(curves, COLOURS * len(curves)))
-    panel = chart(f"over {setting}; mean and standard deviation over seeds", curves, colours,
+    panel = chart(f"over {setting}; mean and standard deviation over seeds (a ring: one)", curves, colours,
                   (low - room, high + room), {x: plain(v) for v, x in at.items()})
     return sheet([[(panel, "")]], [], f"Target {error}, mm")
 
@@ -1010,24 +1050,30 @@ def finished_runs(folders: list[str], rank: int = 0) -> list[Path]:
 
 
 def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> dict:
-    """Measure one finished run and write result.json; for other test sets than before, TARGET-FOLDER.json."""
+    """Measure one finished run and write result.json; TARGET-FOLDER.json where that is of another test set.
+
+    What is there of other images under that name stays, as a file that ends in their fingerprint.
+    """
     if rank == 0: print(f"measuring {path.parent}", flush=True)
     kind = measure_finetuned if "head" in u.read_checkpoint(path) else measure_pretrained
     result = kind(path, tests, device) | {"tests": {n: d.fingerprint for n, d in tests.items()},
                                           "test": tests["target"].folder.name, "torch": torch.__version__}
     if rank: return result
-    place = path.parent / "result.json"
-    with u.usable(place): before = (json.loads(place.read_text()) if place.exists() else result).get("tests")
-    if before != result["tests"]:
-        place = path.parent / f"{tests['target'].folder.name}.json"
-        print(f"result.json there is of other test sets, and stays; writing {place}")
+    for name in ("result", result["test"]):
+        place = path.parent / f"{name}.json"
+        with u.usable(place): before = json.loads(place.read_text()) if place.exists() else result
+        if before.get("test", "target_test") == result["test"]: break  # else of another test set: it stays
+    if before.get("tests") != result["tests"]:
+        kept = place.with_name(f"{place.name}.{'-'.join(before.get('tests', {}).values())}")
+        place.replace(kept)
+        print(f"{place} was of other images, and is now {kept.name}")
     u.write_json(place, result)
     return result
 
 
 def check_minus(results: list[dict], minus: str) -> None:
     """InputError unless --minus is a row of these results, above or first."""
-    names = {row_name(r).split(" ")[1] for r in results if r["kind"] == "finetuning"}
+    names = {row_name(r).split(" ", 1)[1] for r in results if r["kind"] == "finetuning"}
     if minus not in {"above", "first"} | names:
         raise u.InputError(f"--minus {minus}: choose above, first, {', '.join(sorted(names))}")
 
@@ -1041,13 +1087,18 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
         if a.paper: tables = paper_tables(results, error, a.rigid, a.minus)
         for title, lines in tables.items():
             print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
-    others = {row_name(r).split(" ")[1] for r in results if r["kind"] == "finetuning"} - set(ROWS)
+    others = {row_name(r).split(" ", 1)[1] for r in results if r["kind"] == "finetuning"} - set(ROWS)
     if a.paper and others: print(f"not in the paper's tables: {', '.join(sorted(others))}")
     for note in error_notes(results): print(note)
-    shown = [r for kind in ("pretraining", "finetuning") for parts in group_results(results, kind).values()
-             for group in parts.values() for r in group]
-    if left := len(results) - len(shown):
-        print(f"not shown: {left} of {len(results)} results, each of the row, seed and settings of another")
+    say_left_out(results, [r for kind in ("pretraining", "finetuning") for parts in
+                           group_results(results, kind).values() for group in parts.values() for r in group])
+
+
+def say_left_out(results: list[dict], shown: list[dict]) -> None:
+    """Name the results that are not shown."""
+    left = [r.get("file", r["settings"]["out"]) for r in results if all(r is not other for other in shown)]
+    if left: print(f"not shown: {len(left)} of {len(results)} results, each of the row, seed and settings of "
+                   f"another: {', '.join(left[:5])}{', ..' * (len(left) > 5)}")
 
 
 def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None:
@@ -1059,10 +1110,14 @@ def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None
         differ = sorted({k for s in known for k in s if any(other.get(k, s[k]) != s[k] for other in known)})
         raise u.InputError(f"--sweep {a.sweep}: no two runs of a variant differ in it and in nothing else; "
                            f"what differs here: {', '.join(differ) or 'nothing'}")
+    def alike(r): return group_of(r), r["settings"]["variant"], r["settings"]["seed"], str(settings_of(r))
     for error, lines in found.items():
         rows = [(line, f"{line}, {a.sweep} {plain(value)}", group) for line, points in lines.items()
                 for value, group in points.items()]
-        print(show_table(table_of(rows, error, a.rigid, a.minus), a.markdown))
+        shown = [r for _, _, group in rows for r in group]
+        say_left_out([r for r in measured_by(results, error) if alike(r) in map(alike, shown)], shown)
+        lines_of_text = table_of(rows, error, a.rigid, a.minus, references(rows, a.minus))
+        print(show_table(lines_of_text, a.markdown))
         if lines and a.pictures != "none":
             save_picture(draw_sweep(lines, a.sweep, error), folder / f"sweep-{a.sweep}-{error}.png")
 

@@ -206,7 +206,7 @@ def test_a_loss_that_is_always_zero_has_a_chart():
 
 
 def test_more_runs_than_colours_by_name():
-    assert len(set(e.COLOURS)) == 20 and e.COLOURS[10] == tuple(v // 2 for v in RED)
+    assert len(set(e.COLOURS)) == 30 and e.COLOURS[10] == tuple(v // 2 for v in RED)
 
 
 def test_long_captions_leave_their_neighbours_alone():
