@@ -97,10 +97,16 @@ class Dataset:
         for field in fields:
             setattr(self, field, open_array(self.folder / f"{field}.npy", ARRAYS[field], shapes[field]))
         for i in range(0, n if self.keypoints is not None else 0, 65536):      # memory stays flat
-            infinite = np.isinf(self.keypoints[i:i + 65536]).any(axis=(1, 2))
-            if infinite.any():
-                raise InputError(f"{self.folder}/keypoints.npy: row {i + int(infinite.argmax())} is "
+            some = self.keypoints[i:i + 65536]
+            if (bad := np.isinf(some).any(axis=(1, 2))).any():
+                raise InputError(f"{self.folder}/keypoints.npy: row {i + int(bad.argmax())} is "
                                  "infinite; write NaN for no label")
+            if self.intrinsics is None: continue
+            with np.errstate(all="ignore"): size = np.linalg.det(self.intrinsics[i:i + 65536].astype(float))
+            bad = np.isfinite(some).any(axis=(1, 2)) & ~(np.isfinite(size) & (size != 0))
+            if bad.any():
+                raise InputError(f"{self.folder}/intrinsics.npy: row {i + int(bad.argmax())} is no camera "
+                                 "(not finite, or of determinant 0), but its image is labelled")
         if self.checksums is None: return                                      # a folder made by hand
         value = zlib.crc32(np.ascontiguousarray(self.checksums))
         if value != self.meta.get("crc", {}).get("checksums", value):
@@ -163,14 +169,18 @@ def record_sums(arrays: dict[str, np.ndarray]) -> np.ndarray:
 def open_array(path: Path, dtype: type, shape: tuple) -> np.ndarray:
     """A .npy file, memory-mapped; InputError unless it has this type, this shape (None: any length) and
     exactly the bytes that its header announces."""
-    if not path.exists(): raise InputError(f"{path}: missing; it is needed here")
+    if not path.exists():
+        without = " (training with --masks none --xc 0 does without)" * (path.name == "masks.npy")
+        raise InputError(f"{path}: missing; it is needed here{without}")
     with reading(path, ".npy array"):
         array = np.lib.format.open_memmap(path, "r")
         size = array.offset + array.nbytes
         if size != path.stat().st_size: raise ValueError(f"its header announces {size} bytes")
     if array.dtype != dtype: raise InputError(f"{path}: {array.dtype}; give {np.dtype(dtype)}")
     if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape)):
-        raise InputError(f"{path}: shape {array.shape}; give {str(shape).replace('None', 'n')}")
+        letters = iter("nHH")
+        wanted = ", ".join(str(n or next(letters)) if n is None else str(n) for n in shape)
+        raise InputError(f"{path}: shape {array.shape}; give ({wanted})")
     return array
 
 
@@ -210,6 +220,7 @@ META = {  # field of meta.json: what it has to be, and whether it is; joints com
     "depth_range": ("millimetres, up to 1e6", lambda v, _: type(v) in (int, float) and 0 < v <= 1e6),
     "margin": ("a number from 1 to 10", lambda v, _: type(v) in (int, float) and 1 <= v <= 10),
     "rows": ("their number", lambda v, _: type(v) is int),
+    "protocol": ("words", lambda v, _: isinstance(v, str)),
     "crc": ("the arrays' checksums", lambda v, _: isinstance(v, dict) and all(type(c) is int
                                                                              for c in v.values()))}
 
@@ -623,6 +634,7 @@ def crops(dataset: Dataset, rows: np.ndarray, parameters: np.ndarray, side: int,
 def labels_of(dataset: Dataset, rows: np.ndarray, A: Tensor) -> tuple[Tensor, Tensor]:
     """Labels in the network's crop: uv (B, K, 2) px, depth (B, K) mm from the root; NaN: not labelled."""
     keypoints = to_device(dataset.keypoints[rows], A.device)                            # (B, K, 3) mm, camera
+    keypoints = torch.where(keypoints[..., 2:] > 0, keypoints, torch.nan)             # none behind the camera
     intrinsics = to_device(dataset.intrinsics[rows], A.device)                           # (B, 3, 3)
     uv = transform_points(A, project(keypoints, intrinsics))                             # (B, K, 2) px
     root = dataset.meta["root"]
@@ -645,6 +657,16 @@ def say_if_enlarged(datasets: list[Dataset | None], side: int) -> None:
     for dataset in filter(None, datasets):
         there = round(dataset.images.shape[1] / dataset.meta["margin"])
         if there < side: print(f"{dataset.folder}: crops of {there} px are enlarged to {side}", flush=True)
+
+
+def with_root(dataset: Dataset) -> np.ndarray:
+    """The rows of a labelled data set whose root is labelled: of others nothing says how far away they are.
+    InputError where there is none."""
+    root = dataset.meta["root"]
+    rows = np.flatnonzero(np.isfinite(np.array(dataset.keypoints)[:, root]).all(axis=1))
+    if len(rows): return rows
+    raise InputError(f"{dataset.folder}/keypoints.npy: no image has a label of the root, "
+                     f"{dataset.meta['joints'][root]}; errors are measured from it")
 
 
 def compared(meta: dict) -> list[int]:
@@ -2426,11 +2448,15 @@ def open_all(folder: str) -> Dataset:
 
 def draw_skeleton(draw: ImageDraw.ImageDraw, uv: np.ndarray, bones: list, width: int,
                   colour: tuple = ()) -> None:
-    """Bones between joints uv (K, 2) px, one colour, or one for each limb; a joint may lack its label."""
-    limb = -1
+    """Bones between joints uv (K, 2) px, one colour, or one for each limb; a joint may lack its label. One of
+    which no bone can be drawn is a dot."""
+    limb, known = -1, np.isfinite(uv).all(axis=1)
+    joined = {i for bone in bones if known[list(bone)].all() for i in bone}
+    for u, v in (uv[i] for i in np.flatnonzero(known) if i not in joined):
+        draw.ellipse((u - width, v - width, u + width, v + width), fill=colour or COLOURS[0])
     for i, (a, b) in enumerate(bones):
         limb += i == 0 or a != bones[i - 1][1]  # a bone that starts where the last one ended goes on with it
-        if not np.isfinite(uv[[a, b]]).all(): continue
+        if not known[[a, b]].all(): continue
         ink, (u, v) = colour or COLOURS[limb % len(COLOURS)], uv[b]
         draw.line([tuple(uv[a]), tuple(uv[b])], fill=ink, width=width)
         draw.ellipse((u - width, v - width, u + width, v + width), fill=ink)
@@ -2476,8 +2502,11 @@ def check(folder: str) -> None:
         if value != crc.get(name, value):
             raise InputError(f"{path}: its checksum is not what was written; convert it again")
         print(f"{name}.npy: {array.shape} {array.dtype}, {'sound' if name in crc else 'without a checksum'}")
+    if dataset.masks is not None:
+        largest = max(dataset.masks[i:i + 256].max() for i in range(0, len(dataset), 256))
+        if largest < 128: print(f"masks: the largest value is {largest}: no foreground (255 is, 0 is none)")
     if dataset.checksums is None: print("no checksums.npy: training cannot tell a damaged record")
-    if dataset.keypoints is None or dataset.intrinsics is None: return
+    if dataset.keypoints is None or dataset.intrinsics is None or not dataset.meta["joints"]: return
     faults = []
     for i, (keypoints, K) in enumerate(zip(dataset.keypoints, dataset.intrinsics)):
         mask = dataset.masks[i] >= 128 if dataset.masks is not None else None

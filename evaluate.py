@@ -87,15 +87,6 @@ def overlap(predicted: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([(p & t).sum(dim=1), (p | t).sum(dim=1)], dim=1)
 
 
-def with_root(dataset: data.Dataset) -> np.ndarray:
-    """The rows of a test set whose root is labelled: of others nothing says how far away they are. InputError
-    where there is none."""
-    rows = np.flatnonzero(np.isfinite(np.array(dataset.keypoints)[:, dataset.meta["root"]]).all(axis=1))
-    if len(rows): return rows
-    raise u.InputError(f"{dataset.folder}/keypoints.npy: no image has a label of the root, "
-                       f"{dataset.meta['joints'][dataset.meta['root']]}; errors are measured from it")
-
-
 def mean_pose_error(labelled: data.Dataset, count: int, test: data.Dataset) -> float:
     """Chance: the error of answering every image with the mean root-relative pose of the labelled images."""
     root = test.meta["root"]
@@ -945,8 +936,9 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, 
             for kind, before in (("pretraining", "pretrain "), ("finetuning", ""))
             for name, parts in group_results(results, kind).items() for what, seeds in parts.items()}
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
-    rows = with_root(tests["target"])
-    rows = rows[np.linspace(0, len(rows) - 1, 3).astype(int)][:max(1, 12 // len(runs))]  # not picked by hand
+    rows = data.with_root(tests["target"])
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]                 # not picked by hand
+    rows = rows[:max(1, 12 // len(runs))]
     looks = {name: look_at(seeds[0][0], tests["target"], rows, device) for name, seeds in runs.items()}
     posed = {name: seen for name, seen in looks.items() if "pose" in seen}
     pictures = {"attention": draw_attention(looks, len(rows)), "curves": draw_curves(runs, colours)}
@@ -1031,7 +1023,7 @@ def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data
     fields = {name: ["keypoints", "intrinsics"] + ["masks"] * (Path(folder) / "masks.npy").exists()
               for name, folder in folders.items()}
     tests = {name: data.Dataset(folder, *fields[name]) for name, folder in folders.items()}
-    for dataset in tests.values(): with_root(dataset)
+    for dataset in tests.values(): data.with_root(dataset)
     return tests
 
 

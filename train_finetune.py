@@ -237,7 +237,9 @@ def open_data(s: Settings):
     target = data.Dataset(s.target) if s.lam or s.adapt else None
     validation = data.Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
     whose = f'{s.source}; name another --validation, or "" for none'
-    if validation is not None: data.same_skeleton(validation, source.meta, whose)
+    if validation is not None:
+        data.same_skeleton(validation, source.meta, whose)
+        data.with_root(validation)
     facts = {name: d.fingerprint for name, d in (("source", source), ("target", target)) if d is not None}
     return source, target, validation, facts
 

@@ -626,7 +626,7 @@ def back_project(uv: Tensor, z: Tensor, intrinsics: Tensor) -> Tensor:
     """Pixels uv (B, K, 2) at depths z (B, K) mm to points (B, K, 3) mm, camera: the inverse of `project`."""
     homogeneous = torch.cat([uv, torch.ones_like(uv[..., :1])], dim=-1)                  # (B, K, 3) u v 1
     with torch.autocast(uv.device.type, enabled=False):               # pixels need more than 3 digits
-        rays = homogeneous @ torch.linalg.inv(intrinsics).transpose(1, 2)                # (B, K, 3) x/z y/z 1
+        rays = homogeneous @ torch.linalg.inv_ex(intrinsics)[0].transpose(1, 2)          # (B, K, 3) x/z y/z 1
     return rays * z[..., None]                                             # (B, K, 3) mm, camera
 
 
@@ -634,8 +634,8 @@ def to_voxels(uv: Tensor, depth: Tensor, image: int, depth_range: float, side: i
     """Pixels uv (B, K, 2) of a square crop and depth (B, K) mm from the root, to voxels (B, K, 3), x y z.
 
     The volume spans the crop, and depth_range mm around the root. Also returns valid (B, K): 1 = inside the
-    volume; a joint outside, or without label (NaN), is 0 and lies at the origin. not in the paper: one outside
-    does not count in Eq. (5); what the volume holds of its Gaussian has the peak in a wrong place.
+    volume; a joint outside, or without label (NaN), is 0 and lies at the origin. not in the paper: one
+    outside does not count in Eq. (5); what the volume holds of its Gaussian has the peak in a wrong place.
     """
     xy = (uv + 0.5) * side / image - 0.5                                # pixel and voxel centres are integers
     z = (depth / depth_range + 0.5) * side - 0.5
