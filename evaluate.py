@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -260,17 +261,19 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
     """Errors on the test sets, chance, class attention; the same of the pre-training run, if it is there."""
     estimator, state = load_estimator(path, device)
     s = state["settings"]
-    labelled = data.Dataset(s["source"], "keypoints")
+    try: labelled = data.Dataset(s["source"], "keypoints")
+    except u.InputError as error:
+        labelled = None
+        if u.place_among_processes()[0] == 0: print(f"{path.parent}: measured without chance; {error}")
     result = {"kind": "finetuning", "settings": s, "steps": state["step"],
               "metric": metric(state["skeleton"]["joints"]), "seconds": round(state["seconds"], 1),
-              "labels": min(s["labels"] or len(labelled), len(labelled)),
               "made_by": made_by(path), "logged": last_logged(path)}
+    if labelled: result["labels"] = min(s["labels"] or len(labelled), len(labelled))
     before = pretraining_of(path, s)
     if before is not None: result["pretraining"] = measure_pretrained(before, tests, device)
     for name, dataset in tests.items():
-        data.same_skeleton(dataset, state["skeleton"])
         result[name] = measure_pose(estimator, dataset, s["image"], device)
-        result[name]["chance"] = mean_pose_error(labelled, result["labels"], dataset)
+        result[name]["chance"] = mean_pose_error(labelled, result["labels"], dataset) if labelled else np.nan
         if dataset.masks is not None:
             result[name]["attention"] = measure_attention(estimator.encoder, dataset, s["image"], device)
     return result
@@ -347,7 +350,8 @@ def spread(values: list[float], digits: int = 1) -> str:
 def per_block(results: list[dict]) -> str:
     """Lift of each block on the target, mean over seeds; "-" without true masks, or without pre-training."""
     lifts = [r.get("target", {}).get("attention", {}).get("lift") for r in results]      # (seeds, L)
-    return " ".join(f"{v:.2f}" for v in np.mean(lifts, axis=0)) if lifts and all(lifts) else "-"
+    if not lifts or not all(lifts) or np.isnan(lifts).any(): return "-"
+    return " ".join(f"{v:.2f}" for v in np.mean(lifts, axis=0))
 
 
 def by_axis(results: list[dict]) -> str:
@@ -545,7 +549,7 @@ def chance(rows: list[tuple]) -> list[list[str]]:
     family's first row, where the families were not trained or tested on the same data."""
     errors = {}                                                            # {family: [target, source]}
     for family, _, group in rows:
-        errors.setdefault(family, [f"{group[0][domain]['chance']:.1f}" for domain in ("target", "source")])
+        errors.setdefault(family, [spread([group[0][domain]["chance"]]) for domain in ("target", "source")])
     lines = [["chance: constant mean pose", "", target, *[""] * 4, source, "", "1.00 everywhere"]
              for target, source in errors.values()]
     if all(line == lines[0] for line in lines): return lines[:1]
@@ -881,7 +885,8 @@ def draw_curves(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image
             factor = result["settings"].get(weight, 0) if weight else 1
             with u.usable(path.parent / "log.jsonl"):
                 lines = logged(path) if factor else []
-                points = [(line["step"], factor * line[key]) for line in lines if key in line]
+                lines = [line for line in lines if np.isfinite(line.get(key, np.nan))]
+                points = [(line["step"], factor * line[key]) for line in lines]
             if points: curves[name] = tuple(zip(*points))
         if curves: panels.append((chart(f"{title}, over steps", curves, colours), ""))
     rows = [panels[i:i + 2] for i in range(0, len(panels), 2)]
@@ -946,7 +951,9 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, 
     if posed: pictures["pck"] = draw_pck({name: runs[name] for name in posed}, colours)
     for name in sorted(runs.keys() - posed.keys()):
         picture = draw_reconstruction(runs[name][0][0], name, tests, rows, device)
-        pictures[re.sub("[ ,/]+", "-", name.replace("pretrain", "reconstruction", 1))] = picture
+        short = re.sub("[ ,/]+", "-", name.replace("pretrain", "reconstruction", 1))
+        if len(short) > 150: short = f"{short[:140]}-{zlib.crc32(short.encode()):08x}"   # 255 are allowed
+        pictures[short] = picture
     for name, picture in pictures.items():
         if picture: save_picture(picture, folder / f"{name}.png")
 
@@ -973,10 +980,13 @@ def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tup
     Parallel projection, bones as long as in training: k with sum of k² |duv|² + dz² = sum of L².
     """
     s, known = state["settings"], state["skeleton"]
-    a, b = np.array(known["bones"]).T
+    a, b = np.array(known["bones"], int).reshape(-1, 2).T
     try: poses = data.Dataset(str(s.get("source")), "keypoints").keypoints[:1000]        # (n, K, 3) mm
-    except u.InputError: return known["depth_range"] / s["image"], f"no labels in {s.get('source')}, a guess"
-    L2 = np.nanmean(np.square(poses[:, a] - poses[:, b]).sum(-1), axis=0).sum()
+    except u.InputError: poses = np.full((1, len(known["joints"]), 3), np.nan)
+    L2 = np.square(poses[:, a] - poses[:, b]).sum(-1)                                    # (n, bones) mm²
+    a, b, L2 = (x[..., np.isfinite(L2).any(axis=0)] for x in (a, b, L2))                 # of known length
+    if not len(a): return known["depth_range"] / s["image"], f"no bone labels in {s.get('source')}, a guess"
+    L2 = np.nanmean(L2, axis=0).sum()
     flat, deep = np.square(uv[a] - uv[b]).sum(), np.square(depth[a] - depth[b]).sum()
     return float(np.sqrt(max(L2 - deep, 0.1 * L2) / max(flat, 1e-6))), "bones as long as in training"
 
@@ -1027,18 +1037,24 @@ def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data
     return tests
 
 
-def finished_runs(folders: list[str], rank: int = 0) -> list[Path]:
-    """The checkpoints of finished runs below the folders; an unfinished one is named and left out."""
-    paths = []
+def finished_runs(folders: list[str], rank: int = 0) -> dict[Path, dict]:
+    """{checkpoint: its kind, settings, skeleton if it has one} of the finished runs below the folders; an
+    unfinished one is named and left out. InputError where none is finished."""
+    runs: dict[Path, dict] = {}
     for folder in folders:
         here = sorted(Path(folder).rglob("checkpoint.pt"))
         if not here: raise u.InputError(f"{folder}: no checkpoint.pt here or below; train first")
         for path in here:
             state = u.read_checkpoint(path)
-            with u.usable(path): step, steps, _ = (state[key] for key in ("step", "steps", "seconds"))
-            if step == steps: paths.append(path)
+            known = {"kind": "pretraining", "settings": state["settings"]}
+            if "head" in state: known |= {"kind": "finetuning", "skeleton": state.get("skeleton")}
+            with u.usable(path):
+                step, steps, _ = (state[key] for key in ("step", "steps", "seconds"))
+                row_name(known)
+            if step == steps: runs[path] = known
             elif rank == 0: print(f"left out, not finished ({step} of {steps} steps): {path.parent}")
-    return list({path.resolve(): path for path in paths}.values())  # a run named twice counts once
+    if not runs: raise u.InputError(f"{', '.join(folders)}: no run is finished; the same command goes on")
+    return {path: runs[path] for path in {path.resolve(): path for path in runs}.values()}  # each once
 
 
 def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> dict:
@@ -1067,7 +1083,7 @@ def check_minus(results: list[dict], minus: str) -> None:
     """InputError unless --minus is a row of these results, above or first."""
     names = {row_name(r).split(" ", 1)[1] for r in results if r["kind"] == "finetuning"}
     if minus not in {"above", "first"} | names:
-        raise u.InputError(f"--minus {minus}: choose above, first, {', '.join(sorted(names))}")
+        raise u.InputError(f"--minus {minus}: choose {', '.join(['above', 'first', *sorted(names)])}")
 
 
 def show_tables(results: list[dict], a: argparse.Namespace) -> None:
@@ -1146,7 +1162,7 @@ def main(arguments=None) -> int:
     if rank and (a.image or a.sweep or a.table): return 0                  # nothing to share out
     folder = Path(a.runs[0]) / "pictures" if a.pictures in ("", "none") else Path(a.pictures)
     if a.image:
-        path = next((p for p in finished_runs(a.runs) if "head" in u.read_checkpoint(p)), None)
+        path = next((path for path, run in finished_runs(a.runs).items() if "skeleton" in run), None)
         if path is None: raise u.InputError(f"{' '.join(a.runs)}: no finished fine-tuning run for --image")
         print(f"with {path.parent}")
         draw_photo(path, a.image, a.box, folder, device)
@@ -1155,14 +1171,18 @@ def main(arguments=None) -> int:
     if a.sweep:
         show_sweep(read_results(a.runs, "*" if a.sweep == "test" else test), a, folder)
         return 0
+    runs = {} if a.table else finished_runs(a.runs, rank)
+    if runs: check_minus(list(runs.values()), a.minus)
     by_task: dict[str, list] = {}                                          # checkpoints of hands, of humans
-    for path in [] if a.table else finished_runs(a.runs, rank):
-        by_task.setdefault(u.read_checkpoint(path)["settings"].get("task", "hand"), []).append(path)
+    for path, run in runs.items(): by_task.setdefault(run["settings"].get("task", "hand"), []).append(path)
+    sets = {task: open_tests(a.source_test, a.target_test, task, rank) for task in by_task}
+    for path, task in ((path, task) for task, paths in by_task.items() for path in paths):
+        for dataset in sets[task].values() if runs[path].get("skeleton") else ():
+            with u.usable(path): data.same_skeleton(dataset, runs[path]["skeleton"])
     results, measured = read_results(a.runs, test) if a.table else [], []
     for task, paths in by_task.items():
-        tests = open_tests(a.source_test, a.target_test, task, rank)
-        results += [measure(path, tests, rank, device) for path in paths]
-        measured.append((task, paths, results[-len(paths):], tests))
+        results += [measure(path, sets[task], rank, device) for path in paths]
+        measured.append((task, paths, results[-len(paths):], sets[task]))
     if rank: return 0
     print()
     show_tables(results, a)

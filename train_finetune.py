@@ -230,6 +230,19 @@ def complete(s: Settings) -> None:
     if s.lam and not s.init: raise u.InputError("--lam > 0 needs a pre-trained f^A: give --init, or --lam 0")
 
 
+def check_labels(s: Settings, source: data.Dataset, side: int) -> None:
+    """InputError unless some joint of the labelled images lies in the volume of `side` voxels."""
+    H, meta, count = source.images.shape[1], source.meta, min(s.labels or len(source), len(source))
+    for rows in data.chunks(count):
+        as_it_is = torch.from_numpy(data.no_augmentation(len(rows)))
+        A = data.crop_transform(as_it_is, H, meta["margin"], s.image)                     # (b, 2, 3)
+        uv, depth = data.labels_of(source, rows, A)                    # (b, K, 2) px, (b, K) mm from the root
+        if u.to_voxels(uv, depth, s.image, meta["depth_range"], side)[1].any(): return
+    raise u.InputError(f"{source.folder}: no joint of the first {count} images (--labels) counts: the root "
+                       "has no label, or all lie outside the volume; look at them: python data.py show "
+                       f"{source.folder} PICTURE.png")
+
+
 def open_data(s: Settings):
     """Source with labels, target (images only), validation (None where not asked for); checksums of the two
     that are learned from."""
@@ -309,11 +322,8 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
 def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int, sums, rate: float) -> None:
     """Log the mean of each term of Eq. (7) since the last time, and their ratio; sums start again at 0."""
     (second, lam), (L_kpt, L_second, _) = second_term(s), (u.mean_over_processes(sums) / sums[2]).tolist()
-    if not L_kpt:
-        raise u.InputError(f"{s.source}: no joint counts: the root has no label, or all lie outside the "
-                           f"volume; look at them: python data.py show {s.source} PICTURE.png")
     losses = {"L_kpt": L_kpt, second: L_second}
-    shown = losses | {f"lam {second} / L_kpt": lam * L_second / L_kpt}
+    shown = losses | {f"lam {second} / L_kpt": lam * L_second / L_kpt if L_kpt else 0.0}  # 0: no joint counts
     run.log(stage="finetuning", step=done, lr=rate, **shown)
     progress.show(done, shown, final=done == steps)
     sums.zero_()
@@ -330,6 +340,8 @@ def main(arguments=None) -> int:
     source, target, validation, facts = open_data(s)
     if rank == 0: data.say_if_enlarged([source, target, validation], s.image)
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
+    check_labels(s, source, estimator.head.side)
+    u.share_of_batch(s.batch, s.micro_batch, rank, world)
     if s.init: facts["init"] = u.file_checksum(s.init)
     elastic = s.sync_bn and not s.micro_batch  # else f^H's BatchNorm sees one process's images
     run = u.Run(s.out, s, {"data": facts, "world": world, **u.machine(device)}, rank, elastic)

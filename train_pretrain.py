@@ -96,12 +96,41 @@ VARIANTS = {  # "Ours" and its ablations in Tables 1 to 4
 }
 
 
-def check(s: Settings) -> None:
-    """InputError where a value makes no sense."""
+def check(s: Settings, world: int = 1) -> None:
+    """InputError where a value makes no sense, alone or with the others."""
     if s.masks not in ("both", "source", "none"):
         raise u.InputError(f"--masks {s.masks!r}: choose both, source or none")
     if not 0 < s.mask_ratio < 1: raise u.InputError(f"--mask-ratio {s.mask_ratio} lies not between 0 and 1")
     if not 0 <= s.xc <= 1: raise u.InputError(f"--xc {s.xc}: a share between 0 and 1")
+    if s.alpha > 170: raise u.InputError(f"--alpha {s.alpha:g}: exp of its half, Eq. (2), overflows; to 170")
+    if s.target_masks and not (s.target and (s.masks == "both" or s.xc > 0)):
+        raise u.InputError(f"--target-masks {s.target_masks}: nothing here uses masks of a target")
+    with torch.device("meta"):  # shapes without values: what does not fit is said before f^S is trained
+        u.MaskedAutoencoder(*networks(s))(torch.zeros(1, 3, s.image, s.image), torch.zeros(
+            1, (s.image // s.patch) ** 2), s.mask_ratio)
+        if uses_f_S(s): u.UNet(s.seg_channels)(torch.zeros(1, 3, s.image, s.image))
+    u.share_of_batch(s.batch, s.micro_batch, 0, world)
+    if uses_f_S(s): u.share_of_batch(s.seg_batch, 0, 0, world, "--seg-batch")
+
+
+def uses_f_S(s: Settings) -> bool:
+    """Whether masks of the target are wanted, and not given."""
+    return bool(s.target) and not s.target_masks and (s.masks == "both" or s.xc > 0)
+
+
+def networks(s: Settings) -> tuple[u.Encoder, u.Decoder]:
+    """f^E and f^D."""
+    encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
+    sizes = s.decoder_width, s.decoder_depth, s.decoder_heads
+    return encoder, u.Decoder(encoder.grid, s.patch, s.width, *sizes)
+
+
+def check_masks(source: data.Dataset) -> None:
+    """InputError where masks hold no foreground, in 256 of them: 0 and 1 written for 0 and 255."""
+    largest = source.masks[np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)].max()
+    if largest < 128:
+        raise u.InputError(f"{source.folder}/masks.npy: the largest value is {largest}, no foreground: write "
+                           "0 background .. 255 foreground, or give --masks none --xc 0")
 
 
 # ==========================================================================================================
@@ -277,8 +306,7 @@ def reconstruction_loss(s: Settings, model, x, w, noise, device, dtype):
 def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unconstrained, device, world):
     """f^E and f^D by Eq. (3). Returns False if stopped."""
     torch.manual_seed(s.seed)
-    encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
-    decoder = u.Decoder(encoder.grid, s.patch, s.width, s.decoder_width, s.decoder_depth, s.decoder_heads)
+    encoder, decoder = networks(s)
     encoder.checkpointing, parts = s.checkpointing, {"encoder": encoder, "decoder": decoder}
     mae = u.MaskedAutoencoder(encoder, decoder).to(device)
     groups = u.parameter_groups(mae, s.weight_decay)
@@ -337,10 +365,10 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
 def main(arguments=None) -> int:
     """f^S, target masks, f^E and f^D in turn; 0 when finished, 130 or 143 when stopped (Ctrl-C, SIGTERM)."""
     s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
-    check(s)
     s.out = s.out or f"runs/{u.run_group(s.preset, s.task)}/pretrain-{s.variant}-seed{s.seed}"
     rank, world, device = u.setup_distributed(s.device)
     u.compute_with(s.threads, s.deterministic)
+    check(s, world)
     x_c = s.unconstrained if s.xc > 0 or s.masks == "both" else ""
     data.ensure_benchmark([s.source, s.target, x_c], rank)
     stop = u.StopSignal()
@@ -349,19 +377,19 @@ def main(arguments=None) -> int:
     use_masks = s.masks != "none" or s.xc > 0
     source = data.Dataset(s.source, *(["masks"] if use_masks else []))
     target = data.Dataset(s.target) if s.target else None
-    use_f_S = target is not None and not s.target_masks and (s.masks == "both" or s.xc > 0)
-    unconstrained = data.Dataset(s.unconstrained) if s.xc > 0 or use_f_S else None
+    if use_masks: check_masks(source)
+    unconstrained = data.Dataset(s.unconstrained) if s.xc > 0 or uses_f_S(s) else None
     sets = {"source": source, "target": target, "unconstrained": unconstrained}
     if rank == 0: data.say_if_enlarged(list(sets.values()), s.image)
     facts = {name: d.fingerprint for name, d in sets.items() if d is not None}
-    target_masks = data.open_masks(s.target_masks, target) if target is not None and s.target_masks else None
+    target_masks = data.open_masks(s.target_masks, target) if s.target_masks else None
     if target_masks is not None: facts["target_masks"] = u.file_checksum(s.target_masks)
     # f^S has BatchNorm, of one process's images; once the target's masks are there, nothing else has
-    elastic = not use_f_S or (Path(s.out) / "target_masks.npy").exists()
+    elastic = not uses_f_S(s) or (Path(s.out) / "target_masks.npy").exists()
     run = u.Run(s.out, s, {"data": facts, "world": world, **u.machine(device)}, rank, elastic)
 
     # ---- f^S, and the target's masks by it -----------------------------------------------------------------
-    if use_f_S:
+    if uses_f_S(s):
         net = train_segmentation(s, run, stop, source, unconstrained, device, world)
         if net is None: return stop.status
         dtype = getattr(torch, run.config["segmentation_precision"])

@@ -987,12 +987,12 @@ def random_generator(seed: int, purpose: str, step: int = 0) -> np.random.Genera
     return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), step]))
 
 
-def share_of_batch(batch: int, micro_batch: int, rank: int, world: int) -> list[slice]:
+def share_of_batch(batch: int, micro_batch: int, rank: int, world: int, flag: str = "--batch") -> list[slice]:
     """The slices of the global batch that this process works on, one a micro-batch."""
-    if batch % world: raise InputError(f"batch {batch} does not divide evenly among {world} processes")
+    if batch % world: raise InputError(f"{flag} {batch} does not divide evenly among {world} processes")
     own = batch // world
     micro = min(micro_batch or own, own)
-    if own % micro: raise InputError(f"micro_batch {micro} does not divide a process's share of {own} images")
+    if own % micro: raise InputError(f"--micro-batch {micro} does not divide the {own} images of a process")
     return [slice(rank * own + i, rank * own + i + micro) for i in range(0, own, micro)]
 
 
@@ -1014,8 +1014,7 @@ def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
     one_pass is a forward and backward pass of this very model: a matrix product alone misleads, for narrow
     models lose to casts what they gain in products. A GPU older than bfloat16 is offered float16.
     """
-    if wanted in ("float32", "bfloat16", "float16"): return wanted
-    if wanted != "auto": raise InputError(f"precision {wanted!r}: choose auto, float32, bfloat16 or float16")
+    if wanted != "auto": return wanted
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     short = "float16" if old else "bfloat16"
     laps: dict[str, list[float]] = {"float32": [], short: []}
@@ -1057,7 +1056,6 @@ def wants_compile(wanted: str, device: torch.device, steps: int) -> bool:
 
     auto: where it pays, and works for all processes. InputError where it is wanted and does not work.
     """
-    if wanted not in ("auto", "on", "off"): raise InputError(f"--compile {wanted!r}: choose auto, on or off")
     if wanted == "off": return False
     # a compiler that times its kernels may choose others next time; Triton makes nothing for less than 7.0
     pays = device.type == "cuda" and steps >= 2000 and not torch.are_deterministic_algorithms_enabled() \
@@ -1301,6 +1299,8 @@ class Run:
 POSITIVE = {"image", "patch", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads",
             "seg_channels", "seg_steps", "seg_batch", "batch", "epochs", "head_channels", "sigma",
             "save_every", "log_every", "validate_every"}
+MOST = {"seed": 2 ** 63, "threads": 1025}  # all are below these; the words that some settings take:
+WORDS = {"precision": ("auto", "float32", "bfloat16", "float16"), "compile": ("auto", "on", "off")}
 
 
 def run_group(preset: str, task: str = "hand") -> str:
@@ -1336,9 +1336,12 @@ def parse_settings(cls, doc: str, presets: dict[str, dict], variants: dict[str, 
     task = tasks.get(chosen.get("task"), {})
     settings = cls(**(task | presets[preset] | variants[variant] | given | chosen))
     for name, value in dataclasses.asdict(settings).items():
-        if isinstance(value, str) or (value > 0 if name in POSITIVE else value >= 0): continue
-        least = "above 0" if name in POSITIVE else "not below 0"
-        raise InputError(f"--{name.replace('_', '-')} {value}: give a number {least}")
+        flag, words, most = f"--{name.replace('_', '-')} {value}", WORDS.get(name), MOST.get(name, math.inf)
+        if words and value not in words: raise InputError(f"{flag}: choose {', '.join(words)}")
+        if isinstance(value, str): continue
+        least, enough = ("above 0", value > 0) if name in POSITIVE else ("not below 0", value >= 0)
+        if not enough: raise InputError(f"{flag}: give a number {least}")
+        if value >= most: raise InputError(f"{flag}: give a number below {most:g}")      # none is infinite
     return settings
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-from udapose import InputError, project, random_generator, run_script
+from udapose import InputError, back_project, project, random_generator, run_script
 
 N, SIDE = 6, 224                                             # samples in the fixture, each in 4 versions; px
 FINGER = np.array([(255, 0, 0), (255, 200, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)])  # thumb .. little
@@ -582,7 +582,13 @@ def saved(name, change):
 
 REFUSED = {
     "no folder": (lambda f: shutil.rmtree(f), "no data set here"),
-    "missing array": (lambda f: (f / "masks.npy").unlink(), "masks.npy: missing"),
+    "missing array": (lambda f: (f / "masks.npy").unlink(), "masks.npy: missing.*--masks none --xc 0"),
+    "missing labels": (lambda f: (f / "keypoints.npy").unlink(), "keypoints.npy: missing; it is needed here$"),
+    "grey images": (saved("images", lambda a: a[..., 0]), r"images.npy: shape \(6, 50, 50\); give \(n, H, H, 3\)"),
+    "no camera": (saved("intrinsics", lambda a: 0 * a), "intrinsics.npy: row 0 is no camera"),
+    "a camera that is NaN": (saved("intrinsics", lambda a: spoilt(a, np.nan)), "intrinsics.npy: row 3 is no cam"),
+    "a protocol of no words": (lambda f: (f / "meta.json").write_text(json.dumps(
+        META | {"format": 1, "protocol": ["a"]})), "protocol is .'a'.; give words"),
     "truncated array": (lambda f: cut(f / "images.npy"), "images.npy: broken .npy array"),
     "empty file": (lambda f: cut(f / "keypoints.npy", 0), "keypoints.npy: broken .npy array"),
     "not an array": (lambda f: (f / "images.npy").write_text("images"), "images.npy: broken .npy array"),
@@ -615,6 +621,24 @@ def test_unlabelled_joints_are_welcome(own):
     resave(own, "keypoints", lambda a: spoilt(a, np.nan))
     uv, depth = data.labels_of(every(own), np.arange(6), torch.eye(3)[None, :2].repeat(6, 1, 1))
     assert depth[3, 1].isnan() and depth.isfinite().sum() == 11
+
+
+def test_an_image_without_labels_needs_no_camera(own):
+    """Zeros are what one writes where there is nothing; nor does a joint behind the camera count."""
+    def last(value):
+        def change(a):
+            a = a.copy()
+            a[5] = value
+            return a
+        return change
+    resave(own, "keypoints", last(np.nan)), resave(own, "intrinsics", last(0))
+    dataset = every(own)
+    K = torch.from_numpy(np.array(dataset.intrinsics))
+    assert back_project(torch.zeros(6, 2, 2), torch.full((6, 2), 9.0), K)[:5].isfinite().all()
+    resave(own, "keypoints", lambda a: np.where(np.arange(6)[:, None, None] == 2, -a, a))
+    uv, depth = data.labels_of(every(own), np.arange(6), torch.eye(3)[None, :2].repeat(6, 1, 1))
+    assert [bool(row.isfinite().all()) for row in uv] == [True, True, False, True, True, False]
+    assert uv[2].isnan().all() and depth[2].isnan().all()
 
 
 def test_a_target_s_labels_are_not_opened(own):
@@ -655,7 +679,11 @@ def test_check(converted, tmp_path, capsys):
 
 def test_check_of_own_data(converted, own, tmp_path, capsys):
     data.main(["check", str(own)])
-    assert capsys.readouterr().out.count("without a checksum") == 4
+    said = capsys.readouterr().out
+    assert said.count("without a checksum") == 4 and "no foreground" not in said
+    resave(own, "masks", lambda a: a // 128)
+    data.main(["check", str(own)])
+    assert "masks: the largest value is 1: no foreground" in capsys.readouterr().out
     for name in data.RECORDS: shutil.copy(converted.folder / f"{name}.npy", own)
     meta = json.loads((converted.folder / "meta.json").read_text())
     (own / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("crc", "rows")}))

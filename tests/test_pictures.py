@@ -1,6 +1,7 @@
 """evaluate.py's pictures: each is written, and what it shows is where it should be; photos of every kind."""
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -123,6 +124,11 @@ def test_skeleton_lies_on_the_keypoints():
     blank = Image.new("RGB", blank.size)
     data.draw_skeleton(e.ImageDraw.Draw(blank), points, BONES, 3, e.GREY)
     assert {c for _, c in blank.getcolors()} == {(0, 0, 0), e.GREY}
+    for bones, joints in (([], (0, 1, 2)), ([[2, 3], [0, 1]], (0, 1, 2))):         # a dot where there is no bone
+        blank = Image.new("RGB", blank.size)
+        data.draw_skeleton(e.ImageDraw.Draw(blank), points, bones, 5)
+        assert all(tuple(colour_at(blank, points[i])) != (0, 0, 0) for i in joints)
+    assert tuple(colour_at(blank, points[[0, 2]].mean(axis=0))) == (0, 0, 0)
 
 
 def test_heat_has_row_and_column_in_place():
@@ -269,6 +275,42 @@ def test_an_image_whose_root_has_no_label_counts_nowhere(runs, tmp_path):
         e.open_tests(str(tmp_path / "others"), str(tmp_path / "all"), "hand", 0)
 
 
+def test_what_cannot_be_measured_is_said_before_anything_is(runs, tmp_path, monkeypatch):
+    """An unknown row to compare with, labels of another skeleton, nothing finished."""
+    save_checkpoint(tmp_path / "runs/a", train_finetune, source=str(runs / "toy"))
+    save_checkpoint(tmp_path / "runs/b", train_finetune, source=str(runs / "toy"))
+    other, path = META | {"joints": list("abce")}, tmp_path / "runs/b/checkpoint.pt"
+    state = torch.load(path)
+    torch.save(state | {"skeleton": {k: other[k] for k in state["skeleton"]}}, path)
+    tests = ["--source-test", str(runs / "toy"), "--target-test", str(runs / "toy")]
+    monkeypatch.setattr(e, "measure", lambda *a: pytest.fail("measured"))
+    with pytest.raises(u.InputError, match="--minus c: choose above, first, a, b$"):
+        e.main([str(tmp_path / "runs"), *tests, "--minus", "c"])
+    with pytest.raises(u.InputError, match="b/checkpoint.pt: .*toy: joints is .*, not .* as the model"):
+        e.main([str(tmp_path / "runs"), *tests])
+    for name in "ab": torch.save(state | {"step": 1}, tmp_path / f"runs/{name}/checkpoint.pt")
+    with pytest.raises(u.InputError, match="runs: no run is finished"): e.main([str(tmp_path / "runs"), *tests])
+
+
+def test_a_run_whose_source_is_gone_is_measured_without_chance(runs, tmp_path, capsys):
+    save_checkpoint(tmp_path / "runs/full-seed0", train_finetune, source="moved/away")
+    tests = ["--source-test", str(runs / "toy"), "--target-test", str(runs / "toy")]
+    assert e.main([str(tmp_path / "runs"), *tests, "--pictures", "none", "--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert "full-seed0: measured without chance; moved/away: no data set here" in text
+    assert re.search(r"chance: constant mean pose \| +\| - ", text)
+
+
+def test_pictures_of_a_row_with_a_long_name(tmp_path, runs):
+    paths = [tmp_path / f"{letter}/pretrain-full-seed0/checkpoint.pt" for letter in "ab"]
+    for path in paths: save_checkpoint(path.parent, train_pretrain, source=f"/{path.parts[-3] * 250}")
+    toy = data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks")
+    tests = {"source": toy, "target": toy}
+    e.draw_all(paths, [e.measure_pretrained(path, tests, "cpu") for path in paths], tests, tmp_path / "out", "cpu")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir() if "reconstruction" in path.name)
+    assert len(names) == 2 and max(map(len, names)) < 160
+
+
 def test_a_row_named_by_a_path_has_a_picture_in_the_same_folder(tmp_path):
     save_dataset(tmp_path / "toy")
     toy = data.Dataset(tmp_path / "toy", "keypoints", "intrinsics", "masks")
@@ -370,9 +412,14 @@ def test_millimetres_of_a_photo_come_from_the_bones(tmp_path):
     scale, why = e.millimetres_per_pixel(pose[0, :, :2] / 2.5 + 7, depth, state)
     assert scale == pytest.approx(2.5, rel=1e-4) and why == "bones as long as in training"
     assert e.millimetres_per_pixel(pose[0, :, :2] / 2.5, 100 * depth, state)[0] > 0    # deeper than any hand
+    half = np.where(np.arange(4)[:, None] == 3, np.nan, pose)              # the last joint is never labelled
+    np.save(tmp_path / "toy/keypoints.npy", np.float32(half.repeat(N, axis=0)))
+    assert e.millimetres_per_pixel(pose[0, :, :2] / 2.5 + 7, depth, state)[0] == pytest.approx(2.5, rel=1e-4)
+    nothing = state | {"skeleton": META | {"bones": []}}
+    assert e.millimetres_per_pixel(pose[0, :, :2], depth, nothing)[0] == 300 / SIDE
     state["settings"]["source"] = str(tmp_path / "nowhere")
     scale, why = e.millimetres_per_pixel(pose[0, :, :2], depth, state)
-    assert scale == 300 / SIDE and "no labels in" in why and "nowhere" in why
+    assert scale == 300 / SIDE and "no bone labels in" in why and "nowhere" in why
 
 
 def test_a_photo_from_the_command_line(runs, tmp_path, capsys):

@@ -71,7 +71,8 @@ def test_shares_cover_the_batch_once(batch, micro, world):
 
 def test_uneven_shares_are_refused():
     with pytest.raises(u.InputError, match="batch 10 .* 4 processes"): u.share_of_batch(10, 0, 0, 4)
-    with pytest.raises(u.InputError, match="micro_batch 3 .* 4"): u.share_of_batch(8, 3, 0, 2)
+    with pytest.raises(u.InputError, match="--micro-batch 3 .* 4"): u.share_of_batch(8, 3, 0, 2)
+    with pytest.raises(u.InputError, match="--seg-batch 5 "): u.share_of_batch(5, 0, 0, 2, "--seg-batch")
 
 
 def check_rate(rate):
@@ -111,8 +112,6 @@ def test_precision_is_what_is_clearly_faster(monkeypatch, fast, chosen):
     monkeypatch.setattr(u, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     assert u.choose_precision("auto", torch.device("cpu"), one_pass) == chosen
     assert u.choose_precision("float32", torch.device("cpu"), None) == "float32"   # named: not timed
-    with pytest.raises(u.InputError, match="float8.*auto, float32, bfloat16 or float16"):
-        u.choose_precision("float8", torch.device("cpu"), one_pass)
 
 
 def test_precision_while_a_neighbour_is_busy(monkeypatch):
@@ -146,8 +145,6 @@ def test_compile_where_it_pays(wanted, device, steps, on, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (6, 1) if gpu.index else (7, 0))
     monkeypatch.setattr(u, "no_compile", lambda device: "")
     assert u.wants_compile(wanted, torch.device(device), steps) is on
-    with pytest.raises(u.InputError, match="'yes': choose auto, on or off"):
-        u.wants_compile("yes", torch.device(device), steps)
 
 
 def test_compile_where_there_is_no_compiler(tmp_path, monkeypatch, capsys):

@@ -417,7 +417,15 @@ def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     (["--masks", "some"], "choose both, source or none"),
     (["--batch", "16", "--micro-batch", "5"], "does not divide"),
     (["--heads", "5"], "not divisible by the number of heads"),
-    (["--precision", "int8"], "choose auto, float32, bfloat16 or float16"),
+    (["--precision", "int8"], "^--precision int8: choose auto, float32, bfloat16, float16$"),
+    (["--compile", "yes"], "^--compile yes: choose auto, on, off$"),
+    (["--patch", "24", "--decoder-width", "15"], "width 15 is not divisible"),
+    (["--image", "24"], "f.S needs images of 32 px or more"), (["--alpha", "300"], "^--alpha 300: exp"),
+    (["--batch", "16", "--epochs", "inf"], "^--epochs inf: give a number below inf$"),
+    (["--seed", str(2 ** 64)], f"^--seed {2 ** 64}: give a number below 9.22337e.18$"),
+    (["--threads", "5000"], "^--threads 5000: give a number below 1025$"),
+    (["--target", "", "--target-masks", "nowhere.npy"], "--target-masks nowhere.npy: nothing here uses"),
+    (["--masks", "source", "--xc", "0", "--target-masks", "nowhere.npy"], "nothing here uses masks of a target"),
     (["--target-masks", "nowhere.npy"], "nowhere.npy: missing"),
     (["--micro-batch", "-1"], "^--micro-batch -1: give a number not below 0$"),
     (["--lr", "-0.001"], "^--lr -0.001: give a number not below 0$"),
@@ -426,7 +434,21 @@ def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     (["--out", "/dev/null/run"], "cannot hold a run"),
 ])
 def test_pretraining_refuses(sets, tmp_path, more, message):
+    """Before f^S is trained, and before the folder belongs to settings that cannot be."""
     with pytest.raises(u.InputError, match=message): pretrain(sets, tmp_path / "run", *more)
+    assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+def test_masks_of_0_and_1_are_refused(sets, tmp_path, largest):
+    shutil.copytree(sets / "source", tmp_path / "source")
+    (tmp_path / "source/checksums.npy").unlink()
+    masks = np.load(sets / "source/masks.npy")
+    np.save(tmp_path / "source/masks.npy", (masks >= 128).astype(np.uint8) * largest)
+    own = ["--source", str(tmp_path / "source"), "--epochs", "0.2"]
+    with pytest.raises(u.InputError, match=f"source/masks.npy: the largest value is {largest}, no foreground: write"):
+        pretrain(sets, tmp_path / "run", *own)
+    assert pretrain(sets, tmp_path / "run", *own, "--masks", "none", "--xc", "0") == 0
 
 
 def test_unknown_flag_and_preset(sets, tmp_path, capsys):
@@ -446,18 +468,39 @@ def test_finetuning_refuses(sets, pretrained, finetuned, tmp_path):
         finetune(sets, finetuned, str(pretrained), "--lam", "3")
     with refuse("needs a pre-trained f"): finetune(sets, tmp_path / "c", "", "--lam", "3")
     with refuse("--labels -5: give"): finetune(sets, tmp_path / "c", str(pretrained), "--labels", "-5")
+    with refuse("--micro-batch 3 does not"): finetune(sets, tmp_path / "c", str(pretrained), "--micro-batch", "3")
+    for name in "bc": assert not (tmp_path / name).exists()
 
 
 def test_a_source_of_which_no_joint_counts(sets, tmp_path):
-    """As where the root has no label: nothing would be trained."""
+    """As where the root has no label, or lies behind the camera: nothing would be trained."""
     shutil.copytree(sets / "source", tmp_path / "source")
-    keypoints = np.load(tmp_path / "source/keypoints.npy")
-    keypoints[:, data.HAND["root"]] = np.nan
-    np.save(tmp_path / "source/keypoints.npy", keypoints)
     (tmp_path / "source/checksums.npy").unlink(missing_ok=True)
-    with pytest.raises(u.InputError, match="source: no joint counts: the root has no label"):
-        finetune(sets, tmp_path / "run", "", "--lam", "0", "--source", str(tmp_path / "source"),
-                 "--validation", "")
+    labelled = np.load(sets / "source/keypoints.npy")
+
+    def run(keypoints, *more):
+        np.save(tmp_path / "source/keypoints.npy", keypoints)
+        return finetune(sets, tmp_path / "run", "", "--lam", "0", "--source", str(tmp_path / "source"),
+                        "--validation", "", *more)
+    unlabelled = labelled.copy()
+    unlabelled[:, data.HAND["root"]] = np.nan
+    for keypoints in (unlabelled, -labelled, labelled + (1e4, 0, 0)):
+        with pytest.raises(u.InputError, match=r"source: no joint of the first 24 images \(--labels\) counts"):
+            run(np.float32(keypoints))
+    unlabelled[23] = labelled[23]                                          # one: in most steps nothing counts
+    assert run(unlabelled, "--log-every", "1", "--batch", "2") == 0
+    losses = [json.loads(line)["L_kpt"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(losses) == 24 and sorted(losses)[-3] == 0 < sorted(losses)[-2]
+
+
+def test_a_validation_set_without_a_root_is_refused(sets, tmp_path):
+    shutil.copytree(sets / "source_test", tmp_path / "val")
+    keypoints = np.load(tmp_path / "val/keypoints.npy")
+    keypoints[:, data.HAND["root"]] = np.nan
+    np.save(tmp_path / "val/keypoints.npy", keypoints)
+    (tmp_path / "val/checksums.npy").unlink()
+    with pytest.raises(u.InputError, match="val/keypoints.npy: no image has a label of the root, wrist"):
+        finetune(sets, tmp_path / "run", "", "--lam", "0", "--validation", str(tmp_path / "val"))
 
 
 def test_validation_of_other_joints_names_the_flag(sets, tmp_path):
