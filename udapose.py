@@ -1226,6 +1226,8 @@ class Run:
         defaults = {f.name: f.default for f in dataclasses.fields(settings)}   # a setting may be newer
         old = json.loads(path.read_text())
         ours, theirs = json.loads(json.dumps(new | facts)), defaults | old["settings"] | old["facts"]
+        for known in ours, theirs:  # of each data set by itself
+            known |= {f"{name}'s data": value for name, value in known.pop("data", {}).items()}
         moved = elastic and theirs.get("world") != ours.get("world")
         free = self.FREE | {"machine", "code"} | ({"world", "threads"} if moved else set())
         other = [f"{k}: {theirs.get(k)} there, {ours[k]} now" for k in ours
