@@ -1069,10 +1069,12 @@ def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> di
     if rank: return result
     for name in ("result", result["test"]):
         place = path.parent / f"{name}.json"
-        with u.usable(place): before = json.loads(place.read_text()) if place.exists() else result
-        if before.get("test", "target_test") == result["test"]: break  # else of another test set: it stays
-    if before.get("tests") != result["tests"]:
-        kept = place.with_name(f"{place.name}.{'-'.join(before.get('tests', {}).values())}")
+        with u.usable(place):
+            before = json.loads(place.read_text()) if place.exists() else result
+            known, images = before.get("test", "target_test"), "-".join(before["tests"].values())
+        if known == result["test"]: break                                  # else of another test set: it stays
+    if images != "-".join(result["tests"].values()):
+        kept = place.with_name(f"{place.name}.{images}")
         place.replace(kept)
         print(f"{place} was of other images, and is now {kept.name}")
     u.write_json(place, result)
