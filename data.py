@@ -179,7 +179,7 @@ def open_array(path: Path, dtype: type, shape: tuple) -> np.ndarray:
     if array.dtype != dtype: raise InputError(f"{path}: {array.dtype}; give {np.dtype(dtype)}")
     if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape)):
         letters = iter("nHH")
-        wanted = ", ".join(str(n or next(letters)) if n is None else str(n) for n in shape)
+        wanted = ", ".join(next(letters) if n is None else str(n) for n in shape)
         raise InputError(f"{path}: shape {array.shape}; give ({wanted})")
     return array
 
