@@ -1072,7 +1072,7 @@ def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> di
         with u.usable(place):
             before = json.loads(place.read_text()) if place.exists() else result
             known, images = before.get("test", "target_test"), "-".join(before["tests"].values())
-        if known == result["test"]: break                                  # else of another test set: it stays
+        if known == result["test"]: break                                  # of another test set: it stays
     if images != "-".join(result["tests"].values()):
         kept = place.with_name(f"{place.name}.{images}")
         place.replace(kept)
