@@ -556,6 +556,19 @@ def chance(rows: list[tuple]) -> list[list[str]]:
     return [[f"{family} {line[0]}", *line[1:]] for family, line in zip(errors, lines)]
 
 
+def tables_with(names: set[str]) -> dict[str, tuple]:
+    """TABLES; behind each, once more, what was run of it with a shorter pre-training: its rows of the names
+    ROW-epochsN, where `epochsN` alone is `full`."""
+    lengths = sorted({word for word in re.findall(r"epochs\d+$", "\n".join(names), re.M)})
+    tables = {}
+    for title, rows in TABLES.items():
+        tables[title] = rows
+        for length in lengths:
+            short = [(row and f"{row}-{length}".removeprefix("full-"), *words) for row, *words in rows]
+            if any(row in names for row, *_ in short if row != length): tables[f"{title}, {length}"] = short
+    return tables
+
+
 def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> dict[str, list[list[str]]]:
     """{title: lines} in the paper's order and words, its numbers last; what nobody ran says "not run"."""
     results = measured_by(results, error)
@@ -564,7 +577,7 @@ def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> di
         ran = [(tested(group).strip(), name + what, group) for name in made
                if name.split(" ")[0] == preset for what, group in made[name].items()]
         named = references(ran, minus)
-        for title, rows in TABLES.items():
+        for title, rows in tables_with({row_name(group[0]).split(" ", 1)[1] for *_, group in ran}).items():
             found, numbers = [], [f"paper: {'Human3.6M to 3DHP' if error == 'MPJPE' else 'FreiHAND to RHD'}"]
             for row, words, *errors in rows:
                 if not row and errors[error == "MPJPE"] == "-": continue   # the paper's, of its other table
@@ -1097,7 +1110,8 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
         if a.paper: tables = paper_tables(results, error, a.rigid, a.minus)
         for title, lines in tables.items():
             print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
-    others = {row_name(r).split(" ", 1)[1] for r in results if r["kind"] == "finetuning"} - set(ROWS)
+    names = {row_name(r).split(" ", 1)[1] for r in results if r["kind"] == "finetuning"}
+    others = names - {row for rows in tables_with(names).values() for row, *_ in rows}
     if a.paper and others: print(f"not in the paper's tables: {', '.join(sorted(others))}")
     for note in error_notes(results): print(note)
     say_left_out(results, [r for kind in ("pretraining", "finetuning") for parts in

@@ -143,6 +143,22 @@ def test_row_not_alike_stands_beside_the_paper_with_what_it_differs_in():
     assert [row[-1] for row in rows if row[1] == "1"] == ["28.0", "28.0"]
 
 
+def test_rows_of_a_shorter_pre_training_stand_behind_the_table_they_are_of(tmp_path, capsys):
+    """`epochs50` is `full` with 50 epochs; alone, as epochs25 here, it is in no table."""
+    made = [*results("full", 30, 31), *results("epochs50", 34, 35), *results("alpha8-epochs50", 36, 39),
+            *results("epochs25", 40)]
+    tables = e.paper_tables(made, "EPE", False, "above")
+    titles, added = [f"tiny: {title}" for title in PRINTED], "tiny: Table 9, r = 0.75, epochs50"
+    assert list(tables) == [*titles[:-1], added, titles[-1]]
+    assert [row[:1] + row[2:4] + row[-1:] for row in tables[added][1:]] == [
+        ["alpha2-epochs50: alpha = 2", "", "", "31.1"], ["epochs50: alpha = 4", "34.5 ± 0.7", "-", "28.0"],
+        ["alpha8-epochs50: alpha = 8", "37.5 ± 2.1", "+3.0 [-9.7, +15.7]", "29.8"]]
+    assert [row[1] for row in tables["tiny: Table 9, r = 0.75"][1:]] == ["not run", "2", "not run"]
+    assert [row for row, *_ in e.tables_with({"mae-epochs9"})["Tables 1 and 2, epochs9"]][:2] == ["", "scratch-epochs9"]
+    e.main(["--table", "--paper", *save(tmp_path, **{f"{i}.result": r for i, r in enumerate(made)})])
+    assert "not in the paper's tables: epochs25\n" in capsys.readouterr().out
+
+
 def test_every_variant_has_its_place_and_the_other_rows_their_flags():
     flags = {"true-masks", "r0.5", "r0.95", "alpha2", "alpha8"}
     assert set(e.ROWS) - {""} == set(train_finetune.VARIANTS) | flags
