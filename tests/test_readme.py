@@ -1,4 +1,4 @@
-"""README against the code: its commands are understood, its tables are what its commands print, its names exist.
+"""README and the page of results against the code: commands are understood, tables are what they print, names exist.
 
 Its blocks of commands run in a shell in which `python` and `torchrun` only write down what they were called with
 (the demo, the tests and the own-data block are run for real elsewhere).
@@ -16,9 +16,9 @@ import train_pretrain
 import udapose as u
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
-INLINE = re.findall(r"`(python \S+\.py[^`]*)`", " ".join(README.split()))  # in sentences; a line may end in one
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "assets/results/README.md"))
+BLOCKS = re.findall(r"```sh\n(.*?)```", README + RESULTS, re.S)
+INLINE = re.findall(r"`(python \S+\.py[^`]*)`", " ".join((README + RESULTS).split()))  # in sentences; a line may end in one
 STUB = '#!/bin/sh\necho "$(printf "%s\\037" "$@")" >> "$RECORD"\n'  # one write: two of xargs do not mix
 
 
@@ -120,12 +120,12 @@ def test_tables_of_finished_runs_are_printed_as_the_commands_say(calls, tmp_path
 
 
 @pytest.mark.parametrize("heading, arguments", [
-    ("### The claim: `--preset small`", "--table --minus first assets/results/small-[!h]*"),
-    ("### The mechanism: `--preset tiny`, the default", "--table --minus first assets/results/tiny-*"),
-    ("### Bodies: `--task human`", "--table --minus first assets/results/small-human-*")])
+    ("## Hands: `--preset small`", "--table --minus first assets/results/small-[!h]*"),
+    ("## The default: `--preset tiny`", "--table --minus first assets/results/tiny-*"),
+    ("## Bodies: `--preset small --task human`", "--table --minus first assets/results/small-human-*")])
 def test_tables_are_what_the_commands_print(heading, arguments, tmp_path, capsys):
-    """Line by line: a number in README that no committed result holds fails here."""
-    section = README.partition(f"\n{heading}\n")[2].partition("\n##")[0]
+    """Line by line: a number in a table that no committed result holds fails here."""
+    section = RESULTS.partition(f"\n{heading}\n")[2].partition("\n##")[0]
     lines = printed(["evaluate.py", *arguments.split()], tmp_path, capsys).splitlines()
     lines = [line for line in lines if line.startswith("| ")]
     ours = [line for line in section.splitlines() if line.startswith("| ")]
@@ -143,7 +143,37 @@ def test_the_first_table_is_what_the_committed_runs_print(tmp_path, capsys):
 def test_table_of_switches_is_what_the_command_prints(tmp_path, capsys):
     shown = printed("evaluate.py --table --paper assets/results/small-[!h]*".split(), tmp_path, capsys)
     lines = [line for line in shown.partition("in all eight cells\n\n")[2].splitlines() if line.startswith("|")]
-    assert len(lines) == 5 and "\n".join(lines) in README
+    assert len(lines) == 5 and "\n".join(lines) in RESULTS
+
+
+def test_summary_of_the_results_is_what_the_files_hold():
+    """A cell of the first table of results: mean and spread of its row's files; the second look's without spread."""
+    lines = re.findall(r"^\| `([a-z][\w-]*)`.*? \| (.*?) \| (.*?) \| (.*?) \|$", README.partition("## Results\n")[2], re.M)
+    assert len(lines) == 7
+    def column(folder, name): return [result["target"]["epe"] for result in evaluate.read_results(
+        sorted(map(str, (ROOT / "assets" / folder).glob(f"{name}-seed?.*json"))), "*")]
+    for row, hands, again, bodies in lines:
+        assert hands == evaluate.spread(column("results", f"small-{row}"))
+        assert bodies == evaluate.spread(column("results", f"small-human-{row}"))
+        if again != "-": assert again == evaluate.spread(column("shifted", f"small-{row}")).split(" ")[0]
+
+
+def anchors(text: str) -> set[str]:
+    """Names that a page's headings have on GitHub, behind the #."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    pages, count = {ROOT / "README.md": README, ROOT / "assets/results/README.md": RESULTS}, 0
+    for page, text in pages.items():
+        for link in re.findall(r"\]\(([^)]*)\)", " ".join(text.split())):
+            path, _, anchor = link.partition("#")
+            place = (page.parent / path).resolve() if path else page
+            assert place.exists(), link
+            if anchor: assert anchor in anchors(pages[place]), link
+            count += 1
+    assert count > 20
 
 
 def test_names_in_the_readme_exist():
