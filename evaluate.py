@@ -366,10 +366,19 @@ def group_of(result: dict) -> str:
     return u.run_group(result["settings"]["preset"], result["settings"].get("task", "hand"))
 
 
+def row_of(result: dict) -> str:
+    """A run's row in the tables of its group: its folder without the seed, in which alone its runs differ."""
+    return re.sub(r"-seed\d+$", "", Path(result["settings"]["out"]).name).removeprefix("pretrain-")
+
+
 def row_name(result: dict) -> str:
-    """A run's row: group and folder without the seed, `tiny full`; the runs of a row differ in the seed."""
-    folder = re.sub(r"-seed\d+$", "", Path(result["settings"]["out"]).name).removeprefix("pretrain-")
-    return f"{group_of(result)} {folder}"
+    """A run's row among those of all groups: `tiny full`."""
+    return f"{group_of(result)} {row_of(result)}"
+
+
+def rows_of(results: list[dict]) -> set[str]:
+    """The rows of the fine-tuning runs, whatever their group."""
+    return {row_of(r) for r in results if r["kind"] == "finetuning"}
 
 
 def settings_of(result: dict) -> dict:
@@ -483,7 +492,7 @@ def references(rows: list[tuple], minus: str) -> dict[str, list[dict]]:
     there are several."""
     found: dict = {}
     for family, label, group in rows:
-        if not group or row_name(group[0]).split(" ", 1)[1] != minus: continue
+        if not group or row_of(group[0]) != minus: continue
         if found.setdefault(family, (label, group))[1] is not group:
             raise u.InputError(f"--minus {minus}: is several rows: {found[family][0]}; {label}")
     return {family: group for family, (_, group) in found.items()}
@@ -577,7 +586,7 @@ def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> di
         ran = [(tested(group).strip(), name + what, group) for name in made
                if name.split(" ")[0] == preset for what, group in made[name].items()]
         named = references(ran, minus)
-        for title, rows in tables_with({row_name(group[0]).split(" ", 1)[1] for *_, group in ran}).items():
+        for title, rows in tables_with({row_of(group[0]) for *_, group in ran}).items():
             found, numbers = [], [f"paper: {'Human3.6M to 3DHP' if error == 'MPJPE' else 'FreiHAND to RHD'}"]
             for row, words, *errors in rows:
                 if not row and errors[error == "MPJPE"] == "-": continue   # the paper's, of its other table
@@ -1096,7 +1105,7 @@ def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> di
 
 def check_minus(results: list[dict], minus: str) -> None:
     """InputError unless --minus is a row of these results, above or first."""
-    names = {row_name(r).split(" ", 1)[1] for r in results if r["kind"] == "finetuning"}
+    names = rows_of(results)
     if minus not in {"above", "first"} | names:
         raise u.InputError(f"--minus {minus}: choose {', '.join(['above', 'first', *sorted(names)])}")
 
@@ -1110,8 +1119,7 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
         if a.paper: tables = paper_tables(results, error, a.rigid, a.minus)
         for title, lines in tables.items():
             print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
-    names = {row_name(r).split(" ", 1)[1] for r in results if r["kind"] == "finetuning"}
-    others = names - {row for rows in tables_with(names).values() for row, *_ in rows}
+    others = rows_of(results) - {row for rows in tables_with(rows_of(results)).values() for row, *_ in rows}
     if a.paper and others: print(f"not in the paper's tables: {', '.join(sorted(others))}")
     for note in error_notes(results): print(note)
     say_left_out(results, [r for kind in ("pretraining", "finetuning") for parts in
