@@ -3,6 +3,7 @@
     python tests/benchmark.py                          every part, a quarter of an hour on two CPU cores
     python tests/benchmark.py --sizes tiny --json speed.json
     python tests/benchmark.py --device cuda --sizes paper
+    python tests/benchmark.py --only forms             readable forms against fast ones, a minute or two
     python tests/benchmark.py --only conversion        the readers of public data sets, a minute or two
     python tests/benchmark.py --only reading           stored images, from memory and from the disk, a minute
 
@@ -12,6 +13,7 @@ measured before and after the steps. A slow or busy machine changes both, and ha
 runs in a process of its own, so that its peak memory is its own.
 """
 import argparse
+import functools
 import multiprocessing
 import os
 import platform
@@ -251,7 +253,8 @@ def laps_of(works: dict, device, seconds: float = 8) -> dict:
 
 
 def measure_forms(size: str, root: str, device: torch.device) -> dict:
-    """Readable forms against fast ones, forward and backward, in ms: attention in both types, and Eq. (5)."""
+    """Readable forms against fast ones, in ms: attention in both types and Eq. (5), forward and backward; the
+    largest voxel of every heatmap in both types."""
     s, B = settings_of(tune, size, device, "--init", ""), 8 if size == "paper" else 32
     result, d, T = {"part": f"forms, {size} (ms)"}, s.width // s.heads, 1 + (s.image // s.patch) ** 2
     for dtype in (torch.float32, torch.bfloat16):
@@ -273,8 +276,14 @@ def measure_forms(size: str, root: str, device: torch.device) -> dict:
     laps = laps_of({"written": written, "expanded": expanded}, device)
     kept = [saved_bytes(lambda: u.keypoint_loss(head.heatmaps(features), centres, valid, s.sigma)),
             saved_bytes(lambda: u.keypoint_loss_expanded(features, head.conv, centres, valid, s.sigma))]
-    return result | {f"Eq. (5) {k}": 1e3 * v for k, v in laps.items()} | {
+    result |= {f"Eq. (5) {k}": 1e3 * v for k, v in laps.items()} | {
         f"Eq. (5) {k}, MiB kept an image": v / B / 2 ** 20 for k, v in zip(("written", "expanded"), kept)}
+    for dtype in (torch.float32, torch.bfloat16):
+        heatmaps = torch.randn(B, 21, S ** 3, device=device).to(dtype)
+        forms = {"argmax": heatmaps.argmax, "max": heatmaps.max}
+        laps = laps_of({name: functools.partial(form, -1) for name, form in forms.items()}, device)
+        result |= {f"largest voxel {str(dtype)[6:]} {k}": 1e3 * v for k, v in laps.items()}
+    return result
 
 
 def measure_reading(root: str, device: torch.device) -> dict:
@@ -481,7 +490,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
-    parser.add_argument("--only", choices=["training", "reading", "conversion"], help="one part")
+    parser.add_argument("--only", choices=["training", "forms", "reading", "conversion"], help="one part")
     parser.add_argument("--json", help="also write the results to this file")
     given = parser.parse_args(arguments)
     where = (given.device, given.threads)
@@ -491,11 +500,12 @@ def main(arguments=None) -> None:
     show(results[0])
     jobs = [(f, stage, size) for f in (measure_stage, measure_options) for size in given.sizes
             for stage in STAGES]
-    jobs += [(f, size) for f in (measure_forms, measure_compile) for size in given.sizes]
-    training, reading, conversion = (given.only in (None, part) for part in
-                                     ("training", "reading", "conversion"))
+    jobs += [(measure_compile, size) for size in given.sizes]
+    training, forms, reading, conversion = (given.only in (None, part) for part in
+                                            ("training", "forms", "reading", "conversion"))
     processes = torch.cuda.device_count() if given.device == "cuda" else min(2, os.cpu_count() or 1)
     jobs = jobs * training + [(measure_scaling, processes)] * (training and processes > 1)
+    jobs += [(measure_forms, size) for size in given.sizes] * forms
     jobs += [(measure_reading,)] * reading + [(measure_conversion,)] * conversion
     for function, *which in jobs:
         results.append(alone(function, *which, *where))
