@@ -435,9 +435,11 @@ def group_results(results: list[dict], kind: str) -> dict[str, dict[str, list[di
 
 
 def paper_order(name: str) -> tuple:
-    """Sorting key of a row: preset, then where the paper names it last, then the alphabet."""
+    """Sorting key of a row: preset, then where the paper names it last, then the alphabet. One of another
+    length of pre-training (`tables_with`) stands with its own."""
     preset, row = name.split(" ", 1)
-    return preset != "tiny", preset, -ROWS[::-1].index(row) if row in ROWS else 1, row
+    own = re.sub(r"-?epochs\d+$", "", row) or "full"
+    return preset != "tiny", preset, -ROWS[::-1].index(own) if own in ROWS else 1, row
 
 
 def paired_difference(group: list[dict], reference: list[dict]) -> str:

@@ -67,6 +67,13 @@ def test_difference_over_some_of_the_seeds_says_so():
         ["55.0 ± 12.9", "-"], ["46.0 ± 8.0", "-4.0 [-9.0, +1.0] (3 seeds)"]]
 
 
+def test_rows_come_in_the_papers_order():
+    """A row of a shorter pre-training beside its own; rows that are not the paper's come last."""
+    names = ["small full", "tiny mine", "tiny full", "tiny epochs9", "tiny mae-epochs9", "tiny mae", "tiny scratch"]
+    assert sorted(names, key=e.paper_order) == [
+        "tiny scratch", "tiny mae", "tiny mae-epochs9", "tiny epochs9", "tiny full", "tiny mine", "small full"]
+
+
 def test_quantiles_of_student():
     stats = pytest.importorskip("scipy.stats")
     for count, t95 in enumerate(e.T95, 2):
