@@ -158,6 +158,18 @@ def test_summary_of_the_results_is_what_the_files_hold():
         if again != "-": assert again == evaluate.spread(column("shifted", f"small-{row}")).split(" ")[0]
 
 
+def test_table_of_what_ar_does_is_what_the_files_hold():
+    """Seeds 0 to 2 of each row: mean and spread of both errors, the paired difference to no-ar."""
+    lines = re.findall(r"^\| `([\w.-]+)` \|.*? \| (.*?) \| (.*?) \| (.*?) \|$", RESULTS.partition("### What AR does")[2], re.M)
+    def runs(row): return evaluate.read_results([str(path) for folder in ("results", "sweeps") for path in
+                                                 (ROOT / "assets" / folder).glob(f"small-{row}-seed[0-2].*json")])
+    assert len(lines) == 6
+    for row, target, minus, source in lines:
+        assert target == evaluate.spread([r["target"]["epe"] for r in runs(row)]), row
+        assert source == evaluate.spread([r["source"]["epe"] for r in runs(row)]), row
+        assert minus == ("-" if row == "no-ar" else evaluate.paired_difference(runs(row), runs("no-ar"))), row
+
+
 def anchors(text: str) -> set[str]:
     """Names that a page's headings have on GitHub, behind the #."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
