@@ -159,15 +159,28 @@ def test_summary_of_the_results_is_what_the_files_hold():
 
 
 def test_table_of_what_ar_does_is_what_the_files_hold():
-    """Seeds 0 to 2 of each row: mean and spread of both errors, the paired difference to no-ar."""
+    """Mean and spread of both errors, the paired difference to AR on the target's images."""
     lines = re.findall(r"^\| `([\w.-]+)` \|.*? \| (.*?) \| (.*?) \| (.*?) \|$", RESULTS.partition("### What AR does")[2], re.M)
-    def runs(row): return evaluate.read_results([str(path) for folder in ("results", "sweeps") for path in
-                                                 (ROOT / "assets" / folder).glob(f"small-{row}-seed[0-2].*json")])
+    def runs(row): return evaluate.read_results(sorted(map(str, (ROOT / "assets/sweeps").glob(f"small-{row}-seed?.*json"))))
+    target = runs("ar-on-target_train")
     assert len(lines) == 6
-    for row, target, minus, source in lines:
-        assert target == evaluate.spread([r["target"]["epe"] for r in runs(row)]), row
+    for row, error, minus, source in lines:
+        assert error == evaluate.spread([r["target"]["epe"] for r in runs(row)]), row
         assert source == evaluate.spread([r["source"]["epe"] for r in runs(row)]), row
-        assert minus == ("-" if row == "no-ar" else evaluate.paired_difference(runs(row), runs("no-ar"))), row
+        assert minus == ("-" if row == "ar-on-target_train" else evaluate.paired_difference(runs(row), target)), row
+
+
+def test_tables_of_labels_and_lambda_are_what_the_files_hold():
+    """Mean and spread over the seeds of each value's runs; lambda 0 is no-ar."""
+    results = evaluate.read_results([str(ROOT / "assets/results"), str(ROOT / "assets/sweeps")])
+    def cells(heading, row): return re.search(rf"^\| {row} \| (.*) \|$", RESULTS.partition(heading)[2], re.M)[1].split(" | ")
+    def errors(groups, domain): return [evaluate.spread([r[domain]["epe"] for r in group]) for group in groups]
+    labels = evaluate.sweep(results, "labels", "EPE")
+    for row in ("scratch", "full"):
+        assert cells("### Fewer labels", f"`{row}`") == errors(labels[f"small {row}"].values(), "target")
+    none = [r for r in results if r["kind"] == "finetuning" and evaluate.row_name(r) == "small no-ar"]
+    lam = [none, *evaluate.sweep(results, "lam", "EPE")["small full"].values()]
+    for domain in ("target", "source"): assert cells("### lambda", f"{domain} EPE") == errors(lam, domain)
 
 
 def anchors(text: str) -> set[str]:
