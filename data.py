@@ -670,8 +670,8 @@ def with_root(dataset: Dataset) -> np.ndarray:
 
 
 def compared(meta: dict) -> list[int]:
-    """Joints over which errors are averaged: `compare` of meta.json; else all, but of a human not the root,
-    whose error is 0 by definition: hands' EPE counts the wrist by custom, MPJPE here does not the pelvis."""
+    """Joints over which errors are averaged: `compare` of meta.json; else all, for humans without the
+    root, whose error is 0 by definition; for hands with it, as is customary for EPE."""
     body = meta["joints"] == HUMAN_JOINTS
     return meta.get("compare") or [i for i in range(len(meta["joints"])) if not body or i != meta["root"]]
 
@@ -1300,14 +1300,20 @@ def make_benchmark(kind: str, root: str | Path, folders: dict, side: int = 60, w
 
 
 def ensure_benchmark(folders: list[str], rank: int) -> None:
-    """Render the embedded benchmark if one of these folders belongs to it and is not there."""
+    """Render the embedded benchmark if one of these folders belongs to it and is not there.
+
+    Raises InputError, before anything is rendered, where one neither is there nor belongs to it.
+    """
     error, known = None, BENCHMARK | HALF_GAPS
     if rank == 0:
         try:
-            for folder in map(Path, filter(None, folders)):
-                kind = folder.parent.name
-                if folder.name in known and kind in KINDS and not folder.exists():
-                    make_benchmark(kind, folder.parent, BENCHMARK | {folder.name: known[folder.name]})
+            absent = [folder for folder in map(Path, filter(None, folders)) if not folder.exists()]
+            for folder in absent:
+                if folder.name not in known or folder.parent.name not in KINDS: Dataset(folder)
+            for folder in absent:
+                if not folder.exists():
+                    make_benchmark(folder.parent.name, folder.parent,
+                                   BENCHMARK | {folder.name: known[folder.name]})
         except InputError as caught: error = caught
     from_rank_0(error)
 

@@ -31,7 +31,7 @@ class Settings:
     target: str = "datasets/hands/target_train"     # data-set folder, images only (opened for lam or adapt)
     validation: str = "datasets/hands/source_val"  # labelled *source* images, to watch the training; "": none
     labels: int = 0               # labelled source images to use, the first so many; 0: all
-    lam: float = 100.0            # lambda_attn of Eq. 7 (paper Sec. 7: 100 hands, 10 humans); 0: without AR
+    lam: float = 100.0            # lambda_attn of Eq. (7) (paper Sec. 7: 100 hands, 10 humans); 0: without AR
     adapt: str = ""  # method to compare with: see METHODS; on what all processes hold at once; "": none
     adapt_weight: float = 1.0     # its trade-off (DDC 0.25, DANN 1: published; DAN 1: public code's)
     sigma: float = 2.0          # standard deviation of the target Gaussians, voxels (ours; the field's value)
@@ -47,10 +47,10 @@ class Settings:
     epochs: float = 50            # passes over the labelled source images (paper Sec. 7)
     warmup: int = 500             # steps in which the learning rate rises (ViTPose)
     lr: float = 5e-4              # peak learning rate of AdamW (paper Sec. 7)
-    layer_decay: float = 1.0      # learning rate of a block, relative to the block above it (ViTPose: 0.75)
+    layer_decay: float = 1.0      # learning rate of a block, relative to the next one (1: off; ViTPose: 0.75)
     weight_decay: float = 0.1     # of AdamW (ViTPose, as its betas 0.9 and 0.999)
     jitter: float = 0.2           # brightness, contrast, saturation 1 +- jitter (ours)
-    expanded: bool = True  # Eq. 5 without a heatmap (keypoint_loss_expanded); --no-expanded: as it is written
+    expanded: bool = True  # Eq. (5) without a heatmap (keypoint_loss_expanded); --no-expanded: as written
     seed: int = 0                 # of everything random
     device: str = "auto"          # auto, cpu, cuda
     threads: int = 0              # CPU threads of a process; 0: torch's choice
@@ -116,7 +116,7 @@ def finetuning_batch(s: Settings, step: int, own: slice, source, target, labels:
 
 
 def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device, dtype, compare=None):
-    """L_kpt of Eq. (5) and L_attn of Eq. (6) for one share of a batch; in its place the loss of `compare`."""
+    """L_kpt of Eq. (5) and L_attn of Eq. (6) for one micro-batch; in its place the loss of `compare`."""
     with u.autocast(device, dtype):
         features, a_E, *phi = model(x_s, x_t, compare is not None)       # (b, C, S, S), (b, L, N), 2 x (b, D)
         heatmaps = None if s.expanded else head.heatmaps(features)                  # Eq. (4), (b, K, S, S, S)
@@ -126,22 +126,6 @@ def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device,
     if compare is not None: return L_kpt, compare(*map(u.gather_features, phi))
     with torch.no_grad(), u.autocast(device, dtype): a_A = f_A.attention_maps(x_t)    # the same augmented x_t
     return L_kpt, u.attention_loss(a_E, a_A)                                                         # Eq. (6)
-
-
-@torch.no_grad()
-def losses_by_image(s: Settings, step: int, own: slice, estimator, f_A, source, target, labels: int, device,
-                    dtype):
-    """(term, value, data set, row) of each image of a share alone, to find the one that is not finite. A loss
-    of two domains has no value for one image: the sum of its feature stands in for it."""
-    compare = (lambda phi_s, phi_t: phi_t.sum()) if s.adapt else None
-    batch = finetuning_batch(s, step, own, source, target, labels, estimator.head.side, device)
-    rows = data.batch_rows(labels, s.seed, "finetuning order", step, s.batch)[own]
-    if target is not None: others = data.batch_rows(len(target), s.seed, "target order", step, s.batch)[own]
-    for i, row in enumerate(rows):
-        one = [part[i:i + 1] if part is not None else None for part in batch]
-        L_kpt, second = pose_losses(s, estimator, estimator.head, f_A, *one, device, dtype, compare)
-        yield "L_kpt", L_kpt, source, row
-        if target is not None: yield second_term(s)[0], second, target, others[i]
 
 
 def comparison(s: Settings, discriminator, p: float):
@@ -170,6 +154,25 @@ def validate(s: Settings, estimator, dataset, rank: int, world: int, device, dty
     return float(torch.div(*u.mean_over_processes(total)))
 
 
+@torch.no_grad()
+def losses_by_image(s: Settings, step: int, own: slice, estimator, f_A, source, target, labels: int, device,
+                    dtype):
+    """(term, value, data set, row) of each image of a micro-batch alone, to find the one that is not finite.
+
+    A loss of two domains has no value for one image: the sum of its feature stands in for it.
+    """
+    rank = u.place_among_processes()[0]  # phi_t holds an image of each process, `gather_features`
+    compare = (lambda phi_s, phi_t: phi_t[rank].sum()) if s.adapt else None
+    batch = finetuning_batch(s, step, own, source, target, labels, estimator.head.side, device)
+    rows = data.batch_rows(labels, s.seed, "finetuning order", step, s.batch)[own]
+    if target is not None: others = data.batch_rows(len(target), s.seed, "target order", step, s.batch)[own]
+    for i, row in enumerate(rows):
+        one = [part[i:i + 1] if part is not None else None for part in batch]
+        L_kpt, second = pose_losses(s, estimator, estimator.head, f_A, *one, device, dtype, compare)
+        yield "L_kpt", L_kpt, source, row
+        if target is not None: yield second_term(s)[0], second, target, others[i]
+
+
 # ==========================================================================================================
 # Set-up
 # ==========================================================================================================
@@ -196,6 +199,9 @@ def build(s: Settings, keypoints: int, rank: int, device):
         other = [f"{k} {v} there, {getattr(s, k)} here" for k, v in theirs.items() if v != getattr(s, k)]
         if other: raise u.InputError(f"{s.init}: another architecture: {', '.join(other)}")
         u.load_parts(path, state, encoder=encoder)
+        if (known := state["settings"].get("target", "")) != s.target and s.lam and rank == 0:
+            print(f"f^A was pre-trained on {known or 'no target'}; L_attn holds its attention on {s.target}",
+                  flush=True)
     encoder.checkpointing = s.checkpointing
     f_A = copy.deepcopy(encoder).eval().requires_grad_(False).to(device) if s.lam else None
     if s.sync_bn and device.type != "cuda": raise u.InputError("--sync-bn: SyncBatchNorm exists on CUDA only")
@@ -260,7 +266,7 @@ def open_data(s: Settings):
 def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, source, target, validation,
                device, world) -> bool:
     """f^E and f^H by Eq. (7). Returns False if stopped."""
-    lam = second_term(s)[1]
+    weight = second_term(s)[1]
     head, parts = estimator.head, dict(estimator.named_children())  # f^E, f^H and DANN's discriminator
     optimiser = torch.optim.AdamW(optimiser_groups(s, estimator), lr=s.lr, betas=(0.9, 0.999), fused=True)
     labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
@@ -269,11 +275,11 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     if (start := state["step"]) == steps:
         if run.rank == 0: print(f"finished already: {run.folder}", flush=True)
         return True
-    sums = state.get("sums", torch.zeros(3)).to(device)  # of L_kpt, L_attn, steps since the last log
-    shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
+    sums = state.get("sums", torch.zeros(3)).to(device)  # of both terms of Eq. (7), steps since the last log
+    micro = u.micro_batches(s.batch, s.micro_batch, run.rank, world)
 
     def make(step, own): return finetuning_batch(s, step, own, source, target, labels, head.side, device)
-    trial, first = copy.deepcopy(estimator), make(0, shares[0])
+    trial, first = copy.deepcopy(estimator), make(0, micro[0])
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: sum(pose_losses(
         s, trial, trial.head, f_A, *first, device, dtype, comparison(s, trial.discriminator, 0))).backward())
     del trial, first  # else their memory stays taken
@@ -281,6 +287,8 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
         estimator.compile()
         if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
     if run.rank == 0: print(f"fine-tuning: {steps} steps, {labels}/{len(source)} labels, {dtype}", flush=True)
+    if run.rank == 0 and s.warmup >= steps: print(f"--warmup {s.warmup}: the learning rate only rises in "
+                                                  f"{steps} steps, and never reaches --lr", flush=True)
     model, scaler = u.parallel(estimator, world), u.grad_scaler(device, dtype, state)
     estimator.train()
     progress = u.Progress("fine-tuning", steps, s.batch, start, run.rank)
@@ -289,20 +297,20 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
                              steps=steps, sums=u.mean_over_processes(sums), skeleton=skeleton,
                              scaler=scaler.state_dict())
 
-    def losses(step): return (loss for own in shares for loss in losses_by_image(
+    def losses(step): return (loss for own in micro for loss in losses_by_image(
         s, step, own, estimator, f_A, source, target, labels, device, dtype))
     guard = u.Guard(optimiser, scaler, estimator, sums, save, losses)
-    ahead = data.prefetch((make(i, own) for i in range(start, steps) for own in shares), device)
+    ahead = data.prefetch((make(i, own) for i in range(start, steps) for own in micro), device)
     for step in range(start, steps):
         rate = u.cosine_rate(step, steps, s.warmup, s.lr)
         for group in optimiser.param_groups: group["lr"] = rate * group["scale"]
         guard.start()
         compare = comparison(s, estimator.discriminator, step / steps)
-        for _ in u.micro_steps(model, shares):
-            L_kpt, L_attn = pose_losses(s, model, head, f_A, *next(ahead), device, dtype, compare)
-            L_HPE = u.hpe_loss(L_kpt, L_attn, lam)                                       # Eq. (7)
-            scaler.scale(L_HPE / len(shares)).backward()
-            sums += torch.stack([L_kpt.detach(), L_attn.detach(), torch.ones_like(L_kpt)]) / len(shares)
+        for _ in u.micro_steps(model, micro):
+            L_kpt, L_second = pose_losses(s, model, head, f_A, *next(ahead), device, dtype, compare)
+            L_HPE = u.hpe_loss(L_kpt, L_second, weight)            # Eq. (7): L_second is L_attn, lambda_attn
+            scaler.scale(L_HPE / len(micro)).backward()
+            sums += torch.stack([L_kpt.detach(), L_second.detach(), torch.ones_like(L_kpt)]) / len(micro)
         guard.step(step, sums)
         done, stopping = step + 1, stop.requested()
         logging, saving, validating = (done % every == 0 or done == steps for every in
@@ -321,9 +329,9 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
 
 def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int, sums, rate: float) -> None:
     """Log the mean of each term of Eq. (7) since the last time, and their ratio; sums start again at 0."""
-    (second, lam), (L_kpt, L_second, _) = second_term(s), (u.mean_over_processes(sums) / sums[2]).tolist()
-    losses = {"L_kpt": L_kpt, second: L_second}
-    shown = losses | {f"lam {second} / L_kpt": lam * L_second / L_kpt if L_kpt else 0.0}  # 0: no joint counts
+    (name, weight), (L_kpt, L_second, _) = second_term(s), (u.mean_over_processes(sums) / sums[2]).tolist()
+    losses = {"L_kpt": L_kpt, name: L_second}
+    shown = losses | {f"lam {name} / L_kpt": weight * L_second / L_kpt if L_kpt else 0.0}  # 0: no joint counts
     run.log(stage="finetuning", step=done, lr=rate, **shown)
     progress.show(done, shown, final=done == steps)
     sums.zero_()
@@ -341,7 +349,7 @@ def main(arguments=None) -> int:
     if rank == 0: data.say_if_enlarged([source, target, validation], s.image)
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
     check_labels(s, source, estimator.head.side)
-    u.share_of_batch(s.batch, s.micro_batch, rank, world)
+    u.micro_batches(s.batch, s.micro_batch, rank, world)  # refuses an uneven batch before a folder is made
     if s.init: facts["init"] = u.file_checksum(s.init)
     elastic = s.sync_bn and not s.micro_batch  # else f^H's BatchNorm sees one process's images
     run = u.Run(s.out, s, {"data": facts, "world": world, **u.machine(device)}, rank, elastic)

@@ -32,10 +32,10 @@ class Settings:
     target: str = "datasets/hands/target_train"          # data-set folder, images only; "" for source only
     unconstrained: str = "datasets/hands/unconstrained"  # X_C, images only
     target_masks: str = ""   # .npy with masks of the target to use instead of f^S's (an upper bound, Table 4)
-    masks: str = "both"           # domains whose masks weight Eq. 2 (Table 4): both, source, none
+    masks: str = "both"           # domains whose masks weight Eq. (2) (Table 4): both, source, none
     xc: float = 0.5             # share of images whose background is replaced from X_C; 0: never (ours: half)
     mask_ratio: float = 0.75      # masking ratio r (paper Sec. 7, Table 9)
-    alpha: float = 4.0            # sharpness of the foreground weights, Eq. 2 (paper Sec. 7, Table 9)
+    alpha: float = 4.0            # sharpness of the foreground weights, Eq. (2) (paper Sec. 7, Table 9)
     norm_pix: bool = False      # reconstruct pixels normalised per patch (MAE's option; else f^E's input)
     image: int = 256              # side of the network's crop, px (paper Sec. 7)
     patch: int = 16               # side of a patch, px (paper: ViT-B/16)
@@ -102,15 +102,18 @@ def check(s: Settings, world: int = 1) -> None:
         raise u.InputError(f"--masks {s.masks!r}: choose both, source or none")
     if not 0 < s.mask_ratio < 1: raise u.InputError(f"--mask-ratio {s.mask_ratio} lies not between 0 and 1")
     if not 0 <= s.xc <= 1: raise u.InputError(f"--xc {s.xc}: a share between 0 and 1")
-    if s.alpha > 170: raise u.InputError(f"--alpha {s.alpha:g}: exp of its half, Eq. (2), overflows; to 170")
+    if s.alpha > 160: raise u.InputError(f"--alpha {s.alpha:g}: exp of its half, Eq. (2), overflows; to 160")
+    if s.warmup > 1: raise u.InputError(f"--warmup {s.warmup:g}: here a share of the steps, 0 to 1")
+    if s.target and VARIANTS[s.variant].get("target") == "":
+        raise u.InputError(f"--target {s.target}: variant {s.variant} is without a target; leave it out")
     if s.target_masks and not (s.target and (s.masks == "both" or s.xc > 0)):
         raise u.InputError(f"--target-masks {s.target_masks}: nothing here uses masks of a target")
     with torch.device("meta"):  # shapes without values: what does not fit is said before f^S is trained
         u.MaskedAutoencoder(*networks(s))(torch.zeros(1, 3, s.image, s.image), torch.zeros(
             1, (s.image // s.patch) ** 2), s.mask_ratio)
         if uses_f_S(s): u.UNet(s.seg_channels)(torch.zeros(1, 3, s.image, s.image))
-    u.share_of_batch(s.batch, s.micro_batch, 0, world)
-    if uses_f_S(s): u.share_of_batch(s.seg_batch, 0, 0, world, "--seg-batch")
+    u.micro_batches(s.batch, s.micro_batch, 0, world)
+    if uses_f_S(s): u.micro_batches(s.seg_batch, 0, 0, world, "--seg-batch")
 
 
 def uses_f_S(s: Settings) -> bool:
@@ -125,12 +128,12 @@ def networks(s: Settings) -> tuple[u.Encoder, u.Decoder]:
     return encoder, u.Decoder(encoder.grid, s.patch, s.width, *sizes)
 
 
-def check_masks(source: data.Dataset) -> None:
-    """InputError where masks hold no foreground, in 256 of them: 0 and 1 written for 0 and 255."""
-    largest = source.masks[np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)].max()
+def check_masks(masks: np.ndarray, path: str | Path) -> None:
+    """InputError if none of 256 of the masks has foreground, as when 0 and 1 were stored for 0 and 255."""
+    largest = masks[np.linspace(0, len(masks) - 1, min(256, len(masks))).astype(int)].max()
     if largest < 128:
-        raise u.InputError(f"{source.folder}/masks.npy: the largest value is {largest}, no foreground: write "
-                           "0 background .. 255 foreground, or give --masks none --xc 0")
+        raise u.InputError(f"{path}: the largest value is {largest}, no foreground: write 0 background .. "
+                           "255 foreground, or give --masks none --xc 0")
 
 
 # ==========================================================================================================
@@ -172,7 +175,7 @@ def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unco
     torch.manual_seed(s.seed)
     net = u.UNet(s.seg_channels).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(u.parameter_groups(net, 1e-4), lr=s.seg_lr, fused=device.type == "cuda")
-    own, parts = u.share_of_batch(s.seg_batch, 0, run.rank, world)[0], {"segmentation": net}
+    own, parts = u.micro_batches(s.seg_batch, 0, run.rank, world)[0], {"segmentation": net}
     state = run.resume("segmentation.pt", optimiser, parts, "segmentation")
     if (start := state["step"]) == s.seg_steps: return net.eval()
 
@@ -273,7 +276,7 @@ def rows_of(s: Settings, step: int, own: slice, domains: list) -> tuple[np.ndarr
 def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconstrained, device) -> tuple:
     """One share of global batch `step`: images (b, 3, H, W), normalised; weights and masking noise (b, N).
 
-    domains: (data set, its masks or None, whether they weight Eq. 2). not in the paper: rows come from their
+    domains: (data set, its masks or None, whether Eq. (2) uses them). not in the paper: rows come from their
     union, so that the larger has the larger share of a batch.
     """
     rng, N = u.random_generator(s.seed, "pretraining", step), (s.image // s.patch) ** 2
@@ -317,10 +320,10 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
         if run.rank == 0: print(f"finished already: {run.folder}", flush=True)
         return True
     sums = state.get("sums", torch.zeros(3)).to(device)  # of L_WMAE, pixel, steps since the last log
-    shares = u.share_of_batch(s.batch, s.micro_batch, run.rank, world)
+    micro = u.micro_batches(s.batch, s.micro_batch, run.rank, world)
 
     def make(step, own): return pretraining_batch(s, step, own, domains, unconstrained, device)
-    trial, first = copy.deepcopy(mae), make(0, shares[0])
+    trial, first = copy.deepcopy(mae), make(0, micro[0])
     dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: reconstruction_loss(
         s, trial, *first, device, dtype)[0].backward())  # on a copy, so that timing leaves no trace
     del trial, first
@@ -333,21 +336,21 @@ def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unco
                              steps=steps, sums=u.mean_over_processes(sums), scaler=scaler.state_dict())
 
     def losses(step):  # of each image alone
-        for own in shares:
+        for own in micro:
             (which, rows), batch = rows_of(s, step, own, domains), make(step, own)
             for i, row, *one in zip(which, rows, *(part.split(1) for part in batch)):
                 with torch.no_grad(): L_WMAE, _ = reconstruction_loss(s, mae, *one, device, dtype)
                 yield "L_WMAE", L_WMAE, domains[i][0], row
     guard = u.Guard(optimiser, scaler, mae, sums, save, losses)
-    ahead = data.prefetch((make(i, own) for i in range(start, steps) for own in shares), device)
+    ahead = data.prefetch((make(i, own) for i in range(start, steps) for own in micro), device)
     for step in range(start, steps):
         rate = u.cosine_rate(step, steps, round(s.warmup * steps), s.lr)
         for group in optimiser.param_groups: group["lr"] = rate
         guard.start()
-        for _ in u.micro_steps(model, shares):
+        for _ in u.micro_steps(model, micro):
             L_WMAE, pixel = reconstruction_loss(s, model, *next(ahead), device, dtype)
-            scaler.scale(L_WMAE / len(shares)).backward()
-            sums += torch.stack([L_WMAE.detach(), pixel, torch.ones_like(pixel)]) / len(shares)
+            scaler.scale(L_WMAE / len(micro)).backward()
+            sums += torch.stack([L_WMAE.detach(), pixel, torch.ones_like(pixel)]) / len(micro)
         guard.step(step, sums)
         done, stopping = step + 1, stop.requested()
         logging, saving = (done % every == 0 or done == steps for every in (s.log_every, s.save_every))
@@ -369,7 +372,7 @@ def main(arguments=None) -> int:
     rank, world, device = u.setup_distributed(s.device)
     u.compute_with(s.threads, s.deterministic)
     check(s, world)
-    x_c = s.unconstrained if s.xc > 0 or s.masks == "both" else ""
+    x_c = s.unconstrained if s.xc > 0 or uses_f_S(s) else ""
     data.ensure_benchmark([s.source, s.target, x_c], rank)
     stop = u.StopSignal()
 
@@ -377,13 +380,15 @@ def main(arguments=None) -> int:
     use_masks = s.masks != "none" or s.xc > 0
     source = data.Dataset(s.source, *(["masks"] if use_masks else []))
     target = data.Dataset(s.target) if s.target else None
-    if use_masks: check_masks(source)
-    unconstrained = data.Dataset(s.unconstrained) if s.xc > 0 or uses_f_S(s) else None
+    if use_masks: check_masks(source.masks, source.folder / "masks.npy")
+    unconstrained = data.Dataset(x_c) if x_c else None
     sets = {"source": source, "target": target, "unconstrained": unconstrained}
     if rank == 0: data.say_if_enlarged(list(sets.values()), s.image)
     facts = {name: d.fingerprint for name, d in sets.items() if d is not None}
     target_masks = data.open_masks(s.target_masks, target) if s.target_masks else None
-    if target_masks is not None: facts["target_masks"] = u.file_checksum(s.target_masks)
+    if target_masks is not None:
+        check_masks(target_masks, s.target_masks)
+        facts["target_masks"] = u.file_checksum(s.target_masks)
     # f^S has BatchNorm, of one process's images; once the target's masks are there, nothing else has
     elastic = not uses_f_S(s) or (Path(s.out) / "target_masks.npy").exists()
     run = u.Run(s.out, s, {"data": facts, "world": world, **u.machine(device)}, rank, elastic)

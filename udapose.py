@@ -16,7 +16,8 @@ labels, while the class token's attention on target images is held to that of th
     DDC, DAN, DANN (Table 1), for comparison           ddc_loss, dan_loss, dann_loss
 
 Letters in the shape comments:
-    B images in a batch     N patches of an image         V visible patches, (1 - r) N
+    B images in a batch     b those of them that a process holds at once
+    N patches of an image   V visible patches, (1 - r) N
     T tokens of a sequence  D width of a token            M attention heads, d = D / M
     L blocks                K keypoints                   S side of the heatmap volume, in voxels
     H, W image side in px   P side of a patch in px       C channels
@@ -481,7 +482,8 @@ def keypoint_loss(predicted: Tensor, centres: Tensor, valid: Tensor, sigma: floa
     """Eq. (5), Sec. 3.2:  L_kpt = ||H^ - H||²_2, sum over keypoints and voxels, mean over the batch.
 
     predicted H^ (B, K, S, S, S); centres (B, K, 3), x y z in voxels; valid (B, K): 1 = counts, 0 = joint not
-    labelled or outside the volume. The norm is a sum, as printed: a mean would drown in lambda_attn = 100.
+    labelled or outside the volume. The norm is a sum, as printed: the mean over
+    voxels would be negligible beside 100 L_attn.
     """
     H = target_heatmaps(centres, predicted.shape[-1], sigma)
     error = (predicted.float() - H).square().sum(dim=(2, 3, 4))                          # (B, K)
@@ -575,11 +577,11 @@ def dan_loss(phi_s: Tensor, phi_t: Tensor) -> Tensor:
 
         k(a, b) = sum_u exp(-|a - b|² / (2 alpha_u sigma²)),  alpha_u = 2^-3, 2^-2, .. 2^1,
 
-    sigma² the mean of |a - b|² over all pairs of phi_s and phi_t (B, D) together: it follows the features'
-    scale, detached, for it is no way to lower the loss. The means are over all B² pairs, s with itself too:
-    this biased estimate is never negative and 0 for equal batches, uses every pair where the linear-time one
-    takes B / 2, and lies above the unbiased one by 2 * 5 / B at most. All kernels have weight 1, as in most
-    public code; DAN can also learn the weights.
+    sigma² the mean of |a - b|² over all pairs of phi_s and phi_t (B, D) together: so it adapts to the
+    features' scale; detached, or f^E could lower the loss through it. The means are over all B² pairs, s with
+    itself too: this biased estimate is never negative and 0 for equal batches, uses every pair where the
+    linear-time one takes B / 2, and lies above the unbiased one by 2 * 5 / B at most. All kernels have weight
+    1, as in most public code; DAN can also learn the weights.
     """
     B, phi = len(phi_s), torch.cat([phi_s, phi_t])                         # (2B, D)
     d2 = torch.cdist(phi, phi, compute_mode="donot_use_mm_for_euclid_dist").square()     # (2B, 2B), exact
@@ -608,7 +610,8 @@ def dann_loss(phi_s: Tensor, phi_t: Tensor, discriminator: nn.Module, ramp: floa
 
 
 def dann_ramp(p: float) -> float:
-    """DANN's lambda = 2 / (1 + exp(-10 p)) - 1 at progress p in 0..1: a poor discriminator is not obeyed."""
+    """DANN's lambda = 2 / (1 + exp(-10 p)) - 1 at progress p in 0..1: a discriminator that
+    is still poor hardly moves f^E."""
     return 2 / (1 + math.exp(-10 * p)) - 1
 
 
@@ -634,8 +637,8 @@ def to_voxels(uv: Tensor, depth: Tensor, image: int, depth_range: float, side: i
     """Pixels uv (B, K, 2) of a square crop and depth (B, K) mm from the root, to voxels (B, K, 3), x y z.
 
     The volume spans the crop, and depth_range mm around the root. Also returns valid (B, K): 1 = inside the
-    volume; a joint outside, or without label (NaN), is 0 and lies at the origin. not in the paper: one
-    outside does not count in Eq. (5); what the volume holds of its Gaussian has the peak in a wrong place.
+    volume; a joint outside, or without label (NaN), is 0 and lies at the origin. not in the paper: a joint
+    outside is left out of Eq. (5): only the tail of its Gaussian is inside, whose peak is not the joint.
     """
     xy = (uv + 0.5) * side / image - 0.5                                # pixel and voxel centres are integers
     z = (depth / depth_range + 0.5) * side - 0.5
@@ -741,6 +744,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError as error: raise InputError(f"{path}: no such file") from error
     except Exception as error:
         raise InputError(f"{path}: cannot be read safely as weights: {first_line(error)}") from error
+    if isinstance(state, dict) and {"optimiser", "settings"} <= state.keys():
+        raise InputError(f"{path}: the checkpoint of a run, not a file of weights; give the run's folder")
     for key in ("model", "state_dict", "encoder"):
         if isinstance(state, dict): state = state.get(key, state)
     if not isinstance(state, dict) or not any(isinstance(t, Tensor) for t in state.values()):
@@ -784,7 +789,7 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
     """
     tensors = {re.sub(r"^(module\.)?(backbone\.)?(last_(?=norm\.))?", "", k): t
                for k, t in read_weights(path).items()}
-    report = []
+    report = [f"heads: {encoder.blocks[0].attn.heads}, which such a file does not say (a ViT has width / 64)"]
     if "pos_embed" in tensors:
         with usable(path): tensors["pos_embed"], why = file_positions(tensors, encoder)
         report.append(f"pos_embed: {why}")
@@ -811,7 +816,7 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
                               + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""))
     kinds = sorted({k.split(".")[0] for k in surplus})
     if surplus: report.append(f"left in the file, no such part here: {', '.join(kinds)}")
-    if "cls_token" in missing: report.append("no class token: attention maps (Eq. 6) are meaningless")
+    if "cls_token" in missing: report.append("no class token: attention maps, Eq. (6), are meaningless")
     return report
 
 
@@ -948,7 +953,7 @@ class Guard:
         sound = mean_over_processes(sound.float())                         # 1 where it is on all of them
         self.first = torch.where((self.first == 0) & (sound < 1), step + 1.0, self.first)
         if self.first.device.type == "cpu": self.check()
-        # by a gradient that is no number the scaler, by found_inf the fused AdamW is told to skip the update
+        # tell the optimiser to skip this update: a scaler skips on NaN, the fused AdamW where found_inf is 1
         if self.scaler.is_enabled(): self.weights[0].grad += torch.where(self.first > 0, torch.nan, 0.0)
         elif self.optimiser.defaults["fused"]: self.optimiser.found_inf = (self.first > 0).float()
         self.scaler.step(self.optimiser)
@@ -965,7 +970,8 @@ class Guard:
         losses = [(term, str(dataset.folder), int(row), bool(value.isfinite()))
                   for term, value, dataset, row in self.losses(step)]
         raise InputError(f"{blame(losses)} at step {step + 1}; the checkpoint holds the state before it. "
-                         "Look at the images; or lower --lr (--seg-lr), or give --precision float32")
+                         "Look at the images; or lower --lr (--seg-lr), or give --precision float32, in "
+                         "another --out")
 
 
 def blame(losses: list[tuple]) -> str:
@@ -987,7 +993,7 @@ def random_generator(seed: int, purpose: str, step: int = 0) -> np.random.Genera
     return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), step]))
 
 
-def share_of_batch(batch: int, micro_batch: int, rank: int, world: int, flag: str = "--batch") -> list[slice]:
+def micro_batches(batch: int, micro_batch: int, rank: int, world: int, flag: str = "--batch") -> list[slice]:
     """The slices of the global batch that this process works on, one a micro-batch."""
     if batch % world: raise InputError(f"{flag} {batch} does not divide evenly among {world} processes")
     own = batch // world
@@ -1001,11 +1007,11 @@ def parallel(model: nn.Module, world: int) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
-def micro_steps(model: nn.Module, shares: list):
-    """Each micro-batch's share of a step in turn; gradients travel between processes with the last only."""
-    for i, share in enumerate(shares):
-        quiet = i < len(shares) - 1 and hasattr(model, "no_sync")  # DistributedDataParallel's
-        with model.no_sync() if quiet else contextlib.nullcontext(): yield share
+def micro_steps(model: nn.Module, parts: list):
+    """Each micro-batch of a step in turn; gradients travel between processes with the last only."""
+    for i, part in enumerate(parts):
+        quiet = i < len(parts) - 1 and hasattr(model, "no_sync")   # DistributedDataParallel's
+        with model.no_sync() if quiet else contextlib.nullcontext(): yield part
 
 
 def choose_precision(wanted: str, device: torch.device, one_pass) -> str:
@@ -1152,8 +1158,11 @@ def write_atomically(path: Path, write) -> None:
 
 def file_checksum(path: str | Path) -> str:
     """CRC of a file, or of the checkpoint of a run folder: recorded with a run that builds on it."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    try: return f"{zlib.crc32(path.read_bytes()):08x}"
+    path, crc = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path), 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20): crc = zlib.crc32(block, crc)
+        return f"{crc:08x}"
     except OSError as error: raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
@@ -1199,7 +1208,7 @@ class Run:
 
     Raises InputError if the folder cannot be made, another process holds it, or it has other settings.
     """
-    FREE = {"save_every", "log_every", "out", "compile"}  # settings that do not change the result, or hardly
+    MAY_DIFFER = {"save_every", "log_every", "out", "compile", "checkpointing"}  # hardly change the result
 
     def __init__(self, folder: str, settings, facts: dict, rank: int, elastic: bool = False):
         self.folder, self.rank, self.lock, self.begin = Path(folder), rank, None, time.perf_counter()
@@ -1226,12 +1235,15 @@ class Run:
         defaults = {f.name: f.default for f in dataclasses.fields(settings)}   # a setting may be newer
         old = json.loads(path.read_text())
         ours, theirs = json.loads(json.dumps(new | facts)), defaults | old["settings"] | old["facts"]
-        for known in ours, theirs:  # of each data set by itself
+        for known in ours, theirs:  # each data set's fingerprint under its own name
             known |= {f"{name}'s data": value for name, value in known.pop("data", {}).items()}
         moved = elastic and theirs.get("world") != ours.get("world")
-        free = self.FREE | {"machine", "code"} | ({"world", "threads"} if moved else set())
+        free = self.MAY_DIFFER | {"machine", "code"} | ({"world", "threads"} if moved else set())
         other = [f"{k}: {theirs.get(k)} there, {ours[k]} now" for k in ours
                  if k not in free and theirs.get(k) != ours[k]]
+        if other and not any(self.folder.glob("*.pt")):
+            print(f"{self.folder}: holds no checkpoint yet, begins anew with these settings", flush=True)
+            return write_json(path, {"settings": new, "facts": facts})
         if other: raise InputError(f"{self.folder}: was made with other settings ({'; '.join(other[:4])}); "
                                    "give those, or another --out")
         if moved: print(f"begun with {theirs.get('world')} processes, goes on with {ours['world']}: the same "
@@ -1297,11 +1309,11 @@ class Run:
             raise InputError(f"{self.folder}/log.jsonl: {first_line(error)}") from error
 
 
-# settings that have to be above 0; no other number may lie below it
+# these must be above 0, every other number at least 0
 POSITIVE = {"image", "patch", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads",
             "seg_channels", "seg_steps", "seg_batch", "batch", "epochs", "head_channels", "sigma",
-            "save_every", "log_every", "validate_every"}
-MOST = {"seed": 2 ** 63, "threads": 1025}  # all are below these; the words that some settings take:
+            "layer_decay", "save_every", "log_every", "validate_every"}
+MOST = {"seed": 2 ** 63, "threads": 1025, "jitter": 1, "seg_jitter": 1}                # and these below
 WORDS = {"precision": ("auto", "float32", "bfloat16", "float16"), "compile": ("auto", "on", "off")}
 
 
@@ -1366,8 +1378,8 @@ def run_script(main) -> None:
         if distributed(): torch.distributed.destroy_process_group()
     except InputError as error: status, text = 2, str(error)
     except torch.OutOfMemoryError as error:
-        status, text = 2, (f"the GPU's memory is full ({first_line(error)}); lower --micro-batch, or give "
-                           "--checkpointing; the last checkpoint is intact")
+        status, text = 2, (f"the GPU's memory is full ({first_line(error)}); give --checkpointing; or "
+                           "lower --micro-batch, from the first checkpoint on in another --out")
     except OSError as error:  # as where no room is left for what is printed; nor will there be at exit
         end, status, text = os._exit, 2, f"{error.filename or 'standard output'}: {error.strerror or error}"
     except RuntimeError as error:

@@ -472,7 +472,7 @@ def elastic(work: Path, number: int, rng: random.Random) -> dict:
         script, arguments, (folder,), _ = STAGES[name]
         if name == "fine-tuning": arguments = [*arguments, "--init", str(work / "whole/runs/pretrain")]
         process = Process(place, script, arguments)
-        wait_for(lambda: logged(place / folder) >= 5, [process])
+        wait_for(lambda: logged(place / folder) >= 7, [process])             # a checkpoint is there
         process.kill(), process.wait()
         ranks = two_ranks(place, script, arguments)
         statuses, text = [p.wait(60) for p in ranks], ranks[0].output()
@@ -545,7 +545,7 @@ def folders(work: Path, number: int, rng: random.Random) -> dict:
     """Two runs in one folder; its lock after a kill; other settings; a finished run; one command twice."""
     place, command = fresh(work, "folders"), [*MAE, "--epochs", "4", "--out", "runs/mae"]
     first = Process(place, train_pretrain, command)
-    wait_for(lambda: logged(place / "runs/mae") >= 3, [first])
+    wait_for(lambda: logged(place / "runs/mae") >= 6, [first])               # a checkpoint is there
     first.kill(signal.SIGSTOP)                                             # it lives, and does not end
     second = Process(place, train_pretrain, command)
     need(second.wait() == 2 and "another run is at work here" in second.output(), second.output()[-3000:])

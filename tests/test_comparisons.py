@@ -433,3 +433,15 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
             far = (first[wrong, method][weight] - whole[weight]).norm() / whole[weight].norm()
             alike = (wrong, method) == ("own images only", "dann")         # it is a mean over images
             assert far < 1e-4 if alike else far > 0.05, (wrong, method)
+
+
+def test_an_image_of_another_process_is_not_blamed(monkeypatch):
+    """Where a step is not finite, each process looks at its own images, of which a loss gathers all."""
+    s, (estimator, batch) = settings("--variant", "dan", "--batch", "12"), model_and_batch("dan")
+    monkeypatch.setattr(train_finetune, "finetuning_batch", lambda *_: batch)
+    monkeypatch.setattr(u, "place_among_processes", lambda: (1, 2))
+    monkeypatch.setattr(u, "gather_features", lambda phi: torch.cat([torch.full_like(phi, torch.nan), phi]))
+    batch[3][4] = torch.nan                                                # the fifth of this process's own
+    found = list(train_finetune.losses_by_image(s, 0, slice(6, 12), estimator, None, range(24), range(24), 24,
+                                                torch.device("cpu"), torch.float32))
+    assert [bool(value.isfinite()) for term, value, *_ in found if term == "L_dan"] == [True] * 4 + [False, True]

@@ -724,7 +724,10 @@ def test_half_gaps(tmp_path, monkeypatch):
         assert domains["figure"]["wall"] == domains["source"]["wall"] != domains["scenery"]["wall"]
     monkeypatch.setattr(data, "BENCHMARK", {"target_test": ("target", 4)})
     monkeypatch.setattr(data, "HALF_GAPS", {"figure_test": ("figure", 4), "scenery_test": ("scenery", 4)})
-    data.ensure_benchmark([str(tmp_path / "hands/figure_test"), str(tmp_path / "hands/mine")], 0)
+    with refused("hands/mine: no data set here"):                          # before anything is rendered
+        data.ensure_benchmark([str(tmp_path / "hands/figure_test"), str(tmp_path / "hands/mine")], 0)
+    assert not (tmp_path / "hands").exists()
+    data.ensure_benchmark([str(tmp_path / "hands/figure_test"), ""], 0)
     assert sorted(path.name for path in (tmp_path / "hands").iterdir()) == ["figure_test", "target_test"]
     assert data.read_meta(tmp_path / "hands/figure_test")["name"] == "hands figure"
 

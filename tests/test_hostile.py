@@ -165,6 +165,7 @@ def test_a_data_set_that_changes_between_a_run_and_its_resume(rotten, tmp_path):
     meta = json.loads((rotten / "meta.json").read_text())
     (own / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("crc", "rows")}))
     for _ in range(2): run().lock.close()
+    (tmp_path / "run/checkpoint.pt").touch()
     flip(own / "masks.npy", -7)
     with refused(r"run: was made with other settings \(source's data: \w{8} there, \w{8} now\)"): run()
 

@@ -7,7 +7,9 @@ import re
 import resource
 import shutil
 import signal
+import tracemalloc
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,23 +58,23 @@ def test_random_numbers_are_the_same_in_every_process():
 # ==========================================================================================================
 # Batches, learning rate, weight decay, precision
 # ==========================================================================================================
-def test_share_of_batch_by_hand():
-    assert u.share_of_batch(8, 2, 1, 2) == [slice(4, 6), slice(6, 8)]
-    assert u.share_of_batch(8, 0, 1, 2) == [slice(4, 8)]                   # 0: the whole share at once
-    assert u.share_of_batch(8, 100, 0, 4) == [slice(0, 2)]
+def test_micro_batches_by_hand():
+    assert u.micro_batches(8, 2, 1, 2) == [slice(4, 6), slice(6, 8)]
+    assert u.micro_batches(8, 0, 1, 2) == [slice(4, 8)]                   # 0: the whole share at once
+    assert u.micro_batches(8, 100, 0, 4) == [slice(0, 2)]
 
 
 @pytest.mark.parametrize("batch, micro, world", [(24, 0, 1), (24, 3, 2), (24, 2, 4), (24, 1, 3)])
 def test_shares_cover_the_batch_once(batch, micro, world):
-    shares = [s for rank in range(world) for s in u.share_of_batch(batch, micro, rank, world)]
+    shares = [s for rank in range(world) for s in u.micro_batches(batch, micro, rank, world)]
     assert [i for s in shares for i in range(batch)[s]] == list(range(batch))
     assert len({s.stop - s.start for s in shares}) == 1
 
 
 def test_uneven_shares_are_refused():
-    with pytest.raises(u.InputError, match="batch 10 .* 4 processes"): u.share_of_batch(10, 0, 0, 4)
-    with pytest.raises(u.InputError, match="--micro-batch 3 .* 4"): u.share_of_batch(8, 3, 0, 2)
-    with pytest.raises(u.InputError, match="--seg-batch 5 "): u.share_of_batch(5, 0, 0, 2, "--seg-batch")
+    with pytest.raises(u.InputError, match="batch 10 .* 4 processes"): u.micro_batches(10, 0, 0, 4)
+    with pytest.raises(u.InputError, match="--micro-batch 3 .* 4"): u.micro_batches(8, 3, 0, 2)
+    with pytest.raises(u.InputError, match="--seg-batch 5 "): u.micro_batches(5, 0, 0, 2, "--seg-batch")
 
 
 def check_rate(rate):
@@ -429,8 +431,30 @@ def test_second_holder_is_refused(tmp_path):
     ({"lr": 2e-3, "width": 9}, "width: 8 there, 9 now; lr: 0.001 there, 0.002 now")])
 def test_other_settings_are_refused_with_the_difference(tmp_path, changes, says):
     run(tmp_path).lock.close()
+    (tmp_path / "segmentation.pt").touch()                                 # something is saved
     with pytest.raises(u.InputError, match="other settings") as error: run(tmp_path, **changes)
     assert says in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_settings_begin_anew_where_nothing_is_saved_yet(tmp_path):
+    """As after the advice of a full GPU at the first step: another --micro-batch, in the same folder."""
+    first = run(tmp_path)
+    first.decide("precision", lambda: "float32")
+    first.lock.close()
+    again = run(tmp_path, width=9)
+    assert again.config["settings"]["width"] == 9 and "precision" not in again.config
+    assert json.loads((tmp_path / "config.json").read_text()) == again.config
+
+
+def test_a_checksum_needs_no_memory(tmp_path):
+    (tmp_path / "large").write_bytes(bytes(range(256)) * 2 ** 16)
+    tracemalloc.start()
+    assert u.file_checksum(tmp_path / "large") == f"{zlib.crc32((tmp_path / 'large').read_bytes()):08x}"
+    tracemalloc.reset_peak()
+    u.file_checksum(tmp_path / "large")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 ** 22                                                  # of 16 MiB
 
 
 def test_settings_that_do_not_change_the_result_are_free(tmp_path):
@@ -523,7 +547,9 @@ def test_another_machine_is_said_and_may_go_on(tmp_path, capsys):
 def test_a_gpu_goes_on_with_another_number_of_cpu_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
     def claim(device): run(tmp_path / device, facts=u.machine(torch.device(device))).lock.close()
-    for device in ("cpu", "cuda"): claim(device)
+    for device in ("cpu", "cuda"):
+        claim(device)
+        (tmp_path / device / "checkpoint.pt").touch()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     claim("cuda")
     with pytest.raises(u.InputError, match="threads: 1 there, 99 now"): claim("cpu")

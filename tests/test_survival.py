@@ -204,7 +204,9 @@ def test_other_numbers_of_processes(tmp_path, capsys):
     def claim(world, folder="a", **more):
         run = u.Run(str(tmp_path / folder), train_pretrain.Settings(), {"world": world}, 0, **more)
         run.lock.close()
-    for folder in ("a", "b"): claim(1, folder)
+    for folder in ("a", "b"):
+        claim(1, folder)
+        (tmp_path / folder / "checkpoint.pt").touch()
     claim(1, elastic=True)
     assert "goes on" not in capsys.readouterr().out
     claim(2, elastic=True)

@@ -420,7 +420,10 @@ def test_another_joint_set_is_refused(sets, finetuned, tmp_path):
     (["--precision", "int8"], "^--precision int8: choose auto, float32, bfloat16, float16$"),
     (["--compile", "yes"], "^--compile yes: choose auto, on, off$"),
     (["--patch", "24", "--decoder-width", "15"], "width 15 is not divisible"),
-    (["--image", "24"], "f.S needs images of 32 px or more"), (["--alpha", "300"], "^--alpha 300: exp"),
+    (["--image", "24"], "f.S needs images of 32 px or more"), (["--alpha", "165"], "^--alpha 165: exp"),
+    (["--warmup", "40"], "^--warmup 40: here a share of the steps"),
+    (["--jitter", "1.5"], "^--jitter 1.5: give a number below 1$"), (["--seg-jitter", "2"], "^--seg-jitter 2.0: give"),
+    (["--variant", "source-only"], "^--target .*/target: variant source-only is without a target"),
     (["--batch", "16", "--epochs", "inf"], "^--epochs inf: give a number below inf$"),
     (["--seed", str(2 ** 64)], f"^--seed {2 ** 64}: give a number below 9.22337e.18$"),
     (["--threads", "5000"], "^--threads 5000: give a number below 1025$"),
@@ -449,6 +452,33 @@ def test_masks_of_0_and_1_are_refused(sets, tmp_path, largest):
     with pytest.raises(u.InputError, match=f"source/masks.npy: the largest value is {largest}, no foreground: write"):
         pretrain(sets, tmp_path / "run", *own)
     assert pretrain(sets, tmp_path / "run", *own, "--masks", "none", "--xc", "0") == 0
+    np.save(tmp_path / "masks.npy", (np.load(sets / "target/masks.npy") >= 128).astype(np.uint8) * largest)
+    with pytest.raises(u.InputError, match=f"path/masks.npy: .* {largest}, no foreground".replace("path", str(tmp_path))):
+        pretrain(sets, tmp_path / "run2", "--target-masks", f"{tmp_path}/masks.npy")
+
+
+def test_weights_of_eq_2_are_finite_to_the_largest_alpha():
+    """At the paper's 256 patches, half of them foreground."""
+    masks = torch.zeros(1, 1, 256, 256)
+    masks[..., :128, :] = 1
+    assert u.foreground_weights(masks, 16, 160.0).isfinite().all()
+    assert not u.foreground_weights(masks, 16, 180.0).isfinite().all()       # what --alpha refuses
+
+
+def test_finetuning_on_another_target_than_was_pretrained_on_says_so(sets, pretrained, tmp_path, capsys):
+    says = f"f^A was pre-trained on {sets}/target; L_attn holds its attention on {sets}/xc"
+    assert finetune(sets, tmp_path / "a", str(pretrained), "--epochs", "0.3", "--target", f"{sets}/xc") == 0
+    assert says in capsys.readouterr().out
+    assert finetune(sets, tmp_path / "b", str(pretrained), "--epochs", "0.3") == 0
+    assert finetune(sets, tmp_path / "c", str(pretrained), "--epochs", "0.3", "--target", f"{sets}/xc", "--lam", "0") == 0
+    assert "f^A was" not in capsys.readouterr().out
+
+
+def test_a_warm_up_longer_than_the_training_is_said(sets, pretrained, tmp_path, capsys):
+    assert finetune(sets, tmp_path / "a", str(pretrained), "--epochs", "1", "--warmup", "3") == 0     # 3 steps
+    assert "--warmup 3: the learning rate only rises in 3 steps" in capsys.readouterr().out
+    assert finetune(sets, tmp_path / "b", str(pretrained), "--epochs", "1", "--warmup", "2") == 0
+    assert "--warmup" not in capsys.readouterr().out
 
 
 def test_unknown_flag_and_preset(sets, tmp_path, capsys):
@@ -463,6 +493,11 @@ def test_finetuning_refuses(sets, pretrained, finetuned, tmp_path):
     with refuse("--init mae.pth: neither"): finetune(sets, tmp_path / "a", "mae.pth")
     (tmp_path / "a").mkdir()
     with refuse("a/checkpoint.pt: no such checkpoint"): finetune(sets, tmp_path / "b", str(tmp_path / "a"))
+    with refuse("full/checkpoint.pt: the checkpoint of a run, not a file of weights; give the run's folder"):
+        shutil.copytree(pretrained, tmp_path / "full")
+        finetune(sets, tmp_path / "b", f"{tmp_path}/full/checkpoint.pt")
+    with refuse("^--layer-decay 0.0: give a number above 0"):
+        finetune(sets, tmp_path / "b", str(pretrained), "--layer-decay", "0")
     with refuse("another architecture"): finetune(sets, tmp_path / "b", str(pretrained), "--width", "32")
     with refuse("other settings.*lam: 100.0 there, 3.0 now"):
         finetune(sets, finetuned, str(pretrained), "--lam", "3")
@@ -566,6 +601,7 @@ def test_changed_data_is_noticed(sets, finetuned, pretrained, tmp_path):
     copy.mkdir()
     config["settings"]["out"] = str(copy)
     (copy / "config.json").write_text(json.dumps(config))
+    shutil.copy(finetuned / "checkpoint.pt", copy)
     with pytest.raises(u.InputError, match="other settings.*data"):
         finetune(sets, copy, str(pretrained), "--source", arguments[1])
 
