@@ -382,7 +382,8 @@ def rows_of(results: list[dict]) -> set[str]:
 
 
 def settings_of(result: dict) -> dict:
-    """What tells a row's runs apart: test set, settings; pretraining.NAME: those of the pre-training run.
+    """What tells a row's runs apart: test set, settings; pretraining.NAME: those of the pre-training run; not
+    what --alike names.
 
     Steps stand for the epochs of fine-tuning: fewer labels in more epochs are the same training.
     """
@@ -395,7 +396,8 @@ def settings_of(result: dict) -> dict:
     known |= {"init": re.sub(r"-seed\d+$", "", s.get("init", ""))}
     known |= {"steps": result["steps"]} if "steps" in result else {}                     # an old file may not
     known.pop("epochs", None)
-    return known | {"init": "a run", "pretraining.seed": before.get("seed")} if before else known
+    if before: known |= {"init": "a run", "pretraining.seed": before.get("seed")}
+    return {k: v for k, v in known.items() if k not in result.get("alike", ())}
 
 
 def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
@@ -1105,6 +1107,14 @@ def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> di
     return result
 
 
+def taken_as_alike(results: list[dict], names: str) -> list[dict]:
+    """The results, their rows no longer split by the settings `names` (commas between), --alike."""
+    names, known = set(filter(None, names.split(","))), {k for r in results for k in settings_of(r)}
+    if wrong := sorted(names - known):
+        raise u.InputError(f"--alike {wrong[0]}: choose {', '.join(sorted(known))}")
+    return [r | {"alike": names} for r in results]
+
+
 def check_minus(results: list[dict], minus: str) -> None:
     """InputError unless --minus is a row of these results, above or first."""
     names = rows_of(results)
@@ -1171,6 +1181,8 @@ def main(arguments=None) -> int:
         "row above that was run, to the first, or to one by its name: above, first, scratch, .. [above]")
     add("--sweep", metavar="SETTING", help="error against a setting, table and picture, from result.json "
         "files: alpha, mask_ratio, lam, labels, steps, epochs (of pre-training), .., or test (the test sets)")
+    add("--alike", default="", metavar="SETTINGS", help="settings, commas between, that are not to split a "
+        "row: init, where some of its seeds start from a file of weights and some from a run")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")
@@ -1195,7 +1207,8 @@ def main(arguments=None) -> int:
         return 0
     test = Path(a.target_test).name
     if a.sweep:
-        show_sweep(read_results(a.runs, "*" if a.sweep == "test" else test), a, folder)
+        results = read_results(a.runs, "*" if a.sweep == "test" else test)
+        show_sweep(taken_as_alike(results, a.alike), a, folder)
         return 0
     runs = {} if a.table else finished_runs(a.runs, rank)
     if runs: check_minus(list(runs.values()), a.minus)
@@ -1211,7 +1224,7 @@ def main(arguments=None) -> int:
         measured.append((task, paths, results[-len(paths):], sets[task]))
     if rank: return 0
     print()
-    show_tables(results, a)
+    show_tables(taken_as_alike(results, a.alike), a)
     for task, paths, own, tests in measured if a.pictures != "none" else []:
         draw_all(paths, own, tests, folder / task if len(measured) > 1 else folder, device)
     return 0

@@ -236,6 +236,10 @@ def test_settings_of_the_pre_training_tell_rows_apart():
     assert names(e.table(one))[:-1] == ["tiny full"]
     public = [result(before={}), result(init="weights.pth")]
     assert names(e.table(public))[:2] == ["tiny full, init a run", "tiny full, init weights.pth"]
+    one = e.taken_as_alike([public[0], result(init="weights.pth", seed=1), result("mae")], "init")
+    assert names(e.table(one))[:-1] == ["tiny mae", "tiny full"] and e.table(one)[2][1] == "2"
+    assert names(e.table(e.taken_as_alike(public, "")))[:2] == names(e.table(public))[:2]
+    with pytest.raises(u.InputError, match="--alike inti: choose .*init, "): e.taken_as_alike(public, "init,inti")
     twice = [result(epochs=epochs) | {"kind": "pretraining"} for epochs in (80, 200)]
     assert names(e.pretraining_table(twice)) == ["tiny full, epochs 80", "tiny full, epochs 200"]
 
