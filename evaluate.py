@@ -445,7 +445,7 @@ def paper_order(name: str) -> tuple:
 
 
 def paired_difference(group: list[dict], reference: list[dict]) -> str:
-    """Target error minus the reference row's, over the seeds of both: mean [95 % interval, from two on].
+    """Error minus the reference row's, over the seeds of both: mean [95 % interval, from two on].
 
     Where a row has more seeds than these, their number follows: it is then not the difference of the means.
     """
@@ -456,8 +456,15 @@ def paired_difference(group: list[dict], reference: list[dict]) -> str:
 
 
 def by_seed(group: list[dict]) -> dict[int, float]:
-    """{seed: target error} of the runs of a row."""
-    return {r["settings"]["seed"]: r["target"]["epe"] for r in group}
+    """{seed: error whose differences are taken, --of} of the runs of a row."""
+    def error(r): return {"target": r["target"]["epe"], "source": r["source"]["epe"],
+                          "gap": r["target"]["epe"] - r["source"]["epe"]}[r.get("of", "target")]
+    return {r["settings"]["seed"]: error(r) for r in group}
+
+
+def differences_of(group: list[dict]) -> str:
+    """target, source or gap, as --of says."""
+    return group[0].get("of", "target") if group else "target"
 
 
 def interval(d: list[float]) -> str:
@@ -468,7 +475,7 @@ def interval(d: list[float]) -> str:
 
 
 def effects(made: dict, preset: str, error: str) -> list[list[str]]:
-    """Lines of text: what each switch of CELLS does to the target error, over its four pairs of cells; or why
+    """Lines of text: what each switch of CELLS does to the error, over its four pairs of cells; or why
     that cannot be said; none where a cell was not run.
 
     An interval is over the seeds (of which all eight cells were run), each with the mean of its four pairs.
@@ -481,7 +488,8 @@ def effects(made: dict, preset: str, error: str) -> list[list[str]]:
     tests = sorted({test_of(groups[0][1]) for groups in parts.values()})
     if len(tests) > 1: why.append(f"cells are of {', '.join(tests)}")
     if why: return [["switch", "not told"], ["FCR, X_C, AR", why[0]]]
-    lines = [["switch", "seeds", f"target {error} with it minus without [95 %]", "lower in"]]
+    of = differences_of(parts["full"][0][1])
+    lines = [["switch", "seeds", f"{of} {error} with it minus without [95 %]", "lower in"]]
     for i, switch in enumerate(("FCR", "X_C", "AR")):
         pairs = [(on, off) for on, a in CELLS.items() for off, b in CELLS.items()
                  if a[i] and not b[i] and a[:i] + a[i + 1:] == b[:i] + b[i + 1:]]
@@ -511,7 +519,9 @@ def table_of(rows: list[tuple], error: str, rigid: bool, minus: str, reference: 
     """
     aligned, pa = (f"rigid PA-{error}", "pa_rigid") if rigid else (f"PA-{error}", "pa_epe")
     against = {"above": "row above", "first": "first row"}.get(minus, minus)
-    lines = [["run", "seeds", f"target {error}", f"minus {against} [95 %]", f"target {aligned}", "target AUC",
+    of = next((differences_of(group) for *_, group in rows if group), "target")
+    against = f"minus {against} [95 %]" if of == "target" else f"{of}: minus {against} [95 %]"
+    lines = [["run", "seeds", f"target {error}", against, f"target {aligned}", "target AUC",
               "in plane, depth", f"source {error}", "lift before", "attention lift"]]
     reference = dict(reference)
     for family, label, group in rows:
@@ -1107,12 +1117,13 @@ def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> di
     return result
 
 
-def taken_as_alike(results: list[dict], names: str) -> list[dict]:
-    """The results, their rows no longer split by the settings `names` (commas between), --alike."""
+def as_asked(results: list[dict], names: str = "", of: str = "target") -> list[dict]:
+    """The results, their rows no longer split by the settings `names` (commas between), --alike; differences
+    taken of the error on the target, on the source, or of the gap between the two, --of."""
     names, known = set(filter(None, names.split(","))), {k for r in results for k in settings_of(r)}
     if wrong := sorted(names - known):
         raise u.InputError(f"--alike {wrong[0]}: choose {', '.join(sorted(known))}")
-    return [r | {"alike": names} for r in results]
+    return [r | {"alike": names, "of": of} for r in results]
 
 
 def check_minus(results: list[dict], minus: str) -> None:
@@ -1181,6 +1192,8 @@ def main(arguments=None) -> int:
         "row above that was run, to the first, or to one by its name: above, first, scratch, .. [above]")
     add("--sweep", metavar="SETTING", help="error against a setting, table and picture, from result.json "
         "files: alpha, mask_ratio, lam, labels, steps, epochs (of pre-training), .., or test (the test sets)")
+    add("--of", default="target", choices=("target", "source", "gap"), help="what the differences are of: error "
+        "on the target, on the source, or the gap, the one minus the other: what is adapted [target]")
     add("--alike", default="", metavar="SETTINGS", help="settings, commas between, that are not to split a "
         "row: init, where some of its seeds start from a file of weights and some from a run")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")
@@ -1208,7 +1221,7 @@ def main(arguments=None) -> int:
     test = Path(a.target_test).name
     if a.sweep:
         results = read_results(a.runs, "*" if a.sweep == "test" else test)
-        show_sweep(taken_as_alike(results, a.alike), a, folder)
+        show_sweep(as_asked(results, a.alike, a.of), a, folder)
         return 0
     runs = {} if a.table else finished_runs(a.runs, rank)
     if runs: check_minus(list(runs.values()), a.minus)
@@ -1224,7 +1237,7 @@ def main(arguments=None) -> int:
         measured.append((task, paths, results[-len(paths):], sets[task]))
     if rank: return 0
     print()
-    show_tables(taken_as_alike(results, a.alike), a)
+    show_tables(as_asked(results, a.alike, a.of), a)
     for task, paths, own, tests in measured if a.pictures != "none" else []:
         draw_all(paths, own, tests, folder / task if len(measured) > 1 else folder, device)
     return 0

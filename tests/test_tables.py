@@ -67,6 +67,22 @@ def test_difference_over_some_of_the_seeds_says_so():
         ["55.0 ± 12.9", "-"], ["46.0 ± 8.0", "-4.0 [-9.0, +1.0] (3 seeds)"]]
 
 
+def test_differences_of_the_source_and_of_the_gap():
+    """Target errors fall by 4 and 10, the source's by 1 and 3: the gap by 3 and 7."""
+    made = [*results("scratch", 40, 50), *results("full", 36, 40)]
+    for r, source in zip(made, (20.0, 24.0, 19.0, 21.0)): r["source"]["epe"] = source
+    for of, title, mean in (("target", "minus first row [95 %]", "-7.0"), ("source", "source: minus first row [95 %]", "-2.0"),
+                            ("gap", "gap: minus first row [95 %]", "-5.0")):
+        lines = e.table(e.as_asked(made, of=of), minus="first")
+        assert lines[0][3] == title and lines[2][3].split(" [")[0] == mean and lines[2][2] == "38.0 ± 2.8"
+    eight = [result(row, seed, 30 + seed + bool(f)) for row, (f, *_) in e.CELLS.items() for seed in range(2)]
+    title = "tiny: FCR, X_C, AR in all eight cells"
+    for r in eight: r["source"]["epe"] += r["target"]["epe"]
+    lines = {of: e.paper_tables(e.as_asked(eight, of=of), "EPE", False, "above")[title] for of in ("source", "gap")}
+    assert lines["source"][0][2] == "source EPE with it minus without [95 %]" and lines["source"][1][2][:4] == "+1.0"
+    assert lines["gap"][1][2] == "+0.0 [+0.0, +0.0]"
+
+
 def test_rows_come_in_the_papers_order():
     """A row of a shorter pre-training beside its own; rows that are not the paper's come last."""
     names = ["small full", "tiny mine", "tiny full", "tiny epochs9", "tiny mae-epochs9", "tiny mae", "tiny scratch"]
@@ -236,10 +252,10 @@ def test_settings_of_the_pre_training_tell_rows_apart():
     assert names(e.table(one))[:-1] == ["tiny full"]
     public = [result(before={}), result(init="weights.pth")]
     assert names(e.table(public))[:2] == ["tiny full, init a run", "tiny full, init weights.pth"]
-    one = e.taken_as_alike([public[0], result(init="weights.pth", seed=1), result("mae")], "init")
+    one = e.as_asked([public[0], result(init="weights.pth", seed=1), result("mae")], "init")
     assert names(e.table(one))[:-1] == ["tiny mae", "tiny full"] and e.table(one)[2][1] == "2"
-    assert names(e.table(e.taken_as_alike(public, "")))[:2] == names(e.table(public))[:2]
-    with pytest.raises(u.InputError, match="--alike inti: choose .*init, "): e.taken_as_alike(public, "init,inti")
+    assert names(e.table(e.as_asked(public)))[:2] == names(e.table(public))[:2]
+    with pytest.raises(u.InputError, match="--alike inti: choose .*init, "): e.as_asked(public, "init,inti")
     twice = [result(epochs=epochs) | {"kind": "pretraining"} for epochs in (80, 200)]
     assert names(e.pretraining_table(twice)) == ["tiny full, epochs 80", "tiny full, epochs 200"]
 
