@@ -1299,6 +1299,12 @@ def make_benchmark(kind: str, root: str | Path, folders: dict, side: int = 60, w
         build_dataset(Path(root) / name, meta, jobs, len(jobs), render_chunk, workers, CHUNK)
 
 
+def in_benchmark(folder: str | Path) -> bool:
+    """Whether a folder is one that the embedded benchmark has, rendered or not."""
+    folder = Path(folder)
+    return folder.name in BENCHMARK | HALF_GAPS and folder.parent.name in KINDS
+
+
 def ensure_benchmark(folders: list[str], rank: int) -> None:
     """Render the embedded benchmark if one of these folders belongs to it and is not there.
 
@@ -1309,7 +1315,7 @@ def ensure_benchmark(folders: list[str], rank: int) -> None:
         try:
             absent = [folder for folder in map(Path, filter(None, folders)) if not folder.exists()]
             for folder in absent:
-                if folder.name not in known or folder.parent.name not in KINDS: Dataset(folder)
+                if not in_benchmark(folder): Dataset(folder)
             for folder in absent:
                 if not folder.exists():
                     make_benchmark(folder.parent.name, folder.parent,

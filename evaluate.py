@@ -30,7 +30,6 @@ import train_finetune
 import train_pretrain
 import udapose as u
 
-SKELETON = ("joints", "bones", "root", "depth_range")  # what a checkpoint has to know of its labels
 PCK_LIMIT = {"EPE": 50.0, "MPJPE": 150.0}  # mm: the PCK curve is taken over thresholds 0 .. so much
 
 
@@ -38,7 +37,7 @@ PCK_LIMIT = {"EPE": 50.0, "MPJPE": 150.0}  # mm: the PCK curve is taken over thr
 # Metrics
 # ==========================================================================================================
 def pck_curve(errors: Tensor, limit: float, points: int = 101) -> tuple[Tensor, float]:
-    """Share of joints closer than each threshold 0..limit mm, and the area under it; NaN does not count."""
+    """Share of joints within each threshold 0..limit mm, and the area under it; NaN does not count."""
     errors = errors[errors.isfinite()]
     thresholds = torch.linspace(0, limit, points)
     curve = torch.searchsorted(errors.sort().values, thresholds, right=True) / len(errors)   # (points,)
@@ -53,11 +52,12 @@ def metric(joints: list[str]) -> str:
 def pose_metrics(predicted: Tensor, truth: Tensor, meta: dict) -> dict:
     """Errors of predicted (n, K, 3) against truth (n, K, 3), mm, camera: what a row of a table needs.
 
-    meta: of the test set. pa_epe is after alignment by similarity, pa_rigid without scale, on these joints.
+    meta: of the test set. pa_epe is after alignment by similarity, pa_rigid without scale, both on the compared
+    joints.
     in_plane, depth: mean distance in x, y and mean |z|, roots aligned: what the camera sees, and what not.
     """
     errors, own = u.joint_errors(predicted, truth, meta["root"]), data.compared(meta)   # (n, K) mm
-    p, t = predicted[:, own], truth[:, own]
+    p, t = predicted[:, own], truth[:, own]                                # (n, C, 3) mm, C compared joints
     few = t.isfinite().all(-1).sum(dim=1) < 3                              # two joints can always be aligned
     t = torch.where(few[:, None, None], torch.nan, t)
     similar, rigid = ((u.procrustes_align(p, t, rigid) - t).norm(dim=-1).nanmean() for rigid in (False, True))
@@ -199,7 +199,8 @@ def load_estimator(path: Path, device) -> tuple[u.PoseEstimator, dict]:
     """f^E with f^H of a fine-tuned checkpoint, ready to predict, and the checkpoint."""
     state = u.read_checkpoint(path)
     if "head" not in state: raise u.InputError(f"{path}: holds no head; it is a checkpoint of pre-training")
-    with u.usable(path): s, skeleton = state["settings"], dict.fromkeys(SKELETON) | state["skeleton"]
+    with u.usable(path):
+        s, skeleton = state["settings"], dict.fromkeys(train_finetune.SKELETON) | state["skeleton"]
     data.check_fields(path, skeleton)
     encoder = load_encoder(state, path)
     with u.usable(path):
@@ -257,8 +258,9 @@ def pretraining_of(path: Path, settings: dict) -> Path | None:
     return None
 
 
-def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dict:
-    """Errors on the test sets, chance, class attention; the same of the pre-training run, if it is there."""
+def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device, known: dict | None = None) -> dict:
+    """Errors on the test sets, chance, class attention; the same of the pre-training run, if it is there.
+    known: see `measure_pretrained`."""
     estimator, state = load_estimator(path, device)
     s = state["settings"]
     try: labelled = data.Dataset(s["source"], "keypoints")
@@ -270,7 +272,7 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
               "made_by": made_by(path), "logged": last_logged(path)}
     if labelled: result["labels"] = min(s["labels"] or len(labelled), len(labelled))
     before = pretraining_of(path, s)
-    if before is not None: result["pretraining"] = measure_pretrained(before, tests, device)
+    if before is not None: result["pretraining"] = measure_pretrained(before, tests, device, known)
     for name, dataset in tests.items():
         result[name] = measure_pose(estimator, dataset, s["image"], device)
         result[name]["chance"] = mean_pose_error(labelled, result["labels"], dataset) if labelled else np.nan
@@ -279,8 +281,13 @@ def measure_finetuned(path: Path, tests: dict[str, data.Dataset], device) -> dic
     return result
 
 
-def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> dict:
-    """Mask IoU of f^S, class attention of f^A, errors of reconstruction on the test sets."""
+def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device, known: dict | None = None) -> dict:
+    """Mask IoU of f^S, class attention of f^A, errors of reconstruction on the test sets.
+
+    known {checkpoint: its result on these test sets}, which rows share: what is there is not measured again.
+    """
+    known = {} if known is None else known
+    if path.resolve() in known: return known[path.resolve()]
     state = u.read_checkpoint(path)
     s, result = state["settings"], {"kind": "pretraining", "settings": state["settings"],
                                     "seconds": round(state["seconds"], 1), "steps": state["step"],
@@ -295,6 +302,7 @@ def measure_pretrained(path: Path, tests: dict[str, data.Dataset], device) -> di
         result[name]["reconstruction"] = measure_reconstruction(mae, dataset, s, device)
         if segmentation:
             result[name]["mask_iou"] = measure_masks(segmentation[0], dataset, s["image"], device)
+    known[path.resolve()] = result
     return result
 
 
@@ -336,7 +344,7 @@ FREE = {"preset", "variant", "task", "out", "seed", "init", "validation", "devic
         "checkpointing", "save_every", "log_every", "validate_every"}  # settings that tell no rows apart
 DEFAULTS = {"finetuning": dataclasses.asdict(train_finetune.Settings()),  # for settings newer than a run
             "pretraining": dataclasses.asdict(train_pretrain.Settings())}
-# two-sided 95 % of Student's t of 2, 3, .. 10 values; more are taken for 10, their interval is too wide
+# two-sided 95 % of Student's t for 2, 3, .. 10 values; for more, that of 10: a little too wide an interval
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
@@ -350,7 +358,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 def per_block(results: list[dict]) -> str:
     """Lift of each block on the target, mean over seeds; "-" without true masks, or without pre-training."""
     lifts = [r.get("target", {}).get("attention", {}).get("lift") for r in results]      # (seeds, L)
-    if not lifts or not all(lifts) or np.isnan(lifts).any(): return "-"
+    if not lifts or not all(lifts) or len(set(map(len, lifts))) > 1 or np.isnan(lifts).any(): return "-"
     return " ".join(f"{v:.2f}" for v in np.mean(lifts, axis=0))
 
 
@@ -367,7 +375,8 @@ def group_of(result: dict) -> str:
 
 
 def row_of(result: dict) -> str:
-    """A run's row in the tables of its group: its folder without the seed, in which alone its runs differ."""
+    """A run's row in the tables of its group: the name of its folder without -seedN; its runs
+    differ in the seed alone."""
     return re.sub(r"-seed\d+$", "", Path(result["settings"]["out"]).name).removeprefix("pretrain-")
 
 
@@ -390,7 +399,8 @@ def settings_of(result: dict) -> dict:
     s, before = DEFAULTS[result["kind"]] | result["settings"], {}
     if "labels" in result: s["labels"] = result["labels"]                                # 0, all, as a number
     if "pretraining" in result: before = DEFAULTS["pretraining"] | result["pretraining"]["settings"]
-    known = {k: v for k, v in s.items() if k not in FREE} | {"test": result.get("test", "target_test")}
+    known = {k: v for k, v in s.items() if k not in FREE} | {
+        "test": result.get("test", "target_test"), "source_test": result.get("source_test", "source_test")}
     known |= {f"pretraining.{k}": v for k, v in before.items() if k not in FREE}
     if result["kind"] == "pretraining": return known
     known |= {"init": re.sub(r"-seed\d+$", "", s.get("init", ""))}
@@ -403,7 +413,8 @@ def settings_of(result: dict) -> dict:
 def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
     """Results by their settings, `but` one: {", lam 10": some, ", lam 100": others}; {"": all} if all alike.
 
-    Of runs that differ in nothing, the first counts. What an old file does not hold tells nothing apart.
+    Of runs that differ in nothing, the first counts. A setting that an old file lacks splits rows only where
+    the others differ in it; then it is printed as ?.
     """
     known, groups = [settings_of(r) for r in results], {}
     if len({s.get("pretraining.seed") for s in known}) > 1:                # not one pre-training for all
@@ -639,8 +650,12 @@ def sweep(results: list[dict], setting: str, error: str) -> dict[str, dict]:
 def error_notes(results: list[dict]) -> list[str]:
     """The joints that errors are taken over, where not all, and the protocol of the test sets, each once."""
     notes: dict[str, list] = {}                                            # what is said: of which domains
-    names = {r.get("test", "target_test") for r in results} - {"target_test"}
-    if len(names) == 1: notes[f"test set: {names.pop()}"] = ["target"]
+    for domain, key, usual in (("target", "test", "target_test"), ("source", "source_test", "source_test")):
+        sets: dict[str, set] = {}                                          # {name: fingerprints}
+        for r in results: sets.setdefault(r.get(key, usual), set()).add(r.get("tests", {}).get(domain))
+        if len(sets) == 1 and usual not in sets: notes[f"test set: {', '.join(sets)}"] = [domain]
+        for name, images in sets.items():
+            if len(images) > 1: notes[f"{name}: {len(images)} sets of images go by this name"] = [domain]
     for r, domain in ((r, domain) for r in results for domain in ("target", "source")):
         names, protocol = (r[domain].get(key, "") for key in ("compared", "protocol"))
         every = len(names) in (0, len(r[domain].get("per_joint", names)))  # as of hands: nothing to say
@@ -660,7 +675,8 @@ def pretraining_table(results: list[dict]) -> list[list[str]]:
                for domain in ("target", "source")]
         iou = [spread(values, 2) if values else "-" for values in iou]
         errors = [r["target"]["reconstruction"] for r in group if "reconstruction" in r["target"]]
-        errors = " ".join(f"{v:.3f}" for v in np.mean(errors, axis=0)) if errors else "-"            # (3,)
+        known = errors and not np.isnan(errors).any()
+        errors = " ".join(f"{v:.3f}" for v in np.mean(errors, axis=0)) if known else "-"             # (3,)
         lines.append([name, str(len(group)), *iou, per_block(group), errors])
     return lines
 
@@ -679,8 +695,11 @@ def read_results(folders: list[str], test: str = "") -> list[dict]:
     found, pattern = [], "*.json" if test else "*result.json"
     for place in map(Path, folders):
         if not place.exists(): raise u.InputError(f"{place}: no such folder or file")
-    for path in (path for place in map(Path, folders)
-                 for path in ([place] if place.is_file() else sorted(place.rglob(pattern)))):
+    paths: dict[Path, Path] = {}                                           # each once
+    for place in map(Path, folders):
+        for path in [place] if place.is_file() else sorted(place.rglob(pattern)):
+            paths.setdefault(path.resolve(), path)
+    for path in paths.values():
         try: result = json.loads(path.read_text())
         except ValueError as error: raise u.InputError(f"{path}: not JSON ({error}); remove it") from error
         if not isinstance(result, dict) or "kind" not in result: continue  # another's file
@@ -703,7 +722,7 @@ COLOURS = (*data.COLOURS, (140, 90, 50), (250, 120, 170), (100, 100, 100), (150,
 COLOURS += tuple(tuple((part + shade) // 2 for part in colour)                             # of more: dark,
                  for shade in (0, 230) for colour in COLOURS)                              # then pale
 HOT = 4.0  # heat overlays are red where a patch has so many times the mean, or more
-POSE_TITLES = ["predicted", "front: x, y in mm", "from the right: z, y", "attention, all blocks"]
+POSE_TITLES = ["predicted", "front: x, y in mm", "from the right: z, y", "attention, mean of blocks"]
 CURVES = {  # of log.jsonl: (title, the setting that it is multiplied by)
     "L_WMAE": ("L_WMAE, Eq. (3)", ""), "L_kpt": ("L_kpt, Eq. (5)", ""),
     "L_attn": ("lambda L_attn, Eq. (6)", "lam"),
@@ -790,10 +809,13 @@ def view(pose: np.ndarray, truth: np.ndarray | None, across: int, bones: list) -
     """Poses (K, 3) mm from the root, in parallel projection, y down; the truth thin and grey.
 
     across 0: x to the right, as the camera sees it. across 2: z to the right, as seen from the right of that.
+    The scale is the truth's, one for all runs; smaller only where a pose would run out of the picture.
     """
-    shown = pose if truth is None else truth                                             # one scale for all
+    shown = pose if truth is None else truth
     low, high = np.nanmin(shown, axis=0), np.nanmax(shown, axis=0)
-    half, middle = 0.6 * max((high - low).max(), 1.0), (low + high) / 2
+    middle = (low + high) / 2
+    farthest = np.nanmax(np.abs(pose - middle)[:, [across, 1]])
+    half = max(0.6 * (high - low).max(), 1.05 * farthest, 1.0)
     x, y = (middle[axis] + (-half, half) for axis in (across, 1))
     panel, place = axes((CELL, CELL), x, y[::-1])
     draw = ImageDraw.Draw(panel)
@@ -827,7 +849,8 @@ def chart(title: str, curves: dict[str, tuple], colours: dict[str, tuple], y: tu
 # ---------------------------------------------------------------- Figures 2 to 5, and curves
 @torch.no_grad()
 def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, device) -> Image.Image:
-    """Fig. 2: masked input, reconstruction, original and, if there is f^S, its mask and the weights w."""
+    """Fig. 2: masked input, reconstruction, original and, if there is f^S, its mask and, where masks weight
+    the loss, the weights w that this mask gives (the source's own masks are used in training)."""
     state = u.read_checkpoint(path)
     s, mae, f_S = state["settings"], load_autoencoder(state, path, device), load_segmentation(path, device)
     as_it_is = data.no_augmentation(len(rows))
@@ -842,10 +865,13 @@ def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, de
     tiles = torch.where(hidden, 0.0, patches), torch.where(hidden, predicted, patches), patches
     images = [data.denormalise(u.unpatchify(t, s["patch"], mae.encoder.grid)) for t in tiles]
     panels = [[(to_panel(image), "") for image in row] for row in zip(*images)]
-    for row, mask in zip(panels, f_S[0](x).sigmoid() if f_S else []):                    # (1, H, W)
-        w = u.foreground_weights(mask[None], s["patch"], s["alpha"])[0]                  # (N,), Eq. (2)
-        row += [(to_panel(mask), ""), (heat(row[2][0], w), f"{float(w.min()):.1f} to {float(w.max()):.1f}")]
-    titles = ["masked input", "reconstruction", "original", "mask by f^S", "weights w, Eq. (2)"]
+    weighted = np.repeat([s["masks"] in ("both", domain) for domain in tests], len(rows))             # (n,)
+    for row, mask, used in zip(panels, f_S[0](x).sigmoid() if f_S else [], weighted):    # (1, H, W)
+        w = u.foreground_weights(mask[None], s["patch"], s["alpha"] if used else 0.0)[0]  # (N,), Eq. (2) or 1
+        row += [(to_panel(mask), "")]
+        if s["masks"] == "none": continue
+        row += [(heat(row[2][0], w), f"{float(w.min()):.1f} to {float(w.max()):.1f}")]
+    titles = ["masked input", "reconstruction", "original", "mask by f^S", "w by this mask, Eq. (2)"]
     lent = "; norm_pix: contrast of the true patches" if s["norm_pix"] else ""
     heading = f"{name}: {', '.join(tests)} test, r = {s['mask_ratio']:g}; visible patches pasted{lent}"
     return sheet(panels, titles[:len(panels[0])], heading)
@@ -889,8 +915,8 @@ def lift_caption(lift: Tensor) -> str:
     return f"on foreground {float(lift):.2f} x" if lift.isfinite() else ""
 
 
-def draw_poses(looks: dict[str, dict], count: int, bones: list) -> Image.Image:
-    """Figs. 3 and 4: every image under every run, one below the other."""
+def draw_poses(looks: dict[str, dict], count: int, bones: list, test: str) -> Image.Image:
+    """Figs. 3 and 4: every image of the test set of this name under every run, one below the other."""
     rows = []
     for i, (name, seen) in ((i, item) for i in range(count) for item in looks.items()):
         (uv, true_uv), (pose, truth) = ([both[i] for both in seen[key]] for key in ("uv", "pose"))
@@ -900,15 +926,15 @@ def draw_poses(looks: dict[str, dict], count: int, bones: list) -> Image.Image:
         lift = lift_caption(seen["lift"][i].mean())
         rows.append(list(zip(panels, (name, f"error {float(seen['error'][i]):.1f} mm", "", "", lift))))
     return sheet(rows, ["true", *POSE_TITLES],
-                 "Target test; thin: true pose. Attention: share on the foreground / its area")
+                 f"{test}; thin: true pose. Attention: share on the foreground / its area")
 
 
-def draw_attention(looks: dict[str, dict], count: int) -> Image.Image:
+def draw_attention(looks: dict[str, dict], count: int, test: str) -> Image.Image:
     """Fig. 5: a_cls of every block, every image under every run."""
     rows = [[(seen["panels"][i], name)] + [(heat(seen["panels"][i], a), lift_caption(lift))
                                            for a, lift in zip(seen["maps"][i], seen["lift"][i])]
             for i in range(count) for name, seen in looks.items()]
-    return sheet(rows, ["target test"] + [f"block {i}" for i in range(1, max(map(len, rows)))],
+    return sheet(rows, [test] + [f"block {i}" for i in range(1, max(map(len, rows)))],
                  f"Class attention, red: {HOT:g} times the mean. Below: share on the foreground / its area")
 
 
@@ -929,8 +955,8 @@ def draw_curves(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image
     return sheet(rows, [], "Training, first seed of each run") if rows else None
 
 
-def draw_pck(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image:
-    """PCK over its threshold on the target test set, mean over the seeds of a run; areas in the legend."""
+def draw_pck(runs: dict[str, list], colours: dict[str, tuple], test: str) -> Image.Image:
+    """PCK over its threshold on a target test set, mean over the seeds of a run; areas in the legend."""
     curves, named = {}, {}
     for name, seeds in runs.items():
         label = f"{name}: {np.mean([result['target']['auc'] for _, result in seeds]):.3f}"
@@ -938,7 +964,7 @@ def draw_pck(runs: dict[str, list], colours: dict[str, tuple]) -> Image.Image:
         limit = PCK_LIMIT[seeds[0][1].get("metric", "EPE")]
         curves[label], named[label] = (np.linspace(0, limit, len(pck)), pck), colours[name]
     panel = chart("over the threshold, mm; behind each name the area under it", curves, named, (0, 1))
-    return sheet([[(panel, "")]], [], "Target test: share of joints closer than a threshold")
+    return sheet([[(panel, "")]], [], f"{test}: share of joints within a threshold of the truth")
 
 
 def positions(values: list) -> np.ndarray:
@@ -980,11 +1006,12 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, 
     rows = data.with_root(tests["target"])
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]                 # not picked by hand
     rows = rows[:max(1, 12 // len(runs))]
+    test = tests["target"].folder.name
     looks = {name: look_at(seeds[0][0], tests["target"], rows, device) for name, seeds in runs.items()}
     posed = {name: seen for name, seen in looks.items() if "pose" in seen}
-    pictures = {"attention": draw_attention(looks, len(rows)), "curves": draw_curves(runs, colours)}
-    if posed: pictures["poses"] = draw_poses(posed, len(rows), tests["target"].meta["bones"])
-    if posed: pictures["pck"] = draw_pck({name: runs[name] for name in posed}, colours)
+    pictures = {"attention": draw_attention(looks, len(rows), test), "curves": draw_curves(runs, colours)}
+    if posed: pictures["poses"] = draw_poses(posed, len(rows), tests["target"].meta["bones"], test)
+    if posed: pictures["pck"] = draw_pck({name: runs[name] for name in posed}, colours, test)
     for name in sorted(runs.keys() - posed.keys()):
         picture = draw_reconstruction(runs[name][0][0], name, tests, rows, device)
         short = re.sub("[ ,/]+", "-", name.replace("pretrain", "reconstruction", 1))
@@ -1013,7 +1040,8 @@ def square_around(box: list[float] | None, size: tuple[int, int], name: str,
 def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tuple[float, str]:
     """Scale of x, y in a photo without intrinsics, and the assumption. uv (K, 2) px, depth (K,) mm.
 
-    Parallel projection, bones as long as in training: k with sum of k² |duv|² + dz² = sum of L².
+    Parallel projection, bones as long as in training: k with sum of k² |duv|² + dz² = sum of L². Where the
+    depths dz alone are longer than that, a tenth of the sum is left for k.
     """
     s, known = state["settings"], state["skeleton"]
     a, b = np.array(known["bones"], int).reshape(-1, 2).T
@@ -1024,7 +1052,8 @@ def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tup
     if not len(a): return known["depth_range"] / s["image"], f"no bone labels in {s.get('source')}, a guess"
     L2 = np.nanmean(L2, axis=0).sum()
     flat, deep = np.square(uv[a] - uv[b]).sum(), np.square(depth[a] - depth[b]).sum()
-    return float(np.sqrt(max(L2 - deep, 0.1 * L2) / max(flat, 1e-6))), "bones as long as in training"
+    why = "bones as long as in training" if deep <= 0.9 * L2 else "a guess: the depths alone are too long"
+    return float(np.sqrt(max(L2 - deep, 0.1 * L2) / max(flat, 1e-6))), why
 
 
 @torch.no_grad()
@@ -1048,7 +1077,8 @@ def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, de
                          pose - pose[known["root"]], attention, known["bones"])
     assumed = f"assumed for x, y: no perspective; {why}: {scale * side:.0f} mm across the crop"
     page = sheet([[(panel, "") for panel in panels]], POSE_TITLES, assumed)
-    save_picture(page, folder / f"{Path(photo).stem}_pose.png")
+    where = "".join(f"-{v:g}" for v in box or ())                          # two hands of one picture
+    save_picture(page, folder / f"{Path(photo).stem}{where}_pose.png")
     print(f"{photo}: {assumed}")
 
 
@@ -1073,12 +1103,22 @@ def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data
     return tests
 
 
+def check_test_flags(path: Path, settings: dict, source: str, target: str) -> None:
+    """InputError where a run on data of one's own would be measured on the embedded benchmark."""
+    s = settings
+    for flag, given, folder in (("source", source, s["source"]), ("target", target, s["target"] or s["source"]),
+                                ("target", target, s["source"])):
+        if not given and not data.in_benchmark(folder):
+            raise u.InputError(f"{path.parent}: trained on {folder}; name its --{flag}-test")
+
+
 def finished_runs(folders: list[str], rank: int = 0) -> dict[Path, dict]:
     """{checkpoint: its kind, settings, skeleton if it has one} of the finished runs below the folders; an
     unfinished one is named and left out. InputError where none is finished."""
     runs: dict[Path, dict] = {}
     for folder in folders:
         here = sorted(Path(folder).rglob("checkpoint.pt"))
+        if Path(folder).name == "checkpoint.pt" and Path(folder).is_file(): here = [Path(folder)]
         if not here: raise u.InputError(f"{folder}: no checkpoint.pt here or below; train first")
         for path in here:
             state = u.read_checkpoint(path)
@@ -1089,41 +1129,61 @@ def finished_runs(folders: list[str], rank: int = 0) -> dict[Path, dict]:
                 row_name(known)
             if step == steps: runs[path] = known
             elif rank == 0: print(f"left out, not finished ({step} of {steps} steps): {path.parent}")
-    if not runs: raise u.InputError(f"{', '.join(folders)}: no run is finished; the same command goes on")
+    if not runs: raise u.InputError(f"{', '.join(folders)}: no run is finished; start its training "
+                                 "command again, it goes on")
     return {path: runs[path] for path in {path.resolve(): path for path in runs}.values()}  # each once
 
 
-def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device) -> dict:
+def measure(path: Path, tests: dict[str, data.Dataset], rank: int, device, known: dict | None = None) -> dict:
     """Measure one finished run and write result.json; TARGET-FOLDER.json where that is of another test set.
 
-    What is there of other images under that name stays, as a file that ends in their fingerprint.
+    An earlier result of other images under that name is kept, renamed to end in their fingerprints; of the
+    same images, what it knew of a pre-training run or a source that is gone by now is taken over. known: see
+    `measure_pretrained`.
     """
-    if rank == 0: print(f"measuring {path.parent}", flush=True)
-    kind = measure_finetuned if "head" in u.read_checkpoint(path) else measure_pretrained
-    result = kind(path, tests, device) | {"tests": {n: d.fingerprint for n, d in tests.items()},
-                                          "test": tests["target"].folder.name, "torch": torch.__version__}
-    if rank: return result
-    for name in ("result", result["test"]):
-        place = path.parent / f"{name}.json"
+    what = {"tests": {n: d.fingerprint for n, d in tests.items()}, "test": tests["target"].folder.name,
+            "source_test": tests["source"].folder.name, "torch": torch.__version__}
+    for name in ("result", what["test"]):                                  # looked at before hours of work
+        place, images = path.parent / f"{name}.json", "-".join(what["tests"].values())
         with u.usable(place):
-            before = json.loads(place.read_text()) if place.exists() else result
-            known, images = before.get("test", "target_test"), "-".join(before["tests"].values())
-        if known == result["test"]: break                                  # of another test set: it stays
-    if images != "-".join(result["tests"].values()):
-        kept = place.with_name(f"{place.name}.{images}")
+            before = json.loads(place.read_text()) if place.exists() else what
+            theirs = "-".join(before["tests"].values())
+            if before.get("test", "target_test") == what["test"]: break    # of another test set: it stays
+    if rank == 0: print(f"measuring {path.parent}", flush=True)
+    pose = "head" in u.read_checkpoint(path)
+    result = (measure_finetuned if pose else measure_pretrained)(path, tests, device, known) | what
+    if rank: return result
+    if theirs != images:
+        kept = place.with_name(f"{place.name}.{theirs}")
         place.replace(kept)
         print(f"{place} was of other images, and is now {kept.name}")
+    elif all(before.get(key) == result[key] for key in ("settings", "steps", "seconds")):
+        with u.usable(place): keep_what_is_gone(before, result)
     u.write_json(place, result)
     return result
+
+
+def keep_what_is_gone(before: dict, result: dict) -> None:
+    """Fill in what an earlier result of the same run and images could measure, and this one could not."""
+    for key in ("pretraining", "labels"):
+        if key in before: result.setdefault(key, before[key])
+    for domain in ("source", "target"):
+        if np.isnan(result[domain].get("chance", 0)): result[domain]["chance"] = before[domain]["chance"]
 
 
 def as_asked(results: list[dict], names: str = "", of: str = "target") -> list[dict]:
     """The results, their rows no longer split by the settings `names` (commas between), --alike; differences
     taken of the error on the target, on the source, or of the gap between the two, --of."""
-    names, known = set(filter(None, names.split(","))), {k for r in results for k in settings_of(r)}
-    if wrong := sorted(names - known):
+    return [r | {"alike": set(names.split(",")), "of": of} for r in results]
+
+
+def check_alike(names: str) -> None:
+    """InputError unless each of --alike is something that can split a row."""
+    known = {k for k in DEFAULTS["finetuning"] if k not in FREE | {"epochs"}}
+    known |= {f"pretraining.{k}" for k in DEFAULTS["pretraining"] if k not in FREE}
+    known |= {"init", "steps", "test", "source_test", "pretraining.seed"}
+    if wrong := sorted(set(filter(None, names.split(","))) - known):
         raise u.InputError(f"--alike {wrong[0]}: choose {', '.join(sorted(known))}")
-    return [r | {"alike": names, "of": of} for r in results]
 
 
 def check_minus(results: list[dict], minus: str) -> None:
@@ -1152,8 +1212,8 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
 def say_left_out(results: list[dict], shown: list[dict]) -> None:
     """Name the results that are not shown."""
     left = [r.get("file", r["settings"]["out"]) for r in results if all(r is not other for other in shown)]
-    if left: print(f"not shown: {len(left)} of {len(results)} results, each of the row, seed and settings of "
-                   f"another: {', '.join(left[:5])}{', ..' * (len(left) > 5)}")
+    if left: print(f"not shown: {len(left)} of {len(results)} results, each has the row, seed and settings "
+                   f"of one that is shown: {', '.join(left[:5])}{', ..' * (len(left) > 5)}")
 
 
 def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None:
@@ -1188,14 +1248,14 @@ def main(arguments=None) -> int:
             f"[datasets/hands/{name}_test, of a human run datasets/bodies/{name}_test]")
     add("--table", action="store_true", help="only print the table of the result.json files that exist")
     add("--paper", action="store_true", help="the paper's tables: its rows, its words, its numbers")
-    add("--minus", default="above", metavar="ROW", help="paired differences, over the seeds of both, to the "
-        "row above that was run, to the first, or to one by its name: above, first, scratch, .. [above]")
+    add("--minus", default="above", metavar="ROW", help="paired differences over common seeds: to the "
+        "nearest row above that was run (above), to the first row (first), or to a row by its name [above]")
     add("--sweep", metavar="SETTING", help="error against a setting, table and picture, from result.json "
         "files: alpha, mask_ratio, lam, labels, steps, epochs (of pre-training), .., or test (the test sets)")
-    add("--of", default="target", choices=("target", "source", "gap"), help="what the differences are of: error "
-        "on the target, on the source, or the gap, the one minus the other: what is adapted [target]")
-    add("--alike", default="", metavar="SETTINGS", help="settings, commas between, that are not to split a "
-        "row: init, where some of its seeds start from a file of weights and some from a run")
+    add("--of", default="target", choices=("target", "source", "gap"), help="what differences are taken of: "
+        "error on the target, on the source, or the gap, the one minus the other: what is adapted [target]")
+    add("--alike", default="", metavar="SETTINGS", help="comma-separated settings that do not split a row, "
+        "as init where some of its seeds started from a file of weights, others from a run")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")
@@ -1204,21 +1264,28 @@ def main(arguments=None) -> int:
     add("--image", help="predict the pose on this picture instead, with the first run named; a left hand: "
         "mirror the picture, for data.py turns all hands into right ones")
     add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"),
-        help="box around hand or body in --image, px")
+        help="box around hand or body in --image, px: 1.5 (hands) or 1.25 (bodies) times it is cropped; "
+        "without it, the largest square in the middle")
     a = parser.parse_args(arguments)
     rank, _, device = u.setup_distributed(a.device)
     if a.threads < 0: raise u.InputError(f"--threads {a.threads}: give a number not below 0")
     u.compute_with(a.threads)
     if a.box and not a.image: raise u.InputError("--box goes with --image")
+    if a.image and (a.table or a.sweep or a.pictures == "none"):
+        raise u.InputError("--image makes one picture: leave out --table, --sweep and --pictures none")
+    if a.source_test and (a.table or a.sweep):
+        raise u.InputError("--source-test: nothing is measured here, and results go by their target test set")
+    check_alike(a.alike)
     if rank and (a.image or a.sweep or a.table): return 0                  # nothing to share out
-    folder = Path(a.runs[0]) / "pictures" if a.pictures in ("", "none") else Path(a.pictures)
+    first, test = Path(a.runs[0]), Path(a.target_test).name
+    folder = Path(a.pictures or (first.parent if first.is_file() else first) / "pictures")
+    if not (a.pictures or a.image or a.sweep) and test not in ("", "target_test"): folder /= test
     if a.image:
         path = next((path for path, run in finished_runs(a.runs).items() if "skeleton" in run), None)
         if path is None: raise u.InputError(f"{' '.join(a.runs)}: no finished fine-tuning run for --image")
         print(f"with {path.parent}")
         draw_photo(path, a.image, a.box, folder, device)
         return 0
-    test = Path(a.target_test).name
     if a.sweep:
         results = read_results(a.runs, "*" if a.sweep == "test" else test)
         show_sweep(as_asked(results, a.alike, a.of), a, folder)
@@ -1227,17 +1294,20 @@ def main(arguments=None) -> int:
     if runs: check_minus(list(runs.values()), a.minus)
     by_task: dict[str, list] = {}                                          # checkpoints of hands, of humans
     for path, run in runs.items(): by_task.setdefault(run["settings"].get("task", "hand"), []).append(path)
+    for path in runs: check_test_flags(path, runs[path]["settings"], a.source_test, a.target_test)
     sets = {task: open_tests(a.source_test, a.target_test, task, rank) for task in by_task}
     for path, task in ((path, task) for task, paths in by_task.items() for path in paths):
         for dataset in sets[task].values() if runs[path].get("skeleton") else ():
             with u.usable(path): data.same_skeleton(dataset, runs[path]["skeleton"])
-    results, measured = read_results(a.runs, test) if a.table else [], []
+    results = as_asked(read_results(a.runs, test), a.alike, a.of) if a.table else []
+    measured = []
     for task, paths in by_task.items():
-        results += [measure(path, sets[task], rank, device) for path in paths]
+        known: dict = {}                                                   # pre-training runs, measured once
+        results += as_asked([measure(path, sets[task], rank, device, known) for path in paths], a.alike, a.of)
         measured.append((task, paths, results[-len(paths):], sets[task]))
     if rank: return 0
     print()
-    show_tables(as_asked(results, a.alike, a.of), a)
+    show_tables(results, a)
     for task, paths, own, tests in measured if a.pictures != "none" else []:
         draw_all(paths, own, tests, folder / task if len(measured) > 1 else folder, device)
     return 0

@@ -102,6 +102,10 @@ def test_view_keeps_the_truth_in_sight_and_one_scale():
     assert y.min() > 0 and x.min() > 0 and max(y.max(), x.max()) < e.CELL - 1
     along, down = (np.ptp(np.argwhere((panel == c).all(-1))[:, axis]) for c, axis in ((ORANGE, 1), (RED, 0)))
     assert abs(int(along) - int(down)) <= 14                                      # 50 mm each, up to the dots
+    for across in (0, 2):                                                  # a large error: no bone leaves the axes
+        far = np.array(e.view(truth * 3 + (0, -90, 0), truth, across, BONES))
+        y, x = np.argwhere(np.logical_or.reduce([(far == c).all(-1) for c in (RED, ORANGE)])).T
+        assert min(x) > e.LEFT and max(x) < e.CELL - e.RIGHT + 8 and min(y) > e.TOP - 8 and max(y) < e.CELL - e.FOOT
     truth[3] = np.nan                                                                  # a joint without label
     assert (np.array(e.view(truth * 0.5, truth, 2, BONES)) == e.GREY).all(-1).any()
 
@@ -301,6 +305,33 @@ def test_a_run_whose_source_is_gone_is_measured_without_chance(runs, tmp_path, c
     assert re.search(r"chance: constant mean pose \| +\| - ", text)
 
 
+@pytest.mark.parametrize("masks, columns, alike", [("both", 5, False), ("source", 5, True), ("none", 4, True)])
+def test_weights_are_drawn_where_the_loss_has_them(runs, tmp_path, masks, columns, alike, monkeypatch):
+    """`no-fcr` learns without weights, `source-masks` with weights of 1 on the target."""
+    save_checkpoint(tmp_path / "pretrain", train_pretrain, masks=masks)
+    toy, seen = data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks"), []
+    monkeypatch.setattr(e, "heat", lambda panel, w: seen.append(w) or panel)
+    picture = e.draw_reconstruction(tmp_path / "pretrain/checkpoint.pt", "x", {"source": toy, "target": toy},
+                                    np.arange(2), "cpu")
+    assert picture.size[0] == e.GAP + columns * (e.CELL + e.GAP) or columns == 4
+    assert len(seen) == (4 if columns == 5 else 0)
+    if seen: assert bool((seen[2] == 1).all() and (seen[3] == 1).all()) == alike and not (seen[0] == 1).all()
+
+
+def test_a_shared_pre_training_run_is_measured_once_and_alike_rows_are_drawn_as_one(runs, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "pretrain-full-seed0", train_pretrain)
+    before = str(tmp_path / "pretrain-full-seed0")
+    for seed in (0, 1): save_checkpoint(tmp_path / f"full-seed{seed}", train_finetune, seed, init=before, sigma=2.0 + seed,
+                                        source=str(runs / "toy"))
+    calls, drawn, attention = [], {}, e.measure_attention
+    monkeypatch.setattr(e, "measure_attention", lambda *a: calls.append(a) or attention(*a))
+    monkeypatch.setattr(e, "draw_pck", lambda named, *_: drawn.update(named))
+    tests = ["--source-test", str(runs / "toy"), "--target-test", str(runs / "toy")]
+    assert e.main([str(tmp_path), *tests, "--alike", "sigma,pretraining.seed"]) == 0
+    assert len(calls) == 2 * 3 and [len(seeds) for seeds in drawn.values()] == [2]
+    assert (tmp_path / "pictures/toy/poses.png").exists()                  # beside those of the usual test set
+
+
 def test_pictures_of_a_row_with_a_long_name(tmp_path, runs):
     paths = [tmp_path / f"{letter}/pretrain-full-seed0/checkpoint.pt" for letter in "ab"]
     for path in paths: save_checkpoint(path.parent, train_pretrain, source=f"/{path.parts[-3] * 250}")
@@ -326,7 +357,7 @@ def test_pck_is_the_mean_over_seeds(monkeypatch):
     seen = {}
     monkeypatch.setattr(e, "chart", lambda _, curves, *more: seen.update(curves) or Image.new("RGB", e.CHART))
     result = lambda pck, auc: (None, {"target": {"pck": pck, "auc": auc}})
-    e.draw_pck({"full": [result([0, 1], 0.5), result([0, 0.5], 0.25)]}, {"full": RED})
+    e.draw_pck({"full": [result([0, 1], 0.5), result([0, 0.5], 0.25)]}, {"full": RED}, "mine")
     assert list(seen) == ["full: 0.375"] and np.allclose(seen["full: 0.375"], [[0, 50], [0, 0.75]])
 
 
@@ -411,7 +442,8 @@ def test_millimetres_of_a_photo_come_from_the_bones(tmp_path):
     depth = pose[0, :, 2] - pose[0, 0, 2]
     scale, why = e.millimetres_per_pixel(pose[0, :, :2] / 2.5 + 7, depth, state)
     assert scale == pytest.approx(2.5, rel=1e-4) and why == "bones as long as in training"
-    assert e.millimetres_per_pixel(pose[0, :, :2] / 2.5, 100 * depth, state)[0] > 0    # deeper than any hand
+    scale, why = e.millimetres_per_pixel(pose[0, :, :2] / 2.5, 100 * depth, state)     # deeper than any hand
+    assert scale > 0 and why == "a guess: the depths alone are too long"
     half = np.where(np.arange(4)[:, None] == 3, np.nan, pose)              # the last joint is never labelled
     np.save(tmp_path / "toy/keypoints.npy", np.float32(half.repeat(N, axis=0)))
     assert e.millimetres_per_pixel(pose[0, :, :2] / 2.5 + 7, depth, state)[0] == pytest.approx(2.5, rel=1e-4)
@@ -427,12 +459,14 @@ def test_a_photo_from_the_command_line(runs, tmp_path, capsys):
     options = ["--image", str(tmp_path / "me.jpg"), "--device", "cpu", "--pictures"]
     box = ["--box", "5", "5", "20", "20"]
     assert e.main([str(runs / "runs"), *options, str(tmp_path / "out"), *box]) == 0
-    picture = Image.open(tmp_path / "out/me_pose.png")
+    picture = Image.open(tmp_path / "out/me-5-5-20-20_pose.png")           # of two hands each has its own
     assert picture.size[0] == e.GAP // 2 + 4 * (e.CELL + e.GAP) // 2
-    assert "assumed for x, y: no perspective; bones as long as in training" in capsys.readouterr().out
-    for none in ([], ["--pictures", "none"]):                              # beside the run, not where one stands
-        assert e.main([str(runs / "runs"), *options[:-1], *none]) == 0
-        (runs / "runs/pictures/me_pose.png").unlink()
+    assert "assumed for x, y: no perspective; a guess: the depths alone are too long: " in capsys.readouterr().out
+    assert e.main([str(runs / "runs/full-seed0/checkpoint.pt"), *options[:-1]]) == 0
+    (runs / "runs/full-seed0/pictures/me_pose.png").unlink()               # beside the run, not where one stands
+    for more in (["none"], [str(tmp_path), "--table"], [str(tmp_path), "--sweep", "lam"]):
+        with pytest.raises(u.InputError, match="--image makes one picture: leave out"):
+            e.main([str(runs / "runs"), *options, *more])
     with pytest.raises(u.InputError, match="me.jpg: cannot be made"):                  # a file is no folder
         e.main([str(runs / "runs"), *options, str(tmp_path / "me.jpg")])
     with pytest.raises(u.InputError, match="no finished fine-tuning run"):

@@ -255,7 +255,8 @@ def test_settings_of_the_pre_training_tell_rows_apart():
     one = e.as_asked([public[0], result(init="weights.pth", seed=1), result("mae")], "init")
     assert names(e.table(one))[:-1] == ["tiny mae", "tiny full"] and e.table(one)[2][1] == "2"
     assert names(e.table(e.as_asked(public)))[:2] == names(e.table(public))[:2]
-    with pytest.raises(u.InputError, match="--alike inti: choose .*init, "): e.as_asked(public, "init,inti")
+    with pytest.raises(u.InputError, match="--alike inti: choose .*init, .*pretraining.alpha, .*steps"):
+        e.main(["nowhere", "--alike", "init,inti"])                        # before runs are looked for
     twice = [result(epochs=epochs) | {"kind": "pretraining"} for epochs in (80, 200)]
     assert names(e.pretraining_table(twice)) == ["tiny full, epochs 80", "tiny full, epochs 200"]
 
@@ -364,8 +365,33 @@ def test_a_run_counts_once_and_that_is_said(tmp_path, capsys):
         folder.mkdir()
         e.main(["--table", *save(folder, **{f"{i}.result": r for i, r in enumerate(made[:count])})])
         out = capsys.readouterr().out
-        assert ("not shown: 1 of 3 results, each of the row" in out) == said
-        assert (f"of another: {folder}/1.result.json\n" in out) == said
+        assert ("not shown: 1 of 3 results, each has the row" in out) == said
+        assert (f"of one that is shown: {folder}/1.result.json\n" in out) == said
+
+
+def test_a_file_named_twice_counts_once(tmp_path, monkeypatch, capsys):
+    save(tmp_path, result=result())
+    monkeypatch.chdir(tmp_path)
+    e.main(["--table", "result.json", str(tmp_path), "."])
+    assert "not shown" not in capsys.readouterr().out
+
+
+def test_other_source_images_are_another_row_and_two_sets_of_one_name_are_said():
+    made = [result(), result(seed=1) | {"source_test": "mine"}]
+    assert names(e.table(made))[:2] == ["tiny full, source_test mine", "tiny full, source_test source_test"]
+    assert e.error_notes([made[1]]) == ["source test set: mine"] and e.error_notes(made) == []
+    for r, images in zip(made, "ab"): r["tests"] = {"target": images, "source": "c"}
+    assert e.error_notes(made) == ["target target_test: 2 sets of images go by this name"]
+    both = [result(), result(seed=1, test="shifted_test")]
+    assert e.error_notes(both) == [] and e.error_notes(both[1:]) == ["target test set: shifted_test"]
+
+
+def test_what_only_one_of_some_results_holds_is_no_number():
+    two = [result(lift=[1.0, 2.0]), result(seed=1, lift=[1.0])]
+    assert e.table(two)[1][-1] == "-"                                      # --alike depth
+    broken = {"kind": "pretraining", "settings": result()["settings"], "source": {},
+              "target": {"reconstruction": [1.0, float("nan"), 1.0]}}
+    assert e.pretraining_table([broken])[1][-1] == "-"
 
 
 def test_lift_before_and_after_fine_tuning():
@@ -513,6 +539,56 @@ def test_measuring_records_the_pre_training_run_and_the_test_set(tmp_path, monke
     again = e.measure(tmp_path / "full-seed1/checkpoint.pt", tests, 0, "cpu")
     assert again["target"]["attention"] == full["target"]["attention"]
     assert again["pretraining"]["target"] == full["pretraining"]["target"]
+
+
+def test_what_is_gone_by_the_second_time_is_taken_over(tmp_path):
+    """The pre-training run was removed, the source moved: the same checkpoint, the same images."""
+    save_dataset(tmp_path / "toy")
+    save_dataset(tmp_path / "source")
+    save_checkpoint(tmp_path / "pretrain-full-seed0", train_pretrain, seed=0)
+    save_checkpoint(tmp_path / "full-seed0", train_finetune, source=str(tmp_path / "source"),
+                    init=str(tmp_path / "pretrain-full-seed0"))
+    toy, path = data.Dataset(tmp_path / "toy", "keypoints", "intrinsics", "masks"), tmp_path / "full-seed0/checkpoint.pt"
+    def measure(): return e.measure(path, {"source": toy, "target": toy}, 0, "cpu")
+    first = measure()
+    shutil.rmtree(tmp_path / "pretrain-full-seed0")
+    (tmp_path / "source").rename(tmp_path / "moved")
+    assert "pretraining" in first and "labels" in first and first["target"]["chance"] > 0
+    assert measure() == first == json.loads((path.parent / "result.json").read_text())
+    state = torch.load(path)
+    torch.save(state | {"seconds": 2.0}, path)                             # trained again since
+    again = measure()
+    assert "pretraining" not in again and "labels" not in again and np.isnan(again["target"]["chance"])
+
+
+def test_a_damaged_result_is_named_before_anything_is_measured(tmp_path, monkeypatch):
+    save_dataset(tmp_path / "toy")
+    save_checkpoint(tmp_path / "full-seed0", train_finetune, source=str(tmp_path / "toy"))
+    (tmp_path / "full-seed0/result.json").write_text("{")
+    monkeypatch.setattr(e, "measure_finetuned", lambda *_: pytest.fail("measured"))
+    toy = data.Dataset(tmp_path / "toy", "keypoints", "intrinsics")
+    with pytest.raises(u.InputError, match="result.json: not what it should be"):
+        e.measure(tmp_path / "full-seed0/checkpoint.pt", {"source": toy, "target": toy}, 0, "cpu")
+
+
+def test_a_run_on_data_of_ones_own_is_not_measured_on_the_benchmark(tmp_path, monkeypatch):
+    """Where a flag was forgotten: said before the benchmark is rendered or anything measured."""
+    monkeypatch.setattr(data, "make_benchmark", lambda *_: pytest.fail("rendered"))
+    monkeypatch.chdir(tmp_path)
+    own = {"source": "datasets/freihand_train", "target": "datasets/rhd_train"}
+    hands = {"source": "datasets/hands/source_train", "target": "datasets/hands/figure_train"}
+    save_checkpoint(tmp_path / "own/full", train_finetune, **own)
+    save_checkpoint(tmp_path / "half/scratch", train_finetune, **own | {"target": hands["target"]})
+    save_checkpoint(tmp_path / "there/full", train_finetune, **hands | {"target": own["target"]})
+    for runs, more, says in (("own", [], "own/full: trained on datasets/freihand_train; name its --source-test$"),
+                             ("own", ["--source-test", "x"], "trained on datasets/rhd_train; name its --target-test$"),
+                             ("half", ["--source-test", "x"], "on datasets/freihand_train; name its --target-test$"),
+                             ("there", [], "there/full: trained on datasets/rhd_train; name its --target-test$")):
+        with pytest.raises(u.InputError, match=says): e.main([runs, *more])
+    e.check_test_flags(tmp_path / "a/checkpoint.pt", hands, "", "")
+    e.check_test_flags(tmp_path / "a/checkpoint.pt", hands | {"target": ""}, "", "")    # source-only
+    with pytest.raises(u.InputError, match="--source-test: nothing is measured here"):
+        e.main(["--table", "own", "--source-test", "x"])
 
 
 @pytest.mark.parametrize("first", ["target_test", "mine_test"])

@@ -570,7 +570,7 @@ def test_own_data_as_the_readme_says(tmp_path, monkeypatch):
     assert "starts from runs/mine/pretrain-full" in done.stdout
     assert [line.split("|")[0].split() for line in done.stdout.splitlines() if line.startswith("tiny ")] == [
         ["tiny", "full"], ["tiny", "scratch"], ["tiny", "full"]]           # pre-training, then both rows
-    assert {p.stem for p in Path("runs/mine/pictures").iterdir()} >= {"attention", "poses", "pck", "curves"}
+    assert {p.stem for p in Path("runs/mine/pictures/mine_target_test").iterdir()} >= {"attention", "poses", "pck", "curves"}
 
 
 def test_unfinished_pretraining_is_refused(sets, tmp_path, monkeypatch):
