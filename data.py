@@ -63,12 +63,12 @@ FORMAT = 1
 ARRAYS = {"images": np.uint8, "masks": np.uint8,  # each array of a data set, and its type
           "keypoints": np.float32, "intrinsics": np.float32, "checksums": np.uint32}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-START = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
-MEMORY, READ_SECONDS = 4 << 30, 600  # of a process that reads foreign files; of one that reads a single one
+SPAWN = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+MEMORY, READ_SECONDS = 4 << 30, 600  # bytes that a process may use which reads foreign files; s to read one
 LARGEST = 1 << 28                    # numbers in a publisher's array
 VIDEOS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts"
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's; its EPS runs Ghostscript
-RECORDS = [name for name in ARRAYS if name != "checksums"]  # a column of checksums.npy each
+SUMMED = [name for name in ARRAYS if name != "checksums"]  # a column of checksums.npy each
 
 
 # ==========================================================================================================
@@ -92,7 +92,7 @@ class Dataset:
         if n != self.meta.get("rows", n):
             raise InputError(f"{self.folder}/images.npy: {n} rows; meta.json counts {self.meta['rows']}")
         shapes = {"images": (n, H, H, 3), "masks": (n, H, H), "keypoints": (n, len(self.meta["joints"]), 3),
-                  "intrinsics": (n, 3, 3), "checksums": (n, len(RECORDS))}
+                  "intrinsics": (n, 3, 3), "checksums": (n, len(SUMMED))}
         if (self.folder / "checksums.npy").exists(): fields += ("checksums",)
         for field in fields:
             setattr(self, field, open_array(self.folder / f"{field}.npy", ARRAYS[field], shapes[field]))
@@ -111,9 +111,9 @@ class Dataset:
         value = zlib.crc32(np.ascontiguousarray(self.checksums))
         if value != self.meta.get("crc", {}).get("checksums", value):
             raise InputError(f"{self.folder}/checksums.npy: not the one that meta.json was written with")
-        for i, field in enumerate(RECORDS):
+        for i, field in enumerate(SUMMED):
             if (array := getattr(self, field)) is not None:
-                setattr(self, field, Records(array, self.checksums[:, i], self.folder / f"{field}.npy"))
+                setattr(self, field, CheckedArray(array, self.checksums[:, i], self.folder / f"{field}.npy"))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -122,7 +122,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """Changes with the data: meta.json (which holds checksums, where we wrote it; else 256 rows of each
         array do) and the shape."""
-        crc = {k: v for k, v in self.meta.get("crc", {}).items() if k in RECORDS}  # with checksums.npy or not
+        crc = {k: v for k, v in self.meta.get("crc", {}).items() if k in SUMMED}  # with checksums.npy or not
         meta = self.meta | ({"crc": crc} if "crc" in self.meta else {})
         value = zlib.crc32((json.dumps(meta, sort_keys=True) + str(self.images.shape)).encode())
         some = np.linspace(0, len(self) - 1, min(256, len(self))).astype(int)
@@ -131,7 +131,7 @@ class Dataset:
         return f"{value:08x}"
 
 
-class Records:
+class CheckedArray:
     """An array of a data set: a record is held against its CRC when this process first reads it."""
 
     def __init__(self, array: np.ndarray, sums: np.ndarray, path: Path):
@@ -158,11 +158,11 @@ class Records:
 
 
 def record_sums(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """CRC (n, 4) uint32 of each record of arrays of n rows, a column for each of RECORDS; 0: no array."""
-    sums = np.zeros((len(next(iter(arrays.values()))), len(RECORDS)), np.uint32)
+    """CRC (n, 4) uint32 of each record of arrays of n rows, a column for each of SUMMED; 0: no array."""
+    sums = np.zeros((len(next(iter(arrays.values()))), len(SUMMED)), np.uint32)
     for name, rows in arrays.items():
         rows = np.ascontiguousarray(rows, ARRAYS[name])
-        sums[:, RECORDS.index(name)] = [zlib.crc32(row) for row in rows]
+        sums[:, SUMMED.index(name)] = [zlib.crc32(row) for row in rows]
     return sums
 
 
@@ -240,7 +240,8 @@ class Writer:
             raise InputError(f"{self.part}: another process writes it; wait for that one") from error
         except OSError as error: raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
         path = self.part / "state.json"
-        self.state = {"meta": self.meta, "jobs": 0, "rows": 0, "skipped": [], "crc": {}, "shape": {}}
+        self.state = {"meta": self.meta, "jobs": 0, "order": 0, "rows": 0, "skipped": [], "crc": {},
+                      "shape": {}}
         if path.exists():
             try: state = dict(json.loads(path.read_text()))
             except (ValueError, TypeError): state = {}
@@ -261,8 +262,9 @@ class Writer:
         file.seek(size)
         return file
 
-    def append(self, arrays: dict[str, np.ndarray], skipped: list[str] = ()) -> None:
-        """Rows of one job, arrays of the same length; `skipped` names the samples left out and why."""
+    def append(self, arrays: dict[str, np.ndarray], skipped: list[str] = (), order: int = 0) -> None:
+        """Rows of one job, arrays of the same length; `skipped` names the samples left out and why; `order`:
+        checksum of the names of all jobs so far."""
         state, crc = self.state, dict(self.state["crc"])
         counts = {len(rows) for rows in arrays.values()} or {0}
         if arrays and len(counts) == 1: arrays = arrays | {"checksums": record_sums(arrays)}
@@ -275,8 +277,9 @@ class Writer:
             data = np.ascontiguousarray(rows, ARRAYS[name]).tobytes()
             self.files[name].write(data)
             crc[name] = zlib.crc32(data, crc.get(name, 0))
-        self.state = state | {"jobs": state["jobs"] + 1, "rows": state["rows"] + counts.pop(), "crc": crc,
-                              "shape": shape, "skipped": state["skipped"] + list(skipped)}  # all or nothing
+        self.state = state | {"jobs": state["jobs"] + 1, "order": order, "crc": crc, "shape": shape,
+                              "rows": state["rows"] + counts.pop(),
+                              "skipped": state["skipped"] + list(skipped)}  # all or nothing
 
     def check_skipped(self, limit: float, final: bool = False) -> None:
         """InputError, with the commonest reason, once more than `limit` of the samples are left out."""
@@ -302,12 +305,14 @@ class Writer:
     def finish(self) -> None:
         """Writes the final number of rows into the headers and gives the folder its name."""
         self.save()
-        self.close()
-        for name, shape in self.state["shape"].items(): self.open(name, shape).close()
+        for file in self.files.values(): file.close()
+        self.files = {name: self.open(name, shape) for name, shape in self.state["shape"].items()}
+        for file in self.files.values(): file.flush(); os.fsync(file.fileno())
         counts = {k: self.state[k] for k in ("rows", "crc", "skipped")}
         write_json(self.part / "meta.json", self.meta | counts)
         os.replace(self.part, self.folder)
         (self.folder / "state.json").unlink()
+        self.close()
 
 
 def build_dataset(folder: str | Path, meta: dict, jobs, count: int, work, workers: int = 0,
@@ -322,10 +327,22 @@ def build_dataset(folder: str | Path, meta: dict, jobs, count: int, work, worker
     writer, workers = Writer(folder, meta), workers or max(2, CORES)
     start = done = writer.state["jobs"]
     progress = Progress(f"{Path(folder).name}", count, images_a_job, start, every=5)
+    orders = collections.deque()  # of each job ahead: the checksum of the names of all jobs up to it
+
+    def named(jobs):
+        order = 0
+        for job in jobs:
+            name = " ".join(map(str, job)) if isinstance(job, list) else str(job)
+            orders.append(order := zlib.crc32(name.encode(), order))
+            yield job
     try:
-        jobs = itertools.islice(jobs, start, None)
+        jobs = named(jobs)
+        for _ in itertools.islice(jobs, start): pass
+        if (orders or [0])[-1] != writer.state["order"]:  # else some would come twice, and others never
+            raise InputError(f"{writer.part}: was begun from other files: ROOT has changed since; remove it")
+        orders.clear()
         for done, (arrays, skipped) in enumerate(ordered_results(work, jobs, workers), start + 1):
-            writer.append(arrays, skipped)
+            writer.append(arrays, skipped, orders.popleft())
             writer.check_skipped(max_skipped)
             if done % max(1, 512 // images_a_job) == 0: writer.save()
             progress.show(done)
@@ -368,7 +385,7 @@ def ordered_results(work, jobs, workers: int):
 
 def process_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     """Worker processes that start afresh and leave Ctrl-C to their parent."""
-    return concurrent.futures.ProcessPoolExecutor(workers, START, quiet_worker)
+    return concurrent.futures.ProcessPoolExecutor(workers, SPAWN, quiet_worker)
 
 
 def culprit(work, jobs: list) -> str:
@@ -381,14 +398,14 @@ def culprit(work, jobs: list) -> str:
         for job in alone:
             if isinstance(pool.submit(work, job).exception(), BrokenProcessPool):
                 return str(job[0] if isinstance(job, list) else job)
-    return "a moment that does not come again (out of memory? give fewer --workers)"
+    return "no single one of them: alone, each passes (out of memory? give fewer --workers)"
 
 
 def in_a_process(function, path: Path, *arguments):
     """function(path, *arguments) in a process of its own: a file that crashes it, or holds it up for
     READ_SECONDS, is an InputError."""
     mine, its = multiprocessing.Pipe(duplex=False)
-    process = START.Process(target=answer, args=(its, function, path, *arguments), daemon=True)
+    process = SPAWN.Process(target=answer, args=(its, function, path, *arguments), daemon=True)
     process.start()
     its.close()
     try:
@@ -406,6 +423,7 @@ def in_a_process(function, path: Path, *arguments):
 def answer(pipe, function, *arguments) -> None:
     """The process of `in_a_process`: sends what the function returns or raises."""
     quiet_worker()
+    limit_memory(MEMORY)
     try: result = function(*arguments)
     except Exception as error: result = error
     pipe.send(result)
@@ -423,7 +441,6 @@ def quiet_worker() -> None:
     """Start of a worker: Ctrl-C is the parent's to handle, one thread, and no life after the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    limit_memory(MEMORY)
     watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # noqa: E731
     threading.Thread(target=watch, daemon=True).start()  # a killed parent cannot tell its workers to go
 
@@ -433,7 +450,7 @@ def quiet_worker() -> None:
 # ==========================================================================================================
 @lru_cache(maxsize=4)
 def epoch_permutation(count: int, seed: int, purpose: str, epoch: int) -> np.ndarray:
-    """The order (count,) of an epoch. These 8 bytes an image, and Records' one, are all that grows."""
+    """The order (count,) of an epoch. These 8 bytes an image, and CheckedArray's one, are all that grows."""
     return random_generator(seed, purpose, epoch).permutation(count)
 
 
@@ -603,7 +620,7 @@ def read_into(buffer: np.ndarray, array: np.ndarray, rows: np.ndarray) -> None:
 def announce(array: np.ndarray, rows: np.ndarray) -> None:
     """Tell the system which rows of a memory-mapped array come next: it fetches those that are not in memory
     from the disk at once, not one after another, several times as fast (tests/benchmark.py measures it)."""
-    array = getattr(array, "array", array)                                               # of `Records`
+    array = getattr(array, "array", array)                                               # of `CheckedArray`
     if not isinstance(array, np.memmap): return
     size = array[0].nbytes
     for row in rows:
@@ -852,10 +869,10 @@ HUMAN_DOMAINS = {
 SCENERY = "wall clouds grain busy shapes shape stripes limbs limb decoys floor".split()   # as settings begin
 
 
-def mix(figure: dict, place: dict) -> dict:
+def mix(figure: dict, scene: dict) -> dict:
     """A domain with the figures, light and camera of one and the scenery of another: half of their gap."""
     return {k: v for k, v in figure.items() if k.split("_")[0] not in SCENERY} | {
-        k: v for k, v in place.items() if k.split("_")[0] in SCENERY}
+        k: v for k, v in scene.items() if k.split("_")[0] in SCENERY}
 
 
 for looks in DOMAINS, HUMAN_DOMAINS:
@@ -1391,6 +1408,7 @@ def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarra
         if turned: image = ImageOps.exif_transpose(image)
         size, share = image.size, side / (width or min(image.size))
         if side and not turned: image.draft("RGB", [math.ceil(share * length) for length in size])
+        if image.mode == "F": raise ValueError("its pixels are fractions, of an unknown range")
         if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:  # what lies under it is arbitrary: white instead
@@ -1455,6 +1473,7 @@ def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None
         elif isinstance(key, str): values = read_mat(path, key)[key]
         else:
             import h5py
+            if not path.exists(): raise Missing(f"mask: no {path.name}")
             with h5py.File(path) as file:
                 cell = file["Masks"]                                       # (F, 1) of references
                 empty = key >= len(cell) or not cell[key, 0] or "MATLAB_empty" in file[cell[key, 0]].attrs
@@ -1796,6 +1815,7 @@ def convert(root: Path, side: int, skeleton: dict, job: list[Sample]) -> tuple[d
 
     A broken picture that has labels stops the conversion (the download is broken); any other is left out.
     """
+    if multiprocessing.parent_process() is not None: limit_memory(MEMORY)    # a worker reads foreign files
     rows, skipped = [], []
     for sample in job:
         try: rows.append(convert_sample(root, side, skeleton, sample))
@@ -1803,6 +1823,10 @@ def convert(root: Path, side: int, skeleton: dict, job: list[Sample]) -> tuple[d
         except InputError as error:
             if sample.keypoints is not None: raise
             skipped.append(str(error))
+    if len(kinds := {tuple(row) for row in rows}) > 1:
+        names = ", others ".join(map(str, sorted(kinds)))
+        raise InputError(f"{root}: of samples {job[0]} to {job[-1]} some have {names}: a reader gives labels to "
+                         "all of its samples or to none, and masks alike")
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}, skipped
 
 
@@ -1839,7 +1863,8 @@ def read_freihand(root: Path, split: Literal["train", "evaluation"] = "train",
     sample i on background v: 0 green screen, 1 harmonised, 2 and 3 recoloured. evaluation: n = 3,960; labels
     and masks came later, in FreiHAND_pub_v2_eval. Rows go by sample, its versions side by side.
     """
-    if not versions or set(versions) - set("0123"): raise InputError(f"--versions {versions!r}: some of 0123")
+    if not versions or set(versions) - set("0123") or len(set(versions)) < len(versions):
+        raise InputError(f"--versions {versions!r}: some of 0123, each once")
     part, copies, masks, foreground, archive = FREIHAND[split]
     layout = f"ROOT is {archive} with {part}_xyz.json, {part}_K.json, {part}/rgb/*.jpg, {part}/{masks}/*"
     need_files(root, [f"{part}_xyz.json", f"{part}_K.json", f"{part}/rgb/{0:08d}.jpg"], layout)
@@ -1940,7 +1965,8 @@ def read_rhd(root: Path, split: Literal["train", "evaluation"] = "train") -> tup
     --split train or evaluation. Each picture has labels of both hands of a person, 0-20 left, 21-41 right,
     fingers from tip to palm, and 2D labels. Of the two that with more pixels in the mask is taken, as the
     publisher's code does: so this reader alone looks into masks. All 21 joints are used, hidden ones too. A
-    mask is an index: 0 background, 1 person, 2-17 left hand, 18-33 right hand.
+    mask is an index: 0 background, 1 person, 2-17 left hand, 18-33 right hand. Its K has the principal point
+    at 160 of 320 px, which may count from the picture's edge (not said, and left as it is: half a pixel).
     """
     part = "training" if split == "train" else split
     layout = f"ROOT is RHD_published_v2 with {part}/anno_{part}.pickle, {part}/color and mask/00000.png .."
@@ -1996,7 +2022,7 @@ def pan_hands(path: Path, score: float, error: float) -> list[tuple[bool, np.nda
 
 def in_view(keypoints: np.ndarray, K: np.ndarray, distortion: np.ndarray, size: tuple) -> bool:
     """Whether all joints (n, 3) mm, camera, lie in a picture of `size` (width, height). A lens's polynomial
-    folds what is far outside back into it: so without the lens they may lie a quarter of it beside it."""
+    folds what is far outside back into it: so without the lens they may lie outside by a quarter of it."""
     straight, uv, size = to_uv(keypoints, K), to_uv(keypoints, K, distortion), np.array(size)
     return bool((keypoints[:, 2] > 0).all() and ((uv >= 0) & (uv <= size - 1)).all()
                 and ((straight >= -size / 4) & (straight <= 1.25 * size)).all())
@@ -2007,8 +2033,8 @@ def read_pan(root: Path, split: Split = "train", stride: int = 30, views: str = 
     """PAN, hands of the CMU Panoptic Studio (Joo et al., TPAMI 2017): 31 HD views, 1920 x 1080 px, cm, dome.
 
     --split test: the sequence 171204_pose3; train: all others in ROOT. Of the frames (29.97 a second) those
-    whose number divides by --stride, in the --views given (as 0,7,30; empty: all), from hdImgs if that is
-    there, else from hdVideos. Both hands of everyone, our joint order, if all 21 joints are valid, of --score
+    whose number is a multiple of --stride, in the --views given (as 0,7,30; empty: all), from hdImgs if that
+    is there, else from hdVideos. Both hands of everyone, our joint order, if all 21 joints are valid, of --score
     at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px and more.
     A hand may be hidden in a view. No 2D labels, no masks.
     """
@@ -2067,6 +2093,7 @@ def read_gan(root: Path, split: Split = "train", share: float = 0.1,
     have 2D labels. A crop is a square at (u, v) of a picture of 640 x 480 px scaled to 256 px; whether
     crop_params gives the factor or its inverse is told by which puts the joints on the 2D labels. No masks.
     """
+    if not 0 <= share <= 1: raise InputError(f"--share {share:g}: the part that is test, 0 to 1")
     layout = ("ROOT is GANeratedHands_Release with data/noObject/0001/0001_color_composed.png, and beside it "
               "0001_joint2D.txt, 0001_joint_pos_global.txt, 0001_crop_params.txt; so too data/withObject")
     need_files(root, ["data/noObject", "data/withObject"], layout)
@@ -2111,7 +2138,7 @@ MPI_JOINTS = {"train": [4, 23, 24, 25, 18, 19, 20, 3, 5, 6, 7, 9, 10, 11, 14, 15
 H36M_SUBJECTS = {"train": ("S1", "S5", "S6", "S7", "S8"), "test": ("S9", "S11")}
 MPI_FRAMES = dict(zip((f"S{subject}/Seq{sequence}" for subject in range(1, 9) for sequence in (1, 2)), (
     6416, 12430, 6502, 6081, 12488, 12283, 6171, 6675, 12820, 12312, 6188, 6145, 6239, 6320, 6468, 6054)))
-SURREAL_CAMERA = pinhole(600.0, 600.0, 160.0, 120.0)
+SURREAL_CAMERA = pinhole(600.0, 600.0, 159.5, 119.5)  # published: 160, 120, counted from the picture's edge
 SURREAL_AXES = np.array([[0.0, 0, -1], [0, 1, 0], [-1, 0, 0]])                 # world -> camera, a reflection
 ALL_BUT_ROOT = {  # indices of the joints over which errors are averaged, and what to say with the number
     "compare": list(range(1, 17)),
@@ -2198,9 +2225,9 @@ def read_h36m(root: Path, split: Split = "train", stride: int = 5,
         kinds = {f"{subject}/Videos": ".mp4", h36m_place(root, subject, "D3_Positions_mono"): ".cdf"}
         found = {path.stem for folder, end in kinds.items() for path in (root / folder).glob(f"*{end}")}
         kinds[h36m_place(root, subject, "D2_Positions")] = ".cdf"
-        if masks == "yes": kinds[f"{subject}/MySegmentsMat/ground_truth_bs"] = ".mat"
+        if masks == "yes": need_files(root, [f"{subject}/MySegmentsMat/ground_truth_bs"], layout)
         names = sorted(name for name in found if not name.startswith("_ALL")
-                       and (subject, name) != ("S11", "Directions.54138969")) or ["Directions.54138969"]
+                       and (subject, name) != ("S11", "Directions.54138969")) or ["*"]  # none: said below
         need_files(root, [f"{folder}/{name}{end}" for folder, end in kinds.items() for name in names], layout)
         for name in names: videos.setdefault((subject, name.rpartition(".")[2]), []).append(name)
     for (subject, camera), names in videos.items():
@@ -2291,7 +2318,8 @@ def universal(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndar
     """annot3 (F, 17, 3) mm, camera, enlarged so that the poses from the pelvis are those of univ_annot3.
 
     univ_annot3 is annot3 with each person enlarged to one height, and stands elsewhere: it does not project.
-    This does: who is s times as large and s times as far looks the same. InputError if there is no such s.
+    The scaled pose does: a person s times as large and s times as far looks the same. InputError if there is
+    no such s.
     """
     own, other = (x - x[:, :1] for x in (points, normalised))
     s = (own * other).sum() / (own * own).sum()
@@ -2304,6 +2332,7 @@ def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[i
     """The training half of read_3dhp."""
     try: chosen = [int(word) for word in cameras.split(",")]
     except ValueError as error: raise InputError(f"--cameras {cameras}: give numbers, as 0,1,2") from error
+    if len(set(chosen)) < len(chosen): raise InputError(f"--cameras {cameras}: each once")
     layout = "ROOT holds S1/Seq1/annot.mat, camera.calibration, imageSequence/video_0.avi .., S1/Seq2, S2 .."
     files = ["annot.mat", "camera.calibration", *(f"imageSequence/video_{c}.avi" for c in chosen)]
     need_files(root, [f"{name}/{file}" for name in MPI_FRAMES for file in files], layout)
@@ -2315,7 +2344,7 @@ def training_3dhp(root: Path, labels: str, stride: int, cameras: str) -> tuple[i
     def samples() -> Iterator[Sample]:
         for name, frames in MPI_FRAMES.items():  # annot.mat has rows beyond the video's end
             file, places = root / name / "annot.mat", MPI_JOINTS["train"]
-            keys = {"annot2": 2, "annot3": 3, labels: 3}
+            keys = {"annot2": 2, "annot3": 3, labels: 3}                   # two, if labels is annot3 itself
             found = in_a_process(partial(read_mat, kinds=("cell",)), file, *keys)
             for c in chosen:
                 with reading(file, f"file of labels (camera {c})"):
@@ -2359,10 +2388,10 @@ def read_3dhp(root: Path, split: Split = "train", labels: Literal["univ_annot3",
               stride: int = 10, cameras: str = "0,1,2,4,5,6,7,8") -> tuple[int, Iterator[Sample]]:
     """MPI-INF-3DHP (Mehta et al., 3DV 2017): train S1 to S8, videos; test TS1 to TS6, valid frames.
 
-    Millimetres, camera; 17 of 28 joints in train, all 17 in test; the pelvis lies above Human3.6M's. labels:
+    Millimetres, camera; 17 of 28 joints in train, all 17 in test; the pelvis lies above Human3.6M's. --labels
     univ_annot3 (people enlarged to one height: the official protocol) or annot3 (as they are). The cameras
-    of train are in camera.calibration, that of a test sequence is fitted to annot3 and annot2. stride and
-    cameras (the customary 8 of 14: none at the ceiling) choose from train only, 25 or 50 frames a second.
+    of train are in camera.calibration, that of a test sequence is fitted to annot3 and annot2. --stride and
+    --cameras (the customary 8 of 14: none at the ceiling) choose from train only, 25 or 50 frames a second.
     Frame i of a video is row i; img_000001.jpg is row 0. No masks are read: a target needs none.
     """
     return training_3dhp(root, labels, stride, cameras) if split == "train" else testing_3dhp(root, labels)
@@ -2375,10 +2404,13 @@ def read_surreal(root: Path, split: Literal["train", "val", "test"] = "train",
 
     The middle frame of every clip (so is val evaluated), or each `stride`-th with --frames all. Joints of the
     SMPL model, metres, world; its camera is a mirror (det M = -1): the picture shows the body's left as its
-    right, so their names change places. Nose and head top are NaN; pelvis and hips are not Human3.6M's. Who
-    leaves the picture stays, with half the joints inside. Masks: segm_1 .. segm_T, body parts 1 .. 24.
+    right, so their names change places. Nose and head top are NaN; pelvis and hips are not Human3.6M's. A
+    person partly outside the picture is kept if half of the joints are inside. Masks: segm_1 .. segm_T, body
+    parts 1 .. 24.
     """
-    if not runs or set(runs) - set("012"): raise InputError(f"--runs {runs!r}: some of 012")
+    if not runs or set(runs) - set("012") or len(set(runs)) < len(runs):
+        raise InputError(f"--runs {runs!r}: some of 012, each once")
+    if stride > 1 and frames == "middle": raise InputError(f"--stride {stride}: goes with --frames all")
     base = next((base for base in ("SURREAL/data/cmu", "data/cmu") if (root / base).is_dir()), "cmu")
     layout = (f"ROOT holds cmu/{split}/run0/SEQUENCE/SEQUENCE_c0001.mp4, SEQUENCE_c0001_info.mat and "
               "SEQUENCE_c0001_segm.mat, .., run1, run2")
@@ -2394,6 +2426,7 @@ def read_surreal(root: Path, split: Literal["train", "val", "test"] = "train",
             info = read_mat(path, "joints2D", "joints3D", "camLoc")
             with reading(path, "file of labels"):  # a clip of one frame lacks the last axis
                 uv, joints = (np.reshape(info[f"joints{n}D"], (n, 24, -1)).astype(float) for n in (2, 3))
+                uv -= 0.5                                                  # pixel centres at integers
                 joints = 1000 * (joints - np.reshape(info["camLoc"], (3, 1, 1)))
                 if not 0 < joints.shape[2] == uv.shape[2]: raise ValueError("no frames, or not as many in 2D")
             T = joints.shape[2]
@@ -2408,8 +2441,14 @@ def read_surreal(root: Path, split: Literal["train", "val", "test"] = "train",
 def read_photos(root: Path) -> tuple[int, Iterator[Sample]]:
     """Any folder of photographs and its subfolders, as ImageNet's validation images, without labels: X_C."""
     kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-    paths = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in kinds)
-    files = sorted(paths)
+    files, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):         # collections are made of links
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]                # no link in a circle
+        seen |= set(real.values())
+        files += [(Path(folder) / name).relative_to(root).as_posix() for name in names
+                  if Path(name).suffix.lower() in kinds]
+    files.sort()
     if not files: raise InputError(f"{root}: no photographs here ({', '.join(kinds)})")
     return len(files), map(Sample, files)
 
@@ -2435,7 +2474,7 @@ def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **o
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
     del meta["box"]
     if Path(out).exists() and read_meta(Path(out)).get("origin") == origin:
-        return print(f"{out}: made already, of this ROOT or another; remove it to make it again")
+        return print(f"{out}: converted already (this ROOT is not compared); remove it to convert again")
     before = limit_memory(MEMORY)
     try:
         count, samples = reader(Path(root), **options)
@@ -2455,7 +2494,7 @@ COLOURS = ((230, 60, 60), (240, 170, 30), (60, 200, 80), (60, 140, 250), (200, 9
 
 def open_all(folder: str) -> Dataset:
     """A data set with every array that its folder holds."""
-    return Dataset(folder, *(name for name in RECORDS if (Path(folder) / f"{name}.npy").exists()))
+    return Dataset(folder, *(name for name in SUMMED if (Path(folder) / f"{name}.npy").exists()))
 
 
 def draw_skeleton(draw: ImageDraw.ImageDraw, uv: np.ndarray, bones: list, width: int,
@@ -2503,7 +2542,7 @@ def show(folder: str, picture: str, cell: int = 512) -> None:
 
 
 def check(folder: str) -> None:
-    """Sizes and checksums of all arrays (InputError names what is damaged), and the checks on all labels."""
+    """Sizes and checksums of all arrays (an error names what is damaged), and the checks on all labels."""
     dataset = open_all(folder)
     crc, size = dataset.meta.get("crc", {}), dataset.images.shape[1:3]
     for name in ARRAYS:
@@ -2522,7 +2561,9 @@ def check(folder: str) -> None:
     faults = []
     for i, (keypoints, K) in enumerate(zip(dataset.keypoints, dataset.intrinsics)):
         mask = dataset.masks[i] >= 128 if dataset.masks is not None else None
-        fault = fault_of(dataset.meta["joints"], keypoints, to_uv(keypoints, K), size, mask)
+        if np.isfinite(keypoints).all(axis=1).sum() < 2: continue          # too few labels to be impossible
+        with np.errstate(all="ignore"): uv = to_uv(keypoints, K)
+        fault = fault_of(dataset.meta["joints"], keypoints, uv, size, mask)
         if fault: faults.append(f"row {i}: {fault}")
     print(f"labels: {len(faults)} of {len(dataset)} rows are impossible", *faults[:5], sep="\n  ")
     print(describe_labels(np.array(dataset.keypoints), dataset.meta))
@@ -2541,6 +2582,10 @@ def describe_labels(poses: np.ndarray, meta: dict) -> str:
             "learned of them")
 
 
+FLAGS = {"side": "px of a stored crop, MARGIN = 1.25 times as wide as the network's",
+         "workers": "processes; 0: all cores"}
+
+
 def main(arguments=None) -> None:
     """`python data.py ..`: render, convert, show or check."""
     plain = argparse.RawDescriptionHelpFormatter
@@ -2548,12 +2593,14 @@ def main(arguments=None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, about: str, *places: str, kinds: dict = {}, **flags) -> None:
-        sub = commands.add_parser(name, description=about, formatter_class=plain)
+        line = (about or "").partition("\n")[0]
+        sub = commands.add_parser(name, help=line, description=about, formatter_class=plain)
         for place in places: sub.add_argument(place, metavar=place.upper())
         for flag, value in flags.items():
             choices = get_args(kinds.get(flag)) or None                    # of a Literal
-            sub.add_argument(f"--{flag}", type=type(value), default=value, choices=choices,
-                             metavar="|".join(choices or ""), help="[%(default)s]")
+            own = {"type": type(value), "choices": choices, "metavar": "|".join(choices or "")}
+            if isinstance(value, bool): own = {"action": argparse.BooleanOptionalAction}
+            sub.add_argument(f"--{flag}", default=value, help=f"{FLAGS.get(flag, '')} [%(default)s]", **own)
 
     for kind in KINDS: command(kind, f"Render the embedded benchmark of {kind}.", "out", side=60, workers=0)
     for name, (reader, _, _) in READERS.items():  # what a reader takes beside root are its flags

@@ -230,7 +230,7 @@ def test_folders_share_no_pose():
 
 def test_rendering_is_deterministic_and_kinds_differ():
     a, b = (data.render_chunk(("bodies", "source_val", 3, 30))[0] for _ in range(2))
-    assert all(np.array_equal(a[name], b[name]) for name in data.RECORDS)
+    assert all(np.array_equal(a[name], b[name]) for name in data.SUMMED)
     other = data.render_chunk(("bodies", "source_val", 4, 30))[0]
     assert not np.array_equal(a["images"], other["images"])
     x_c = [data.render_chunk((kind, "unconstrained", 0, 30))[0]["images"] for kind in data.KINDS]

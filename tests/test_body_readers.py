@@ -350,6 +350,16 @@ def test_h36m_unpacked_one_folder_a_download(h36m_set, h36m, tmp_path):
     assert np.array_equal(dataset.keypoints, h36m_set.keypoints)
 
 
+def test_h36m_without_the_masks_of_a_video(small_h36m, tmp_path, monkeypatch):
+    """Its frames are left out and counted, and too many of them are an error."""
+    (small_h36m / "S9/MySegmentsMat/ground_truth_bs/Posing.58860488.mat").unlink()
+    with refused("for 'mask' .*Posing.58860488.mp4 frame 0: mask: no Posing.58860488.mat"):
+        run("h36m", small_h36m, tmp_path / "out", "--split", "test")
+    monkeypatch.setitem(data.READERS, "h36m", (*data.READERS["h36m"][:2], 0.9))
+    dataset = run("h36m", small_h36m, tmp_path / "most", "--split", "test")
+    assert len(dataset.meta["skipped"]) > 0 and all("mask: no Posing" in text for text in dataset.meta["skipped"])
+
+
 def test_h36m_lengths_differ(h36m, tmp_path, monkeypatch):
     """2D positions go on for a frame, 3D for two, after the video's end: one frame is counted as left out."""
     monkeypatch.setitem(data.READERS, "h36m", (*data.READERS["h36m"][:2], 0.2))
@@ -447,7 +457,7 @@ H36M_DAMAGE = {
     "a pose less": (lambda r: (r / "S9/MyPoseFeatures/D3_Positions_mono/Posing.58860488.cdf").unlink(),
                     "D3_Positions_mono/Posing.58860488.cdf: missing"),
     "no mono": (lambda r: shutil.rmtree(r / "S9/MyPoseFeatures/D3_Positions_mono"), "mono: no such"),
-    "no masks": (lambda r: shutil.rmtree(r / "S9/MySegmentsMat"), "ground_truth_bs: no such.* --masks no"),
+    "no masks": (lambda r: shutil.rmtree(r / "S9/MySegmentsMat"), "S9/MySegmentsMat: no such.* --masks no"),
     "half a cdf": (lambda r: cut(r / "S9/MyPoseFeatures/D2_Positions/Posing.58860488.cdf"),
                    "Posing.58860488.cdf: "),
     "empty cdf": (lambda r: cut(r / "S9/MyPoseFeatures/D2_Positions/Posing.58860488.cdf", 0),
@@ -897,7 +907,7 @@ def test_3dhp_damage(what, broken_3dhp, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("cameras", ["all", "0,x4", ""])
+@pytest.mark.parametrize("cameras", ["all", "0,x4", "", "0,0"])
 def test_3dhp_cameras_are_numbers(cameras, mpi, tmp_path):
     with refused("--cameras"): run("3dhp", mpi, tmp_path / "out", "--cameras", cameras)
 
@@ -905,7 +915,7 @@ def test_3dhp_cameras_are_numbers(cameras, mpi, tmp_path):
 # ==========================================================================================================
 # SURREAL
 # ==========================================================================================================
-SURREAL_K = np.array([[600, 0, 160], [0, 600, 120], [0, 0, 1]])
+SURREAL_K = np.array([[600, 0, 159.5], [0, 600, 119.5], [0, 0, 1]])   # 160, 120 from the picture's edge
 SURREAL_M = np.array([[0, 0, -1], [0, 1, 0], [-1, 0, 0]])          # world -> camera
 SURREAL_CLIPS = {"val": {"run0/01_01/01_01_c0001": 5, "run0/01_01/01_01_c0002": 1,
                          "run1/ung_02_11/ung_02_11_c0007": 4, "run2/01_01/01_01_c0001": 3},
@@ -926,7 +936,7 @@ def write_clip(place: Path, people: list[dict]) -> None:
     """place.mp4, place_info.mat, place_segm.mat."""
     place.parent.mkdir(parents=True, exist_ok=True)
     points, location = stack(people, mirrored(SMPL_NAMES)), np.array([7.2, -0.9, 0.13])
-    arrays = {"joints3D": points / 1000 @ SURREAL_M + location, "joints2D": np.round(seen(points, SURREAL_K))}
+    arrays = {"joints3D": points / 1000 @ SURREAL_M + location, "joints2D": np.round(seen(points, SURREAL_K) + 0.5)}
     scipy_io.savemat(f"{place}_info.mat", {  # M is orthogonal: its transpose leads back to the world
         "camLoc": location[:, None], "zrot": np.zeros((len(people), 1)), "sequence": place.name,
         **{name: np.squeeze(np.float32(array.transpose(2, 1, 0))) for name, array in arrays.items()}})
@@ -980,6 +990,11 @@ def test_surreal_all_frames_of_a_run(surreal, tmp_path, capsys):
     truth = ours(surreal_people("val", "run2/01_01/01_01_c0001"), NOT_IN_SMPL)
     for root in (surreal / "SURREAL", surreal / "SURREAL/data"):
         assert_sound(run_surreal(root, tmp_path / root.name, "--frames", "all", "--runs", "2"), truth, capsys)
+
+
+def test_surreal_options_that_say_nothing_are_refused(surreal, tmp_path):
+    with refused("--stride 5: goes with --frames all"): run_surreal(surreal, tmp_path / "a", "--stride", 5)
+    with refused("--runs '00': some of 012, each once"): run_surreal(surreal, tmp_path / "a", "--runs", "00")
 
 
 def surreal_sides(monkeypatch): monkeypatch.setattr(data, "MIRRORED_SMPL", data.SMPL_JOINTS)

@@ -416,8 +416,8 @@ def test_killed_without_a_last_save(tmp_path, monkeypatch, no_fsync):
     for stop in (1, 2, 5, 12, 23, 24):
         out, jobs = tmp_path / str(stop) / "set", []
 
-        def die(writer, arrays, skipped):
-            append(writer, arrays, skipped)
+        def die(writer, *more):
+            append(writer, *more)
             jobs.append(1)
             if len(jobs) == stop:
                 for file in writer.files.values(): file.write(b"half a row")
@@ -530,6 +530,69 @@ def test_photos(tmp_path):
     assert np.abs(images[4][:12] - (0, 0, 255)).max() < 9 and (images[5] == (9, 8, 7)).all()
     for folder in (tmp_path / "nothing", root / "deep/none"):
         with refused("no photographs"): data.main(["imagenet", str(folder), str(tmp_path / "none")])
+
+
+def test_a_download_that_grew_while_it_was_stopped_is_refused(tmp_path, monkeypatch):
+    """Names that sort before those that are done would push some out, and bring others twice."""
+    root, out = tmp_path / "photos", tmp_path / "xc"
+    root.mkdir()
+    def photo(name, shade): Image.new("RGB", (20, 20), (shade, 0, 0)).save(root / name)
+    for i in range(64): photo(f"b{i:02d}.png", i)
+    append = data.Writer.append
+
+    def stop_after_two(writer, *more):
+        append(writer, *more)
+        if writer.state["jobs"] == 2: raise KeyboardInterrupt
+    def convert(): data.main(["imagenet", str(root), str(out), "--side", "16", "--workers", "1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Writer, "append", stop_after_two)
+        with pytest.raises(KeyboardInterrupt): convert()
+    photo("a.png", 200)
+    with refused("xc.part: was begun from other files: ROOT has changed since; remove it"): convert()
+    (root / "a.png").unlink()
+    convert()
+    assert data.Dataset(out).images[:][:, 0, 0, 0].tolist() == list(range(64))
+
+
+def test_photographs_behind_links(tmp_path):
+    """On clusters, collections are made of links; one that leads back up ends nowhere."""
+    (tmp_path / "far/deep").mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    for i, place in enumerate(("far/deep", "root")): Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / place / "a.png")
+    (tmp_path / "root/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "far")
+    count, samples = data.read_photos(tmp_path / "root")
+    assert [sample.image for sample in samples] == ["a.png", "linked/deep/a.png"] and count == 2
+
+
+def test_pixels_that_are_fractions_are_left_out(tmp_path):
+    Image.fromarray(np.full((20, 20), 40000.0, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif: .*fractions, of an unknown range"): data.open_picture(tmp_path / "a.tif")
+
+
+def test_a_reader_of_two_kinds_of_samples_is_refused(tmp_path):
+    Image.new("RGB", (224, 224)).save(tmp_path / "a.png")
+    plain, rows = data.Sample("a.png"), {"images": 1, "keypoints": 2}
+    for first in (plain, plain._replace(left=True)):
+        made = iter([{"images": np.zeros(1)}, dict.fromkeys(rows, np.zeros(1))])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "convert_sample", lambda *_: next(made))
+            with refused("samples a.png to a.png some have .'images',., others .'images', 'keypoints'.: a reader gives"):
+                data.convert(tmp_path, 32, data.HAND, [first, plain])
+
+
+def test_a_switch_of_a_reader_can_be_switched_off(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def read(root, flip: bool = True): seen.append(flip); raise InputError("read")
+    monkeypatch.setitem(data.READERS, "mine", (read, data.HAND, 0.05))
+    for flags in ([], ["--flip"], ["--no-flip"]):
+        with refused("read"): data.main(["mine", str(tmp_path), str(tmp_path / "out"), *flags])
+    assert seen == [True, True, False]
+    for command, texts in (([], ("freihand ", "surreal ", "check ")), (["stb"], ("px of a stored crop", "0: all cores"))):
+        with pytest.raises(SystemExit): data.main([*command, "-h"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert all(text in said for text in texts)
 
 
 def test_a_folder_may_be_named_with_a_slash(tmp_path):
@@ -684,12 +747,27 @@ def test_check_of_own_data(converted, own, tmp_path, capsys):
     resave(own, "masks", lambda a: a // 128)
     data.main(["check", str(own)])
     assert "masks: the largest value is 1: no foreground" in capsys.readouterr().out
-    for name in data.RECORDS: shutil.copy(converted.folder / f"{name}.npy", own)
+    for name in data.SUMMED: shutil.copy(converted.folder / f"{name}.npy", own)
     meta = json.loads((converted.folder / "meta.json").read_text())
     (own / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("crc", "rows")}))
     resave(own, "keypoints", lambda a: a / 1000)
     data.main(["check", str(own)])
     assert f"{4 * N} of {4 * N} rows are impossible" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_without_labels_are_not_impossible(own, capsys):
+    def change(poses):
+        poses[:] = (-20, 0, 500), (20, 0, 500)
+        poses[0], poses[1, 1] = np.nan, np.nan
+        return poses
+    (own / "masks.npy").unlink()
+    resave(own, "keypoints", change)
+    data.main(["check", str(own)])
+    assert "labels: 0 of 6 rows are impossible" in capsys.readouterr().out
+    resave(own, "keypoints", lambda poses: poses * np.float32([1, 1, 0]))  # in the camera's plane
+    data.main(["check", str(own)])
+    assert "labels: 4 of 6 rows are impossible" in capsys.readouterr().out
 
 
 def test_labels_in_words():
@@ -801,7 +879,7 @@ def test_rows_that_come_next_are_announced(dots, monkeypatch):
         assert advice == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0
         assert first - mmap.PAGESIZE < start <= first and start + length == first + size
     data.load_images(dots, np.array([2]), torch.device("cpu"), np.array(dots.masks))
-    data.announce(data.Records(spied, np.zeros(len(spied)), dots.folder), np.array([1]))
+    data.announce(data.CheckedArray(spied, np.zeros(len(spied)), dots.folder), np.array([1]))
     assert len(asked) == 5                                         # of masks that are not in a file: nothing
     mapped = data.open_array(dots.folder / "masks.npy", np.uint8, dots.masks.shape)
     data.announce(mapped, np.arange(len(mapped)))                  # the system takes each of them

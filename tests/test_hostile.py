@@ -51,7 +51,7 @@ def rotten(tmp_path) -> Path:
 
 def read_all(folder: Path, rows=range(N)) -> data.Dataset:
     """Everything that training reads of a folder."""
-    dataset, rows = data.Dataset(folder, *data.RECORDS[1:]), np.array(rows)
+    dataset, rows = data.Dataset(folder, *data.SUMMED[1:]), np.array(rows)
     A = data.crops(dataset, rows, data.no_augmentation(len(rows)), 16, CPU, dataset.masks)[2]
     data.labels_of(dataset, rows, A)
     return dataset
@@ -66,14 +66,14 @@ def flip(path: Path, at: int) -> None:
 
 def test_a_checksum_for_every_record(rotten):
     sums = np.load(rotten / "checksums.npy")
-    for column, name in enumerate(data.RECORDS):
+    for column, name in enumerate(data.SUMMED):
         array = np.load(rotten / f"{name}.npy")
         assert [zlib.crc32(array[i].tobytes()) for i in range(N)] == sums[:, column].tolist()
     assert len(np.unique(sums)) == sums.size
     read_all(rotten)
 
 
-@pytest.mark.parametrize("name", data.RECORDS)
+@pytest.mark.parametrize("name", data.SUMMED)
 def test_a_bit_that_flips_is_told_when_its_record_is_read(rotten, name):
     array = np.load(rotten / f"{name}.npy", mmap_mode="r")
     flip(rotten / f"{name}.npy", array.offset + 3 * array[0].nbytes + 5)
@@ -81,10 +81,10 @@ def test_a_bit_that_flips_is_told_when_its_record_is_read(rotten, name):
     with refused(f"{name}.npy: row 3 is not what was written"): read_all(rotten, [5, 3, 0])
     with refused(f"{name}.npy: row 3 is not what was written"): data.check(str(rotten))
     for rows in (3, slice(2, 5), slice(None), -3, [0, 3], np.arange(N) == 3):
-        dataset = data.Dataset(rotten, *data.RECORDS[1:])
+        dataset = data.Dataset(rotten, *data.SUMMED[1:])
         getattr(dataset, name)[[0, 1]]
         with refused("row 3 is not"): getattr(dataset, name)[rows]
-    dataset = data.Dataset(rotten, *data.RECORDS[1:])
+    dataset = data.Dataset(rotten, *data.SUMMED[1:])
     with refused("row 3 is not"):
         data.read_into(np.empty_like(array), getattr(dataset, name), np.arange(N))
 
@@ -99,7 +99,7 @@ def test_a_record_is_checked_once(rotten, monkeypatch):
     assert dataset.images.new.nbytes == N                                      # all that it costs in memory
 
 
-@pytest.mark.parametrize("name", data.RECORDS)
+@pytest.mark.parametrize("name", data.SUMMED)
 def test_files_of_another_data_set(rotten, tmp_path, name):
     """The same shape, other content: told by its records; with its checksums beside it, at the start."""
     other = write_set(tmp_path / "other", 1)
@@ -147,7 +147,7 @@ def test_a_folder_without_checksums_stays_valid(rotten, capsys):
     assert read_all(rotten).fingerprint == before                              # of runs before there were any
     data.check(str(rotten))
     assert "no checksums.npy" in capsys.readouterr().out
-    arrays = {name: np.load(rotten / f"{name}.npy") for name in data.RECORDS}
+    arrays = {name: np.load(rotten / f"{name}.npy") for name in data.SUMMED}
     np.save(rotten / "checksums.npy", data.record_sums(arrays))
     read_all(rotten)                                                           # one may write it by hand
     flip(rotten / "masks.npy", -1)
@@ -161,7 +161,7 @@ def test_a_data_set_that_changes_between_a_run_and_its_resume(rotten, tmp_path):
     def run():
         return u.Run(str(tmp_path / "run"), settings(), {"data": {"source": read_all(own).fingerprint}}, 0)
     own.mkdir()
-    for name in data.RECORDS: shutil.copy(rotten / f"{name}.npy", own)         # by hand: no checksum anywhere
+    for name in data.SUMMED: shutil.copy(rotten / f"{name}.npy", own)         # by hand: no checksum anywhere
     meta = json.loads((rotten / "meta.json").read_text())
     (own / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("crc", "rows")}))
     for _ in range(2): run().lock.close()
