@@ -245,7 +245,8 @@ class Writer:
         if path.exists():
             try: state = dict(json.loads(path.read_text()))
             except (ValueError, TypeError): state = {}
-            if state.keys() != self.state.keys(): raise InputError(f"{path}: broken; remove {self.part}")
+            if state.keys() != self.state.keys():
+                raise InputError(f"{path}: broken, or of another version; remove {self.part}")
             self.state = state
         if self.state["meta"] != self.meta:
             raise InputError(f"{self.part}: was begun with other settings; give those again, or remove it")
@@ -398,7 +399,7 @@ def culprit(work, jobs: list) -> str:
         for job in alone:
             if isinstance(pool.submit(work, job).exception(), BrokenProcessPool):
                 return str(job[0] if isinstance(job, list) else job)
-    return "no single one of them: alone, each passes (out of memory? give fewer --workers)"
+    return "none of its jobs when each is done alone (out of memory? give fewer --workers)"
 
 
 def in_a_process(function, path: Path, *arguments):
@@ -1825,8 +1826,8 @@ def convert(root: Path, side: int, skeleton: dict, job: list[Sample]) -> tuple[d
             skipped.append(str(error))
     if len(kinds := {tuple(row) for row in rows}) > 1:
         names = ", others ".join(map(str, sorted(kinds)))
-        raise InputError(f"{root}: of samples {job[0]} to {job[-1]} some have {names}: a reader gives labels to "
-                         "all of its samples or to none, and masks alike")
+        raise InputError(f"{root}: of samples {job[0]} to {job[-1]} some have {names}: a reader gives labels "
+                         "to all of its samples or to none, and masks alike")
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}, skipped
 
 
@@ -2034,9 +2035,9 @@ def read_pan(root: Path, split: Split = "train", stride: int = 30, views: str = 
 
     --split test: the sequence 171204_pose3; train: all others in ROOT. Of the frames (29.97 a second) those
     whose number is a multiple of --stride, in the --views given (as 0,7,30; empty: all), from hdImgs if that
-    is there, else from hdVideos. Both hands of everyone, our joint order, if all 21 joints are valid, of --score
-    at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px and more.
-    A hand may be hidden in a view. No 2D labels, no masks.
+    is there, else from hdVideos. Both hands of everyone, our joint order, if all 21 joints are valid, of
+    --score at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px and
+    more. A hand may be hidden in a view. No 2D labels, no masks.
     """
     layout = ("ROOT has SEQ/calibration_SEQ.json, SEQ/hdHand3d/handRecon3D_hd00000000.json .. (hdHand3d.tar) "
               "and SEQ/hdImgs/00_00/00_00_00000000.jpg .. or SEQ/hdVideos/hd_00_00.mp4 ..")
@@ -2441,11 +2442,11 @@ def read_surreal(root: Path, split: Literal["train", "val", "test"] = "train",
 def read_photos(root: Path) -> tuple[int, Iterator[Sample]]:
     """Any folder of photographs and its subfolders, as ImageNet's validation images, without labels: X_C."""
     kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-    files, seen = [], set()
+    files, seen = [], {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, followlinks=True):         # collections are made of links
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-        folders[:] = [name for name in folders if real[name] not in seen]                # no link in a circle
-        seen |= set(real.values())
+        real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(folders, reverse=True)}
+        folders[:] = sorted(name for place, name in real.items() if place not in seen)   # each folder once
+        seen |= real.keys()
         files += [(Path(folder) / name).relative_to(root).as_posix() for name in names
                   if Path(name).suffix.lower() in kinds]
     files.sort()

@@ -52,8 +52,8 @@ def metric(joints: list[str]) -> str:
 def pose_metrics(predicted: Tensor, truth: Tensor, meta: dict) -> dict:
     """Errors of predicted (n, K, 3) against truth (n, K, 3), mm, camera: what a row of a table needs.
 
-    meta: of the test set. pa_epe is after alignment by similarity, pa_rigid without scale, both on the compared
-    joints.
+    meta: of the test set. pa_epe is after alignment by similarity, pa_rigid without scale, both on the
+    compared joints.
     in_plane, depth: mean distance in x, y and mean |z|, roots aligned: what the camera sees, and what not.
     """
     errors, own = u.joint_errors(predicted, truth, meta["root"]), data.compared(meta)   # (n, K) mm
@@ -399,15 +399,17 @@ def settings_of(result: dict) -> dict:
     s, before = DEFAULTS[result["kind"]] | result["settings"], {}
     if "labels" in result: s["labels"] = result["labels"]                                # 0, all, as a number
     if "pretraining" in result: before = DEFAULTS["pretraining"] | result["pretraining"]["settings"]
-    known = {k: v for k, v in s.items() if k not in FREE} | {
-        "test": result.get("test", "target_test"), "source_test": result.get("source_test", "source_test")}
+    known = {k: v for k, v in s.items() if k not in FREE} | {"test": result.get("test", "target_test")}
+    known |= {"source_test": result["source_test"]} if "source_test" in result else {}   # an old file may not
     known |= {f"pretraining.{k}": v for k, v in before.items() if k not in FREE}
-    if result["kind"] == "pretraining": return known
+    alike = result.get("alike", ())
+    if result["kind"] == "pretraining":
+        return {k: v for k, v in known.items() if k not in alike and f"pretraining.{k}" not in alike}
     known |= {"init": re.sub(r"-seed\d+$", "", s.get("init", ""))}
     known |= {"steps": result["steps"]} if "steps" in result else {}                     # an old file may not
     known.pop("epochs", None)
     if before: known |= {"init": "a run", "pretraining.seed": before.get("seed")}
-    return {k: v for k, v in known.items() if k not in result.get("alike", ())}
+    return {k: v for k, v in known.items() if k not in alike}
 
 
 def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
@@ -468,8 +470,8 @@ def paired_difference(group: list[dict], reference: list[dict]) -> str:
 
 def by_seed(group: list[dict]) -> dict[int, float]:
     """{seed: error whose differences are taken, --of} of the runs of a row."""
-    def error(r): return {"target": r["target"]["epe"], "source": r["source"]["epe"],
-                          "gap": r["target"]["epe"] - r["source"]["epe"]}[r.get("of", "target")]
+    of = differences_of(group)
+    def error(r): return r["target"]["epe"] - r["source"]["epe"] if of == "gap" else r[of]["epe"]
     return {r["settings"]["seed"]: error(r) for r in group}
 
 
@@ -651,11 +653,17 @@ def error_notes(results: list[dict]) -> list[str]:
     """The joints that errors are taken over, where not all, and the protocol of the test sets, each once."""
     notes: dict[str, list] = {}                                            # what is said: of which domains
     for domain, key, usual in (("target", "test", "target_test"), ("source", "source_test", "source_test")):
-        sets: dict[str, set] = {}                                          # {name: fingerprints}
-        for r in results: sets.setdefault(r.get(key, usual), set()).add(r.get("tests", {}).get(domain))
-        if len(sets) == 1 and usual not in sets: notes[f"test set: {', '.join(sets)}"] = [domain]
-        for name, images in sets.items():
-            if len(images) > 1: notes[f"{name}: {len(images)} sets of images go by this name"] = [domain]
+        sets: dict[tuple, dict] = {}                                   # {(task, name): {fingerprint: rows}}
+        for r in results:
+            rows = sets.setdefault((r["settings"].get("task", "hand"), r.get(key, usual)), {})
+            if "tests" in r: rows.setdefault(r["tests"][domain], set()).add(row_of(r))
+        names = {name for _, name in sets}
+        if len(names) == 1 and usual not in names: notes[f"test set: {', '.join(names)}"] = [domain]
+        for (_, name), rows in sets.items():
+            if len(rows) < 2: continue
+            few = sorted(min(rows.values(), key=len))
+            notes[f"{name}: {len(rows)} sets of images, or renderings, go by this name; another than most in "
+                  f"rows {', '.join(few[:8])}{', ..' * (len(few) > 8)}"] = [domain]
     for r, domain in ((r, domain) for r in results for domain in ("target", "source")):
         names, protocol = (r[domain].get(key, "") for key in ("compared", "protocol"))
         every = len(names) in (0, len(r[domain].get("per_joint", names)))  # as of hands: nothing to say
@@ -1058,7 +1066,7 @@ def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tup
 
 @torch.no_grad()
 def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, device) -> None:
-    """Predict the pose on one's own picture: folder/PHOTO_pose.png with 2D, 3D from two sides, attention."""
+    """Predict the pose on one's own picture: folder/PHOTO[-BOX]_pose.png, 2D, 3D from two sides, attention."""
     estimator, state = load_estimator(path, device)
     side, known = state["settings"]["image"], state["skeleton"]
     picture, _ = data.open_picture(Path(photo))                                          # (H, W, 3) uint8
@@ -1105,11 +1113,12 @@ def open_tests(source: str, target: str, task: str, rank: int) -> dict[str, data
 
 def check_test_flags(path: Path, settings: dict, source: str, target: str) -> None:
     """InputError where a run on data of one's own would be measured on the embedded benchmark."""
-    s = settings
-    for flag, given, folder in (("source", source, s["source"]), ("target", target, s["target"] or s["source"]),
-                                ("target", target, s["source"])):
-        if not given and not data.in_benchmark(folder):
-            raise u.InputError(f"{path.parent}: trained on {folder}; name its --{flag}-test")
+    own, learned = {"source": source, "target": target}, [settings["source"], settings.get("target", "")]
+    for folder in filter(None, learned):
+        usual = data.in_benchmark(folder) and Path(folder).parent.parent == Path("datasets")
+        missing = [] if usual else [f"--{name}-test" for name, given in own.items() if not given]
+        if missing: raise u.InputError(f"{path.parent}: trained on {folder}; measure it by itself, with "
+                                       f"{' and '.join(missing)}")
 
 
 def finished_runs(folders: list[str], rank: int = 0) -> dict[Path, dict]:
@@ -1168,13 +1177,19 @@ def keep_what_is_gone(before: dict, result: dict) -> None:
     for key in ("pretraining", "labels"):
         if key in before: result.setdefault(key, before[key])
     for domain in ("source", "target"):
-        if np.isnan(result[domain].get("chance", 0)): result[domain]["chance"] = before[domain]["chance"]
+        if np.isnan(result[domain].get("chance", 0)):
+            result[domain]["chance"] = before.get(domain, {}).get("chance", np.nan)
 
 
 def as_asked(results: list[dict], names: str = "", of: str = "target") -> list[dict]:
     """The results, their rows no longer split by the settings `names` (commas between), --alike; differences
     taken of the error on the target, on the source, or of the gap between the two, --of."""
-    return [r | {"alike": set(names.split(",")), "of": of} for r in results]
+    return [r | {"alike": set(words(names)), "of": of} for r in results]
+
+
+def words(names: str) -> list[str]:
+    """Of a list with commas between."""
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def check_alike(names: str) -> None:
@@ -1182,7 +1197,7 @@ def check_alike(names: str) -> None:
     known = {k for k in DEFAULTS["finetuning"] if k not in FREE | {"epochs"}}
     known |= {f"pretraining.{k}" for k in DEFAULTS["pretraining"] if k not in FREE}
     known |= {"init", "steps", "test", "source_test", "pretraining.seed"}
-    if wrong := sorted(set(filter(None, names.split(","))) - known):
+    if wrong := sorted(set(words(names)) - known):
         raise u.InputError(f"--alike {wrong[0]}: choose {', '.join(sorted(known))}")
 
 
@@ -1258,7 +1273,8 @@ def main(arguments=None) -> int:
         "as init where some of its seeds started from a file of weights, others from a run")
     add("--rigid", action="store_true", help="PA errors in the table without scale (Procrustes is rigid)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--pictures", default="", help="folder for pictures [RUNS/pictures]; none: no pictures")
+    add("--pictures", default="", help="folder for pictures [RUNS/pictures; of another --target-test "
+        "RUNS/pictures/ITS-NAME]; none: no pictures")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice [0]")
     add("--image", help="predict the pose on this picture instead, with the first run named; a left hand: "
@@ -1294,7 +1310,8 @@ def main(arguments=None) -> int:
     if runs: check_minus(list(runs.values()), a.minus)
     by_task: dict[str, list] = {}                                          # checkpoints of hands, of humans
     for path, run in runs.items(): by_task.setdefault(run["settings"].get("task", "hand"), []).append(path)
-    for path in runs: check_test_flags(path, runs[path]["settings"], a.source_test, a.target_test)
+    for path in runs:
+        with u.usable(path): check_test_flags(path, runs[path]["settings"], a.source_test, a.target_test)
     sets = {task: open_tests(a.source_test, a.target_test, task, rank) for task in by_task}
     for path, task in ((path, task) for task, paths in by_task.items() for path in paths):
         for dataset in sets[task].values() if runs[path].get("skeleton") else ():

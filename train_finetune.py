@@ -199,7 +199,8 @@ def build(s: Settings, keypoints: int, rank: int, device):
         other = [f"{k} {v} there, {getattr(s, k)} here" for k, v in theirs.items() if v != getattr(s, k)]
         if other: raise u.InputError(f"{s.init}: another architecture: {', '.join(other)}")
         u.load_parts(path, state, encoder=encoder)
-        if (known := state["settings"].get("target", "")) != s.target and s.lam and rank == 0:
+        known = state["settings"].get("target", "")
+        if s.lam and rank == 0 and (not known or Path(known) != Path(s.target)):
             print(f"f^A was pre-trained on {known or 'no target'}; L_attn holds its attention on {s.target}",
                   flush=True)
     encoder.checkpointing = s.checkpointing
@@ -287,7 +288,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
         estimator.compile()
         if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
     if run.rank == 0: print(f"fine-tuning: {steps} steps, {labels}/{len(source)} labels, {dtype}", flush=True)
-    if run.rank == 0 and s.warmup >= steps: print(f"--warmup {s.warmup}: the learning rate only rises in "
+    if run.rank == 0 and s.warmup > steps: print(f"--warmup {s.warmup}: the learning rate only rises in "
                                                   f"{steps} steps, and never reaches --lr", flush=True)
     model, scaler = u.parallel(estimator, world), u.grad_scaler(device, dtype, state)
     estimator.train()
@@ -331,7 +332,8 @@ def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int,
     """Log the mean of each term of Eq. (7) since the last time, and their ratio; sums start again at 0."""
     (name, weight), (L_kpt, L_second, _) = second_term(s), (u.mean_over_processes(sums) / sums[2]).tolist()
     losses = {"L_kpt": L_kpt, name: L_second}
-    shown = losses | {f"lam {name} / L_kpt": weight * L_second / L_kpt if L_kpt else 0.0}  # 0: no joint counts
+    share = weight * L_second / L_kpt if L_kpt else 0.0                    # 0: no joint counts
+    shown = losses | {f"lam {name} / L_kpt": share}
     run.log(stage="finetuning", step=done, lr=rate, **shown)
     progress.show(done, shown, final=done == steps)
     sums.zero_()

@@ -128,12 +128,12 @@ def networks(s: Settings) -> tuple[u.Encoder, u.Decoder]:
     return encoder, u.Decoder(encoder.grid, s.patch, s.width, *sizes)
 
 
-def check_masks(masks: np.ndarray, path: str | Path) -> None:
+def check_masks(masks: np.ndarray, path: str | Path, other: str) -> None:
     """InputError if none of 256 of the masks has foreground, as when 0 and 1 were stored for 0 and 255."""
     largest = masks[np.linspace(0, len(masks) - 1, min(256, len(masks))).astype(int)].max()
     if largest < 128:
         raise u.InputError(f"{path}: the largest value is {largest}, no foreground: write 0 background .. "
-                           "255 foreground, or give --masks none --xc 0")
+                           f"255 foreground, or {other}")
 
 
 # ==========================================================================================================
@@ -380,14 +380,14 @@ def main(arguments=None) -> int:
     use_masks = s.masks != "none" or s.xc > 0
     source = data.Dataset(s.source, *(["masks"] if use_masks else []))
     target = data.Dataset(s.target) if s.target else None
-    if use_masks: check_masks(source.masks, source.folder / "masks.npy")
+    if use_masks: check_masks(source.masks, source.folder / "masks.npy", "give --masks none --xc 0")
     unconstrained = data.Dataset(x_c) if x_c else None
     sets = {"source": source, "target": target, "unconstrained": unconstrained}
     if rank == 0: data.say_if_enlarged(list(sets.values()), s.image)
     facts = {name: d.fingerprint for name, d in sets.items() if d is not None}
     target_masks = data.open_masks(s.target_masks, target) if s.target_masks else None
     if target_masks is not None:
-        check_masks(target_masks, s.target_masks)
+        check_masks(target_masks, s.target_masks, "leave out --target-masks")
         facts["target_masks"] = u.file_checksum(s.target_masks)
     # f^S has BatchNorm, of one process's images; once the target's masks are there, nothing else has
     elastic = not uses_f_S(s) or (Path(s.out) / "target_masks.npy").exists()

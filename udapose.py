@@ -1241,8 +1241,8 @@ class Run:
         free = self.MAY_DIFFER | {"machine", "code"} | ({"world", "threads"} if moved else set())
         other = [f"{k}: {theirs.get(k)} there, {ours[k]} now" for k in ours
                  if k not in free and theirs.get(k) != ours[k]]
-        if other and not any(self.folder.glob("*.pt")):
-            print(f"{self.folder}: holds no checkpoint yet, begins anew with these settings", flush=True)
+        if other and {p.name for p in self.folder.iterdir()} <= {"config.json", "lock"}:
+            print(f"{self.folder}: holds nothing of its run yet, begins anew with these settings", flush=True)
             return write_json(path, {"settings": new, "facts": facts})
         if other: raise InputError(f"{self.folder}: was made with other settings ({'; '.join(other[:4])}); "
                                    "give those, or another --out")

@@ -309,11 +309,11 @@ def test_a_run_whose_source_is_gone_is_measured_without_chance(runs, tmp_path, c
 def test_weights_are_drawn_where_the_loss_has_them(runs, tmp_path, masks, columns, alike, monkeypatch):
     """`no-fcr` learns without weights, `source-masks` with weights of 1 on the target."""
     save_checkpoint(tmp_path / "pretrain", train_pretrain, masks=masks)
-    toy, seen = data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks"), []
+    toy, seen, titles = data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks"), [], []
     monkeypatch.setattr(e, "heat", lambda panel, w: seen.append(w) or panel)
-    picture = e.draw_reconstruction(tmp_path / "pretrain/checkpoint.pt", "x", {"source": toy, "target": toy},
-                                    np.arange(2), "cpu")
-    assert picture.size[0] == e.GAP + columns * (e.CELL + e.GAP) or columns == 4
+    monkeypatch.setattr(e, "sheet", lambda panels, names, _: titles.extend(names))
+    e.draw_reconstruction(tmp_path / "pretrain/checkpoint.pt", "x", {"source": toy, "target": toy}, np.arange(2), "cpu")
+    assert len(titles) == columns and titles[3] == "mask by f^S"
     assert len(seen) == (4 if columns == 5 else 0)
     if seen: assert bool((seen[2] == 1).all() and (seen[3] == 1).all()) == alike and not (seen[0] == 1).all()
 

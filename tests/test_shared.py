@@ -171,6 +171,7 @@ def test_compile_where_there_is_no_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(u, "no_compile", lambda device: "")
     assert made.decide_compile("auto", gpu, 2000) is True
     made.lock.close()
+    (tmp_path / "log.jsonl").touch()
     again = run("off")                                                     # is not refused
     assert again.decide_compile("auto", cpu, 1) is True                    # what auto chose is kept
     assert again.decide_compile("off", gpu, 2000) is False and again.decide_compile("on", cpu, 1) is True
@@ -431,7 +432,7 @@ def test_second_holder_is_refused(tmp_path):
     ({"lr": 2e-3, "width": 9}, "width: 8 there, 9 now; lr: 0.001 there, 0.002 now")])
 def test_other_settings_are_refused_with_the_difference(tmp_path, changes, says):
     run(tmp_path).lock.close()
-    (tmp_path / "segmentation.pt").touch()                                 # something is saved
+    (tmp_path / "log.jsonl").touch()                                       # something was done
     with pytest.raises(u.InputError, match="other settings") as error: run(tmp_path, **changes)
     assert says in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
@@ -459,6 +460,7 @@ def test_a_checksum_needs_no_memory(tmp_path):
 
 def test_settings_that_do_not_change_the_result_are_free(tmp_path):
     run(tmp_path).lock.close()
+    (tmp_path / "log.jsonl").touch()
     run(tmp_path, save_every=99, out="elsewhere")
 
 

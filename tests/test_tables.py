@@ -258,6 +258,7 @@ def test_settings_of_the_pre_training_tell_rows_apart():
     with pytest.raises(u.InputError, match="--alike inti: choose .*init, .*pretraining.alpha, .*steps"):
         e.main(["nowhere", "--alike", "init,inti"])                        # before runs are looked for
     twice = [result(epochs=epochs) | {"kind": "pretraining"} for epochs in (80, 200)]
+    assert names(e.pretraining_table(e.as_asked(twice, "lam, pretraining.epochs"))) == ["tiny full"]
     assert names(e.pretraining_table(twice)) == ["tiny full, epochs 80", "tiny full, epochs 200"]
 
 
@@ -377,11 +378,15 @@ def test_a_file_named_twice_counts_once(tmp_path, monkeypatch, capsys):
 
 
 def test_other_source_images_are_another_row_and_two_sets_of_one_name_are_said():
-    made = [result(), result(seed=1) | {"source_test": "mine"}]
+    made = [result() | {"source_test": "source_test"}, result(seed=1) | {"source_test": "mine"}]
+    assert names(e.table([result(), made[0]]))[:-1] == ["tiny full"]        # an old file does not say
     assert names(e.table(made))[:2] == ["tiny full, source_test mine", "tiny full, source_test source_test"]
     assert e.error_notes([made[1]]) == ["source test set: mine"] and e.error_notes(made) == []
     for r, images in zip(made, "ab"): r["tests"] = {"target": images, "source": "c"}
-    assert e.error_notes(made) == ["target target_test: 2 sets of images go by this name"]
+    made += [result("mae", 2) | {"tests": made[0]["tests"]}, result("mae", 3), result(task="human") | {
+        "tests": {"target": "d", "source": "e"}}]                          # bodies have their own
+    assert e.error_notes(made) == ["target target_test: 2 sets of images, or renderings, go by this name; another "
+                                   "than most in rows full"]
     both = [result(), result(seed=1, test="shifted_test")]
     assert e.error_notes(both) == [] and e.error_notes(both[1:]) == ["target test set: shifted_test"]
 
@@ -580,10 +585,11 @@ def test_a_run_on_data_of_ones_own_is_not_measured_on_the_benchmark(tmp_path, mo
     save_checkpoint(tmp_path / "own/full", train_finetune, **own)
     save_checkpoint(tmp_path / "half/scratch", train_finetune, **own | {"target": hands["target"]})
     save_checkpoint(tmp_path / "there/full", train_finetune, **hands | {"target": own["target"]})
-    for runs, more, says in (("own", [], "own/full: trained on datasets/freihand_train; name its --source-test$"),
-                             ("own", ["--source-test", "x"], "trained on datasets/rhd_train; name its --target-test$"),
-                             ("half", ["--source-test", "x"], "on datasets/freihand_train; name its --target-test$"),
-                             ("there", [], "there/full: trained on datasets/rhd_train; name its --target-test$")):
+    save_checkpoint(tmp_path / "large/full", train_finetune, source="datasets/large/hands/source_train")
+    for runs, more, says in (("own", [], "own/full: trained on datasets/freihand_train; .* by itself, with --source-test and "
+                              "--target-test$"), ("half", ["--source-test", "x"], "freihand_train; .*, with --target-test$"),
+                             ("there", ["--target-test", "x"], "trained on datasets/rhd_train; .* with --source-test$"),
+                             ("large", [], "on datasets/large/hands/source_train; measure")):
         with pytest.raises(u.InputError, match=says): e.main([runs, *more])
     e.check_test_flags(tmp_path / "a/checkpoint.pt", hands, "", "")
     e.check_test_flags(tmp_path / "a/checkpoint.pt", hands | {"target": ""}, "", "")    # source-only

@@ -475,9 +475,9 @@ def test_finetuning_on_another_target_than_was_pretrained_on_says_so(sets, pretr
 
 
 def test_a_warm_up_longer_than_the_training_is_said(sets, pretrained, tmp_path, capsys):
-    assert finetune(sets, tmp_path / "a", str(pretrained), "--epochs", "1", "--warmup", "3") == 0     # 3 steps
-    assert "--warmup 3: the learning rate only rises in 3 steps" in capsys.readouterr().out
-    assert finetune(sets, tmp_path / "b", str(pretrained), "--epochs", "1", "--warmup", "2") == 0
+    assert finetune(sets, tmp_path / "a", str(pretrained), "--epochs", "1", "--warmup", "4") == 0     # 3 steps
+    assert "--warmup 4: the learning rate only rises in 3 steps" in capsys.readouterr().out
+    assert finetune(sets, tmp_path / "b", str(pretrained), "--epochs", "1", "--warmup", "3") == 0
     assert "--warmup" not in capsys.readouterr().out
 
 
