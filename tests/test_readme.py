@@ -169,6 +169,13 @@ def test_tables_of_what_ar_does_are_what_the_files_hold():
         assert error == evaluate.spread([r["target"]["epe"] for r in runs(row)]), row
         assert source == evaluate.spread([r["source"]["epe"] for r in runs(row)]), row
         assert minus == ("-" if row == free else evaluate.paired_difference(runs(row), runs(free))), row
+    def effect(row, free):
+        held, none = evaluate.by_seed(runs(row)), evaluate.by_seed(runs(free))
+        return [held[seed] - none[seed] for seed in sorted(held)]
+    for on, words in (("target_train", "mm on target images"), ("source_train", "on the source's"), ("unconstrained", "on X_C")):
+        pairs = zip(effect(f"source-only-ar-on-{on}", "source-only-decay1"), effect(f"ar-on-{on}", "no-ar-decay1"))
+        said = evaluate.interval([without - seen for without, seen in pairs]).replace("+", "")
+        assert f"{said} {words}" in " ".join(section.split()), said
 
 
 def test_tables_of_labels_and_lambda_are_what_the_files_hold():
@@ -176,7 +183,7 @@ def test_tables_of_labels_and_lambda_are_what_the_files_hold():
     results = evaluate.read_results([str(ROOT / "assets/results"), str(ROOT / "assets/sweeps")])
     def cells(heading, row): return re.search(rf"^\| {row} \| (.*) \|$", RESULTS.partition(heading)[2], re.M)[1].split(" | ")
     def errors(groups, domain): return [evaluate.spread([r[domain]["epe"] for r in group]) for group in groups]
-    labels = evaluate.sweep(results, "labels", "EPE")
+    labels = evaluate.sweep(evaluate.as_asked(results, "init"), "labels", "EPE")
     for row in ("scratch", "full"):
         assert cells("### Fewer labels", f"`{row}`") == errors(labels[f"small {row}"].values(), "target")
     none = [r for r in results if r["kind"] == "finetuning" and evaluate.row_name(r) == "small no-ar"]
