@@ -2036,8 +2036,8 @@ def read_pan(root: Path, split: Split = "train", stride: int = 30, views: str = 
     --split test: the sequence 171204_pose3; train: all others in ROOT. Of the frames (29.97 a second) those
     whose number is a multiple of --stride, in the --views given (as 0,7,30; empty: all), from hdImgs if that
     is there, else from hdVideos. Both hands of everyone, our joint order, if all 21 joints are valid, of
-    --score at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px and
-    more. A hand may be hidden in a view. No 2D labels, no masks.
+    --score at least, off by --error px at most, and in the picture; X_c = R X + t. The lens bends by 20 px
+    and more. A hand may be hidden in a view. No 2D labels, no masks.
     """
     layout = ("ROOT has SEQ/calibration_SEQ.json, SEQ/hdHand3d/handRecon3D_hd00000000.json .. (hdHand3d.tar) "
               "and SEQ/hdImgs/00_00/00_00_00000000.jpg .. or SEQ/hdVideos/hd_00_00.mp4 ..")

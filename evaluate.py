@@ -1066,7 +1066,7 @@ def millimetres_per_pixel(uv: np.ndarray, depth: np.ndarray, state: dict) -> tup
 
 @torch.no_grad()
 def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, device) -> None:
-    """Predict the pose on one's own picture: folder/PHOTO[-BOX]_pose.png, 2D, 3D from two sides, attention."""
+    """Predict the pose on one's own picture: folder/PHOTO[-BOX]_pose.png, 2D, 3D, attention."""
     estimator, state = load_estimator(path, device)
     side, known = state["settings"]["image"], state["skeleton"]
     picture, _ = data.open_picture(Path(photo))                                          # (H, W, 3) uint8
@@ -1252,8 +1252,8 @@ def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None
             save_picture(draw_sweep(lines, a.sweep, error), folder / f"sweep-{a.sweep}-{error}.png")
 
 
-def main(arguments=None) -> int:
-    """Measure, tabulate, draw; or predict on one picture."""
+def parse_arguments(arguments) -> argparse.Namespace:
+    """The command line; InputError where flags do not go together."""
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
     add = parser.add_argument
@@ -1283,15 +1283,21 @@ def main(arguments=None) -> int:
         help="box around hand or body in --image, px: 1.5 (hands) or 1.25 (bodies) times it is cropped; "
         "without it, the largest square in the middle")
     a = parser.parse_args(arguments)
-    rank, _, device = u.setup_distributed(a.device)
     if a.threads < 0: raise u.InputError(f"--threads {a.threads}: give a number not below 0")
-    u.compute_with(a.threads)
     if a.box and not a.image: raise u.InputError("--box goes with --image")
     if a.image and (a.table or a.sweep or a.pictures == "none"):
         raise u.InputError("--image makes one picture: leave out --table, --sweep and --pictures none")
     if a.source_test and (a.table or a.sweep):
         raise u.InputError("--source-test: nothing is measured here, and results go by their target test set")
     check_alike(a.alike)
+    return a
+
+
+def main(arguments=None) -> int:
+    """Measure, tabulate, draw; or predict on one picture."""
+    a = parse_arguments(arguments)
+    rank, _, device = u.setup_distributed(a.device)
+    u.compute_with(a.threads)
     if rank and (a.image or a.sweep or a.table): return 0                  # nothing to share out
     first, test = Path(a.runs[0]), Path(a.target_test).name
     folder = Path(a.pictures or (first.parent if first.is_file() else first) / "pictures")
