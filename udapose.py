@@ -482,8 +482,8 @@ def keypoint_loss(predicted: Tensor, centres: Tensor, valid: Tensor, sigma: floa
     """Eq. (5), Sec. 3.2:  L_kpt = ||H^ - H||²_2, sum over keypoints and voxels, mean over the batch.
 
     predicted H^ (B, K, S, S, S); centres (B, K, 3), x y z in voxels; valid (B, K): 1 = counts, 0 = joint not
-    labelled or outside the volume. The norm is a sum, as printed: the mean over
-    voxels would be negligible beside 100 L_attn.
+    labelled or outside the volume. The norm is a sum, as printed: the mean over voxels would be negligible
+    beside 100 L_attn.
     """
     H = target_heatmaps(centres, predicted.shape[-1], sigma)
     error = (predicted.float() - H).square().sum(dim=(2, 3, 4))                          # (B, K)
@@ -610,8 +610,7 @@ def dann_loss(phi_s: Tensor, phi_t: Tensor, discriminator: nn.Module, ramp: floa
 
 
 def dann_ramp(p: float) -> float:
-    """DANN's lambda = 2 / (1 + exp(-10 p)) - 1 at progress p in 0..1: a discriminator that
-    is still poor hardly moves f^E."""
+    """DANN's lambda = 2 / (1 + exp(-10 p)) - 1 at progress p in 0..1: small while the discriminator is poor."""
     return 2 / (1 + math.exp(-10 * p)) - 1
 
 

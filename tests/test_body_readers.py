@@ -992,6 +992,14 @@ def test_surreal_all_frames_of_a_run(surreal, tmp_path, capsys):
         assert_sound(run_surreal(root, tmp_path / root.name, "--frames", "all", "--runs", "2"), truth, capsys)
 
 
+def test_surreal_is_measured_from_the_centre_of_its_first_pixel(surreal):
+    """Its own numbers count from the picture's edge: half a pixel more, in the camera and in the 2D labels."""
+    samples = list(data.read_surreal(surreal, "val", "all")[1])
+    apart = [sample.uv - data.to_uv(sample.keypoints, sample.intrinsics) for sample in samples]
+    assert all(np.array_equal(sample.intrinsics, SURREAL_K) for sample in samples)     # that draws the pictures
+    assert np.abs(np.nanmean(apart, axis=(0, 1))).max() < 0.15             # of rounding, half a pixel a joint
+
+
 def test_surreal_options_that_say_nothing_are_refused(surreal, tmp_path):
     with refused("--stride 5: goes with --frames all"): run_surreal(surreal, tmp_path / "a", "--stride", 5)
     with refused("--runs '00': some of 012, each once"): run_surreal(surreal, tmp_path / "a", "--runs", "00")
