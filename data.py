@@ -328,22 +328,14 @@ def build_dataset(folder: str | Path, meta: dict, jobs, count: int, work, worker
     writer, workers = Writer(folder, meta), workers or max(2, CORES)
     start = done = writer.state["jobs"]
     progress = Progress(f"{Path(folder).name}", count, images_a_job, start, every=5)
-    orders = collections.deque()  # of each job ahead: the checksum of the names of all jobs up to it
-
-    def named(jobs):
-        order = 0
-        for job in jobs:
-            name = " ".join(map(str, job)) if isinstance(job, list) else str(job)
-            orders.append(order := zlib.crc32(name.encode(), order))
-            yield job
+    jobs, order = iter(jobs), 0
     try:
-        jobs = named(jobs)
-        for _ in itertools.islice(jobs, start): pass
-        if (orders or [0])[-1] != writer.state["order"]:  # else some would come twice, and others never
+        for job in itertools.islice(jobs, start): order = checksum_of_names(job, order)
+        if order != writer.state["order"]:  # else some would come twice, and others never
             raise InputError(f"{writer.part}: was begun from other files: ROOT has changed since; remove it")
-        orders.clear()
-        for done, (arrays, skipped) in enumerate(ordered_results(work, jobs, workers), start + 1):
-            writer.append(arrays, skipped, orders.popleft())
+        for done, (job, (arrays, skipped)) in enumerate(ordered_results(work, jobs, workers), start + 1):
+            order = checksum_of_names(job, order)
+            writer.append(arrays, skipped, order)
             writer.check_skipped(max_skipped)
             if done % max(1, 512 // images_a_job) == 0: writer.save()
             progress.show(done)
@@ -359,14 +351,20 @@ def build_dataset(folder: str | Path, meta: dict, jobs, count: int, work, worker
         raise
 
 
+def checksum_of_names(job, before: int) -> int:
+    """CRC of a job's name, or of its items' names, going on from that of the jobs `before`."""
+    name = " ".join(map(str, job)) if isinstance(job, list) else str(job)
+    return zlib.crc32(name.encode(), before)
+
+
 def ordered_results(work, jobs, workers: int):
-    """work(job) for each of an iterable of jobs, in order, computed a little ahead by several processes.
+    """(job, work(job)) for each of an iterator of jobs, in order, computed ahead by several processes.
 
     One worker is this process itself. Of several, one that dies, in a C library as a rule, leaves an
     InputError that names the item of the job, or the job, that kills it.
     """
-    if workers == 1: yield from map(work, jobs); return
-    jobs, waiting = iter(jobs), collections.deque()                        # of (job, its future result)
+    if workers == 1: yield from ((job, work(job)) for job in jobs); return
+    waiting = collections.deque()                                          # of (job, its future result)
     first = list(itertools.islice(jobs, workers))
     with process_pool(workers) as pool:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is the parent's
@@ -375,8 +373,10 @@ def ordered_results(work, jobs, workers: int):
         try:
             for job in jobs:
                 waiting.append((job, pool.submit(work, job)))
-                if len(waiting) >= 4 * workers: yield waiting[0][1].result(); waiting.popleft()
-            while waiting: yield waiting[0][1].result(); waiting.popleft()
+                if len(waiting) < 4 * workers: continue
+                yield waiting[0][0], waiting[0][1].result()
+                waiting.popleft()
+            while waiting: yield waiting[0][0], waiting[0][1].result(); waiting.popleft()
         except BrokenProcessPool as error:
             raise InputError(f"a worker process died at {culprit(work, [job for job, _ in waiting])}; mend "
                              "that, and the same command goes on where it stopped") from error
