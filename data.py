@@ -1542,12 +1542,8 @@ def read_mat(path: Path, *names: str, kinds: tuple = ()) -> dict[str, np.ndarray
 
 
 def read_h5(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Variables of a MATLAB file of version 7.3, an HDF5 file: MATLAB's axes in reverse, (F, .., ..)."""
-    return in_a_process(read_h5_here, path, *names)
-
-
-def read_h5_here(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """`read_h5` in this very process, which a crash inside HDF5 would take along."""
+    """Variables of a MATLAB file of version 7.3, an HDF5 file: MATLAB's axes in reverse, (F, .., ..). To be
+    called by way of `in_a_process`: HDF5 itself may crash."""
     with reading(path, "MATLAB 7.3 file"):
         import h5py
         with h5py.File(path) as file:
@@ -2369,7 +2365,7 @@ def testing_3dhp(root: Path, labels: str) -> tuple[int, Iterator[Sample]]:
     def samples() -> Iterator[Sample]:
         for name in (f"{base}TS{i}" for i in range(1, 7)):
             file, axes = root / name / "annot_data.mat", {"annot2": 2, "annot3": 3, "univ_annot3": 3}
-            found = read_h5(file, *axes, "valid_frame")
+            found = in_a_process(read_h5, file, *axes, "valid_frame")
             n = found["valid_frame"].size
             for key, last in axes.items():
                 if found[key].shape != (n, 1, 17, last):

@@ -369,7 +369,8 @@ def drawn_files(name: str, root: Path) -> Path:
     import test_body_readers as body
     import test_data as first
     import test_hand_readers as hand
-    data.MPI_FRAMES, data.read_h5 = body.MPI_ROWS, data.read_h5_here       # two sequences, in this process
+    data.MPI_FRAMES = body.MPI_ROWS                                        # two sequences ..
+    data.in_a_process = lambda function, *arguments: function(*arguments)  # .. labels in this process
     if name in ("stb", "rhd", "pan"):                                      # fixtures: what pytest wraps
         return getattr(hand, name).__wrapped__(SimpleNamespace(mktemp=lambda _: root))
     if name == "freihand": first.write_freihand(root, first.windows())

@@ -344,7 +344,7 @@ def test_hostile_hdf5(what, tmp_path, monkeypatch):
     put, says = H5[what]
     with h5py.File("other.h5", "w") as file: file["x"] = np.arange(3.0)
     with h5py.File("a.mat", "w") as file: put(file)
-    with refused(f"a.mat: .*{says}"): data.read_h5_here(Path("a.mat"), "x")
+    with refused(f"a.mat: .*{says}"): data.read_h5(Path("a.mat"), "x")
 
 
 def test_safetensors_that_claims_terabytes(tmp_path):

@@ -516,16 +516,16 @@ def test_arrays_come_back_from_every_format(files):
     root, pose = files
     assert np.array_equal(data.read_mat(root / "a.mat", "pose")["pose"], pose)
     assert np.array_equal(data.read_cdf(root / "a.cdf", "Pose"), pose)
-    found = data.read_h5(root / "b.mat", "annot3", "valid_frame")
+    found = data.in_a_process(data.read_h5, root / "b.mat", "annot3", "valid_frame")
     assert np.array_equal(found["annot3"], pose.transpose(1, 0, 2)) and found["valid_frame"].shape == (5, 1)
     for read, name, there in ((data.read_mat, "a.mat", "pose, more"), (data.read_cdf, "a.cdf", "Pose"),
-                              (data.read_h5_here, "b.mat", "annot3, valid_frame")):
+                              (data.read_h5, "b.mat", "annot3, valid_frame")):
         with refused(f"{name}: has no variable 'annot2', but {there}"): read(root / name, "annot2")
 
 
 def test_broken_files_are_error_lines(files):
     root, _ = files
-    for read, name, variable in ((data.read_mat, "a.mat", ["pose"]), (data.read_h5_here, "b.mat", ["annot3"]),
+    for read, name, variable in ((data.read_mat, "a.mat", ["pose"]), (data.read_h5, "b.mat", ["annot3"]),
                                  (data.read_cdf, "a.cdf", ["Pose"]), (data.read_pickle_here, "a.pkl", [])):
         content = (root / name).read_bytes()
         for bad in (content[:len(content) // 2], b"", b"<html>404</html>" * 9, content[::-1]):
