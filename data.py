@@ -85,7 +85,7 @@ class Dataset:
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
         self.masks = self.keypoints = self.intrinsics = self.checksums = None
-        self.images = open_array(self.folder / "images.npy", np.uint8, (None, None, None, 3))
+        self.images = open_array(self.folder / "images.npy", np.uint8, ("n", "H", "H", 3))
         n, H, W, _ = self.images.shape
         if H != W or n == 0:
             raise InputError(f"{self.folder}/images.npy: shape {self.images.shape}; not (n > 0, H, H, 3)")
@@ -167,8 +167,8 @@ def record_sums(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def open_array(path: Path, dtype: type, shape: tuple) -> np.ndarray:
-    """A .npy file, memory-mapped; InputError unless it has this type, this shape (None: any length) and
-    exactly the bytes that its header announces."""
+    """A .npy file, memory-mapped; InputError unless it has this type, this shape (a letter: any length)
+    and exactly the bytes that its header announces."""
     if not path.exists():
         without = " (training with --masks none --xc 0 does without)" * (path.name == "masks.npy")
         raise InputError(f"{path}: missing; it is needed here{without}")
@@ -177,10 +177,8 @@ def open_array(path: Path, dtype: type, shape: tuple) -> np.ndarray:
         size = array.offset + array.nbytes
         if size != path.stat().st_size: raise ValueError(f"its header announces {size} bytes")
     if array.dtype != dtype: raise InputError(f"{path}: {array.dtype}; give {np.dtype(dtype)}")
-    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape)):
-        letters = iter("nHH")
-        wanted = ", ".join(next(letters) if n is None else str(n) for n in shape)
-        raise InputError(f"{path}: shape {array.shape}; give ({wanted})")
+    if array.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, array.shape)):
+        raise InputError(f"{path}: shape {array.shape}; give ({', '.join(map(str, shape))})")
     return array
 
 

@@ -301,7 +301,7 @@ def measure_reading(root: str, device: torch.device) -> dict:
             with open(path) as file:
                 os.fsync(file)
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        images, rows = data.open_array(path, np.uint8, (None, 320, 320, 3)), rng.permutation(2000)[:256]
+        images, rows = data.open_array(path, np.uint8, ("n", 320, 320, 3)), rng.permutation(2000)[:256]
         return len(rows) / seconds_of(lambda: read(images, rows), torch.device("cpu"), 1)
     ways = {"from memory, at once": (at_once,), "from memory, row by row": (row_by_row,),
             "from memory, announced": (announced,)}
