@@ -771,12 +771,12 @@ BODY[[0, 7, 8, 9, 10, *range(SKULL, HIPS)]] = [                            # the
     (BASIN, 0, 0, 0), (WAIST, 0, -225, 8), (CHEST, 0, -250, 8), (HEAD, 0, -140, -105), (HEAD, 0, -250, -20),
     (HEAD, 0, -165, -22), (HEAD, 0, -105, -60), (HEAD, 0, -105, -8),       # skull, chin, neck
     (HEAD, 0, -190, -4), (HEAD, 0, -100, 16)]                              # hair: crown, nape
-BODY[[1, 2, 3, 14, 15, 16, *range(HIPS, HIPS + 6)]] = [                    # the right side
+LEFT, RIGHT = [4, 5, 6, 11, 12, 13, *range(HIPS + 6, ENDS)], [1, 2, 3, 14, 15, 16, *range(HIPS, HIPS + 6)]
+BODY[RIGHT] = [
     (BASIN, -110, 5, 0), (THIGH, 0, 430, 0), (SHIN, 0, 415, 0),            # hip, knee, ankle
     (CHEST, -165, -225, 5), (UPPER_ARM, 0, 290, 0), (FOREARM, 0, 255, 0),  # shoulder, elbow, wrist
     (BASIN, -70, 15, 8), (WAIST, -50, -150, 0), (CHEST, -58, -165, -4),    # flank: hip, waist, breast
     (FOOT, 0, 45, 35), (FOOT, 0, 55, -135), (FOREARM, 0, 345, -8)]         # heel, toes, knuckles
-LEFT, RIGHT = [4, 5, 6, 11, 12, 13, *range(HIPS + 6, ENDS)], [1, 2, 3, 14, 15, 16, *range(HIPS, HIPS + 6)]
 BODY[LEFT] = BODY[RIGHT] * np.float32([1, -1, 1, 1])
 BODY[LEFT, 0] += 5 * (BODY[LEFT, 0] >= THIGH)
 
