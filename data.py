@@ -352,7 +352,7 @@ def build_dataset(folder: str | Path, meta: dict, jobs, count: int, work, worker
 def checksum_of_names(job, before: int) -> int:
     """CRC of a job's name, or of its items' names, going on from that of the jobs `before`."""
     name = " ".join(map(str, job)) if isinstance(job, list) else str(job)
-    return zlib.crc32(name.encode(), before)
+    return zlib.crc32(name.encode(errors="backslashreplace"), before)  # a file's name may be any bytes
 
 
 def ordered_results(work, jobs, workers: int):
@@ -2478,7 +2478,8 @@ def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **o
         build_dataset(out, meta, jobs, -(-count // SAMPLES_A_JOB), work, workers, SAMPLES_A_JOB, max_skipped)
     finally: limit_memory(before)
     meta = read_meta(Path(out))
-    print(f"{out}: {meta['rows']} samples, {len(meta['skipped'])} left out", *meta["skipped"][:5], sep="\n  ")
+    some = [text.encode(errors="backslashreplace").decode() for text in meta["skipped"][:5]]  # as for stderr
+    print(f"{out}: {meta['rows']} samples, {len(meta['skipped'])} left out", *some, sep="\n  ")
 
 
 # ==========================================================================================================

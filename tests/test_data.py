@@ -5,6 +5,7 @@ windows of larger pictures (so that some crops reach beyond), a dot of its finge
 """
 import json
 import mmap
+import os
 import shutil
 import threading
 import sys
@@ -601,6 +602,18 @@ def test_a_folder_may_be_named_with_a_slash(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     data.main(["imagenet", str(tmp_path), f"{tmp_path}/xc/", "--side", "32", "--workers", "1"])
     assert len(data.Dataset(tmp_path / "xc")) == 1
+
+
+def test_a_file_may_be_named_with_any_bytes(tmp_path, capsys):
+    """Of an archive packed where names were latin-1; one is a picture, one is left out, and said."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(root / os.fsdecode("café.png".encode("latin1")))
+    (root / os.fsdecode("maçã.png".encode("latin1"))).write_bytes(b"no picture")
+    data.main(["imagenet", str(root), str(tmp_path / "xc"), "--side", "32", "--workers", "1"])
+    assert len(data.Dataset(tmp_path / "xc")) == 1
+    assert r"ma\udce7\udce3.png: broken picture" in capsys.readouterr().out
 
 
 def test_photo_is_cropped_at_its_centre(tmp_path):
