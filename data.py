@@ -2468,7 +2468,7 @@ def convert_dataset(name: str, root: str, out: str, side: int, workers: int, **o
     origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin, **skeleton}
     del meta["box"]
-    if Path(out).exists() and read_meta(Path(out)).get("origin") == origin:
+    if (Path(out) / "meta.json").exists() and read_meta(Path(out))["origin"] == origin:
         return print(f"{out}: converted already (this ROOT is not compared); remove it to convert again")
     before = limit_memory(MEMORY)
     try:

@@ -616,6 +616,14 @@ def test_a_file_may_be_named_with_any_bytes(tmp_path, capsys):
     assert r"ma\udce7\udce3.png: broken picture" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_no_data_set_is_not_written_to(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "xc").mkdir()
+    with refused("xc: exists; remove it to make it again"):
+        data.main(["imagenet", str(tmp_path), str(tmp_path / "xc"), "--side", "32", "--workers", "1"])
+    assert not list((tmp_path / "xc").iterdir())
+
+
 def test_photo_is_cropped_at_its_centre(tmp_path):
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (100, 200))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
