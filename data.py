@@ -1843,7 +1843,7 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     return crop_sample(sample, image, mask, size, window, side)
 
 
-# ---------------------------------------------------------------- the readers
+# ---------------------------------------------------------------- the readers: hands
 
 FREIHAND = {  # split: its folder, pictures of a sample, folder of masks, grey values of a hand, archive
     "train": ("training", 4, "mask", (128, 255), "FreiHAND_pub_v2"),
@@ -1882,8 +1882,6 @@ def read_freihand(root: Path, split: Literal["train", "evaluation"] = "train",
             yield Sample(image, xyz[i], K[i], mask, foreground, size=(224, 224))
     return n * len(copies), samples()
 
-
-# ---------------------------------------------------------------- hands
 
 LITTLE_FIRST = [0] + [4 * f + k for f in (4, 3, 2, 1, 0) for k in (1, 2, 3, 4)]  # ours = raw[these], in STB
 TIP_FIRST = [0] + [4 * f + k for f in (0, 1, 2, 3, 4) for k in (4, 3, 2, 1)]     # and in each hand of RHD
@@ -2121,7 +2119,7 @@ def read_gan(root: Path, split: Split = "train", share: float = 0.1,
     return count, samples()
 
 
-# ---------------------------------------------------------------- bodies
+# ---------------------------------------------------------------- the readers: bodies, photographs
 
 # Where our 17 joints stand in the publisher's own list; -1: nowhere.
 H36M_JOINTS = [0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27]    # of 32, some of them twice
