@@ -356,13 +356,13 @@ def checksum_of_names(job, before: int) -> int:
 
 
 def ordered_results(work, jobs, workers: int):
-    """(job, work(job)) for each of an iterator of jobs, in order, computed ahead by several processes.
+    """(job, work(job)) for each of an iterable of jobs, in order, computed ahead by several processes.
 
     One worker is this process itself. Of several, one that dies, in a C library as a rule, leaves an
     InputError that names the item of the job, or the job, that kills it.
     """
     if workers == 1: yield from ((job, work(job)) for job in jobs); return
-    waiting = collections.deque()                                          # of (job, its future result)
+    jobs, waiting = iter(jobs), collections.deque()                        # of (job, its future result)
     first = list(itertools.islice(jobs, workers))
     with process_pool(workers) as pool:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is the parent's
