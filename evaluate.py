@@ -19,6 +19,7 @@ import json
 import re
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -385,7 +386,7 @@ def row_name(result: dict) -> str:
     return f"{group_of(result)} {row_of(result)}"
 
 
-def rows_of(results: list[dict]) -> set[str]:
+def names_of(results: list[dict]) -> set[str]:
     """The rows of the fine-tuning runs, whatever their group."""
     return {row_of(r) for r in results if r["kind"] == "finetuning"}
 
@@ -441,12 +442,21 @@ def in_order(value) -> tuple:
     return (False, value) if isinstance(value, (int, float)) else (True, str(value))
 
 
-def group_results(results: list[dict], kind: str) -> dict[str, dict[str, list[dict]]]:
-    """{row: by_settings of its results} of one kind, the rows in the order of the paper's tables."""
-    rows: dict = {}
+class Row(NamedTuple):
+    """A line of a table: runs that differ in the seed alone."""
+    name: str                 # tiny full
+    what: str                 # what tells it from others of its name: ", lam 10", ", lam 100"
+    family: str               # differences stay in it
+    runs: list[dict] | None   # their results; []: not run; None: the paper's alone
+
+
+def rows_of(results: list[dict], kind: str) -> list[Row]:
+    """The rows of the results of one kind, in the order of the paper's tables; families: `group_of`."""
+    named: dict[str, list] = {}
     for r in results:
-        if r["kind"] == kind: rows.setdefault(row_name(r), []).append(r)
-    return {name: by_settings(rows[name]) for name in sorted(rows, key=paper_order)}
+        if r["kind"] == kind: named.setdefault(row_name(r), []).append(r)
+    return [Row(name, what, group_of(runs[0]), runs) for name in sorted(named, key=paper_order)
+            for what, runs in by_settings(named[name]).items()]
 
 
 def paper_order(name: str) -> tuple:
@@ -487,21 +497,21 @@ def interval(d: list[float]) -> str:
     return f"{np.mean(d):+.1f} [{np.mean(d) - half:+.1f}, {np.mean(d) + half:+.1f}]"
 
 
-def effects(made: dict, preset: str, error: str) -> list[list[str]]:
+def effects(rows: list[Row], error: str) -> list[list[str]]:
     """Lines of text: what each switch of CELLS does to the error, over its four pairs of cells; or why
     that cannot be said; none where a cell was not run.
 
     An interval is over the seeds (of which all eight cells were run), each with the mean of its four pairs.
     """
-    parts = {row: list(made.get(f"{preset} {row}", {"": []}).items()) for row in CELLS}
-    cells = {row: by_seed(groups[0][1]) for row, groups in parts.items()}
+    parts = {cell: [row.runs for row in rows if row_of(row.runs[0]) == cell] for cell in CELLS}
+    cells = {cell: by_seed(groups[0]) if groups else {} for cell, groups in parts.items()}
     seeds = sorted(set.intersection(*map(set, cells.values())))
     if not seeds: return []
-    why = [f"{row} is several rows" for row, groups in parts.items() if len(groups) > 1]
-    tests = sorted({test_of(groups[0][1]) for groups in parts.values()})
+    why = [f"{cell} is several rows" for cell, groups in parts.items() if len(groups) > 1]
+    tests = sorted({test_of(groups[0]) for groups in parts.values()})
     if len(tests) > 1: why.append(f"cells are of {', '.join(tests)}")
     if why: return [["switch", "not told"], ["FCR, X_C, AR", why[0]]]
-    of = differences_of(parts["full"][0][1])
+    of = differences_of(parts["full"][0])
     lines = [["switch", "seeds", f"{of} {error} with it minus without [95 %]", "lower in"]]
     for i, switch in enumerate(("FCR", "X_C", "AR")):
         pairs = [(on, off) for on, a in CELLS.items() for off, b in CELLS.items()
@@ -512,43 +522,42 @@ def effects(made: dict, preset: str, error: str) -> list[list[str]]:
     return lines
 
 
-def references(rows: list[tuple], minus: str) -> dict[str, list[dict]]:
-    """{family: results of its row of the name `minus`} of rows (family, label, results). InputError where
-    there are several."""
-    found: dict = {}
-    for family, label, group in rows:
-        if not group or row_of(group[0]) != minus: continue
-        if found.setdefault(family, (label, group))[1] is not group:
-            raise u.InputError(f"--minus {minus}: is several rows: {found[family][0]}; {label}")
-    return {family: group for family, (_, group) in found.items()}
+def references(rows: list[Row], minus: str) -> dict[str, list[dict]]:
+    """{family: results of its row of the name `minus`}. InputError where there are several."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row_of(row.runs[0]) == minus and found.setdefault(row.family, row) is not row:
+            several = "; ".join(r.name + r.what for r in (found[row.family], row))
+            raise u.InputError(f"--minus {minus}: is several rows: {several}")
+    return {family: row.runs for family, row in found.items()}
 
 
-def table_of(rows: list[tuple], error: str, rigid: bool, minus: str, reference: dict) -> list[list[str]]:
-    """Lines of text for rows (family, label, results), the header first; differences stay in a family, and
-    are to its `reference`, or to the row above or the first.
+def table_of(rows: list[Row], error: str, rigid: bool, minus: str, known: list[Row]) -> list[list[str]]:
+    """Lines of text, the header first; differences stay in a family, and are to the row above, to the first,
+    or to the one of `known` that is named `minus`.
 
-    Results [] were not run, None are the paper's alone. The lift of the class attention on the target's
-    foreground is that of f^A, before fine-tuning, and of f^E. PA: aligned by similarity, or `rigid`.
+    The lift of the class attention on the target's foreground is that of f^A, before fine-tuning, and of
+    f^E. PA: aligned by similarity, or `rigid`.
     """
     aligned, pa = (f"rigid PA-{error}", "pa_rigid") if rigid else (f"PA-{error}", "pa_epe")
     against = {"above": "row above", "first": "first row"}.get(minus, minus)
-    of = next((differences_of(group) for *_, group in rows if group), "target")
+    of = next((differences_of(row.runs) for row in rows if row.runs), "target")
     against = f"minus {against} [95 %]" if of == "target" else f"{of}: minus {against} [95 %]"
     lines = [["run", "seeds", f"target {error}", against, f"target {aligned}", "target AUC",
               "in plane, depth", f"source {error}", "lift before", "attention lift"]]
-    reference = dict(reference)
-    for family, label, group in rows:
-        if not group:
-            lines.append([label, "reported" if group is None else "not run", *[""] * 8])
+    reference = references(known, minus)
+    for name, what, family, runs in rows:
+        if not runs:
+            lines.append([name, "reported" if runs is None else "not run", *[""] * 8])
             continue
-        column = lambda domain, key, digits=1: spread(  # noqa: E731
-            [r[domain].get(key, float("nan")) for r in group], digits)
+        column = lambda domain, key, digits=1: spread(  # noqa: B023, E731
+            [r[domain].get(key, float("nan")) for r in runs], digits)
         before = reference.get(family, [])
-        lines.append([label, str(len(group)), column("target", "epe"),
-                      paired_difference(group, before if before is not group else []), column("target", pa),
-                      column("target", "auc", 3), by_axis(group), column("source", "epe"),
-                      per_block([r.get("pretraining", {}) for r in group]), per_block(group)])
-        if minus == "above" or minus == "first" and family not in reference: reference[family] = group
+        lines.append([name + what, str(len(runs)), column("target", "epe"),
+                      paired_difference(runs, before if before is not runs else []), column("target", pa),
+                      column("target", "auc", 3), by_axis(runs), column("source", "epe"),
+                      per_block([r.get("pretraining", {}) for r in runs]), per_block(runs)])
+        if minus == "above" or minus == "first" and family not in reference: reference[family] = runs
     return lines
 
 
@@ -560,19 +569,18 @@ def measured_by(results: list[dict], error: str) -> list[dict]:
 def table(results: list[dict], error: str = "EPE", rigid: bool = False,
           minus: str = "above") -> list[list[str]]:
     """All rows that were run, measured by `error`, and chance."""
-    results = measured_by(results, error)
-    tested = by_test_set(results)
-    rows = [(name.split(" ")[0] + tested(group), name + what + tested(group), group) for name, parts in
-            group_results(results, "finetuning").items() for what, group in parts.items()]
-    return table_of(rows, error, rigid, minus, references(rows, minus)) + chance(rows)
+    rows = measured_rows(results, error)
+    return table_of(rows, error, rigid, minus, rows) + chance(rows)
 
 
-def by_test_set(results: list[dict]):
-    """For a group of results: what to add to its family where not all are of one target test set, for no
-    difference is taken between errors of two. They go by name: the same rendering has other last bits, and so
-    another fingerprint, on another kind of CPU."""
-    several = len({test_of([r]) for r in results}) > 1
-    return lambda group: f" on {test_of(group)}" if several and group else ""
+def measured_rows(results: list[dict], error: str) -> list[Row]:
+    """The rows of the fine-tuning runs measured by `error`; of several target test sets each is a family, for
+    no difference is taken between errors of two. They go by name: the same rendering has other last bits, and
+    so another fingerprint, on another kind of CPU."""
+    rows = rows_of(measured_by(results, error), "finetuning")
+    if len({test_of([r]) for row in rows for r in row.runs}) < 2: return rows
+    return [Row(name, f"{what} on {test_of(runs)}", f"{family} on {test_of(runs)}", runs)
+            for name, what, family, runs in rows]
 
 
 def test_of(group: list[dict]) -> str:
@@ -580,12 +588,13 @@ def test_of(group: list[dict]) -> str:
     return group[0].get("test", "target_test")
 
 
-def chance(rows: list[tuple]) -> list[list[str]]:
+def chance(rows: list[Row]) -> list[list[str]]:
     """The last lines of a table: what answering with the mean pose of the labelled images would give; of each
     family's first row, where the families were not trained or tested on the same data."""
     errors = {}                                                            # {family: [target, source]}
-    for family, _, group in rows:
-        errors.setdefault(family, [spread([group[0][domain]["chance"]]) for domain in ("target", "source")])
+    for row in rows:
+        numbers = [spread([row.runs[0][domain]["chance"]]) for domain in ("target", "source")]
+        errors.setdefault(row.family, numbers)
     lines = [["chance: constant mean pose", "", target, *[""] * 4, source, "", "1.00 everywhere"]
              for target, source in errors.values()]
     if all(line == lines[0] for line in lines): return lines[:1]
@@ -607,25 +616,21 @@ def tables_with(names: set[str]) -> dict[str, tuple]:
 
 def paper_tables(results: list[dict], error: str, rigid: bool, minus: str) -> dict[str, list[list[str]]]:
     """{title: lines} in the paper's order and words, its numbers last; what nobody ran says "not run"."""
-    results = measured_by(results, error)
-    made, tested, tables = group_results(results, "finetuning"), by_test_set(results), {}
-    for preset in dict.fromkeys(name.split(" ")[0] for name in made):
-        ran = [(tested(group).strip(), name + what, group) for name in made
-               if name.split(" ")[0] == preset for what, group in made[name].items()]
-        named = references(ran, minus)
-        for title, rows in tables_with({row_of(group[0]) for *_, group in ran}).items():
+    made, tables = measured_rows(results, error), {}
+    for preset in dict.fromkeys(group_of(row.runs[0]) for row in made):
+        ran = [row for row in made if group_of(row.runs[0]) == preset]
+        for title, rows in tables_with(names_of([row.runs[0] for row in ran])).items():
             found, numbers = [], [f"paper: {'Human3.6M to 3DHP' if error == 'MPJPE' else 'FreiHAND to RHD'}"]
-            for row, words, *errors in rows:
-                if not row and errors[error == "MPJPE"] == "-": continue   # the paper's, of its other table
-                parts = made.get(f"{preset} {row}", {"": []}) if row else {"": None}
-                found += [(title + tested(group), f"{row}: {words}{what}{tested(group)}" if row else words,
-                           group) for what, group in parts.items()]
-                numbers += [str(errors[error == "MPJPE"])] * len(parts)
-            lines = table_of(found, error, rigid, minus, {f"{title} {place}".strip(): group
-                                                          for place, group in named.items()})
+            for name, words, *errors in rows:
+                number = str(errors[error == "MPJPE"])
+                if not name and number == "-": continue                    # the paper's, of its other table
+                own = [row._replace(name=f"{name}: {words}") for row in ran if row_of(row.runs[0]) == name]
+                found += own or [Row(f"{name}: {words}" if name else words, "", "", [] if name else None)]
+                numbers += [number] * (len(own) or 1)
+            lines = table_of(found, error, rigid, minus, ran)
             tables[f"{preset}: {title}"] = [[*line, number] for line, number in zip(lines, numbers)]
         tables[f"{preset}: {title}"] += [[*line, "-"] for line in chance(ran)]           # below the bounds
-        if lines := effects(made, preset, error): tables[f"{preset}: FCR, X_C, AR in all eight cells"] = lines
+        if lines := effects(ran, error): tables[f"{preset}: FCR, X_C, AR in all eight cells"] = lines
     return tables
 
 
@@ -677,15 +682,14 @@ def pretraining_table(results: list[dict]) -> list[list[str]]:
     """Rows of text, the header first: IoU of f^S; on the target, attention of f^A and errors of f^D."""
     lines = [["pre-training", "seeds", "IoU of f^S, target", "IoU of f^S, source", "attention lift",
               "error on, at edge of, beside the foreground"]]
-    rows = group_results(results, "pretraining")
-    for name, group in ((name + what, group) for name in rows for what, group in rows[name].items()):
-        iou = [[r[domain]["mask_iou"] for r in group if "mask_iou" in r[domain]]
+    for name, what, _, runs in rows_of(results, "pretraining"):
+        iou = [[r[domain]["mask_iou"] for r in runs if "mask_iou" in r[domain]]
                for domain in ("target", "source")]
         iou = [spread(values, 2) if values else "-" for values in iou]
-        errors = [r["target"]["reconstruction"] for r in group if "reconstruction" in r["target"]]
+        errors = [r["target"]["reconstruction"] for r in runs if "reconstruction" in r["target"]]
         known = errors and not np.isnan(errors).any()
         errors = " ".join(f"{v:.3f}" for v in np.mean(errors, axis=0)) if known else "-"             # (3,)
-        lines.append([name, str(len(group)), *iou, per_block(group), errors])
+        lines.append([name + what, str(len(runs)), *iou, per_block(runs), errors])
     return lines
 
 
@@ -1007,9 +1011,9 @@ def draw_sweep(lines: dict[str, dict], setting: str, error: str) -> Image.Image:
 def draw_all(paths: list[Path], results: list[dict], tests: dict, folder: Path, device) -> None:
     """All pictures of the runs of these checkpoints; those with images show the first seed of a run."""
     where = {id(result): path for path, result in zip(paths, results)}
-    runs = {before + name + what: [(where[id(result)], result) for result in seeds]      # {row: its seeds}
+    runs = {before + row.name + row.what: [(where[id(result)], result) for result in row.runs]   # its seeds
             for kind, before in (("pretraining", "pretrain "), ("finetuning", ""))
-            for name, parts in group_results(results, kind).items() for what, seeds in parts.items()}
+            for row in rows_of(results, kind)}
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
     rows = data.with_root(tests["target"])
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]                 # not picked by hand
@@ -1203,7 +1207,7 @@ def check_alike(names: str) -> None:
 
 def check_minus(results: list[dict], minus: str) -> None:
     """InputError unless --minus is a row of these results, above or first."""
-    names = rows_of(results)
+    names = names_of(results)
     if minus not in {"above", "first"} | names:
         raise u.InputError(f"--minus {minus}: choose {', '.join(['above', 'first', *sorted(names)])}")
 
@@ -1217,11 +1221,11 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
         if a.paper: tables = paper_tables(results, error, a.rigid, a.minus)
         for title, lines in tables.items():
             print(f"{title}\n\n" * bool(title) + show_table(lines, a.markdown))
-    others = rows_of(results) - {row for rows in tables_with(rows_of(results)).values() for row, *_ in rows}
+    others = names_of(results) - {row for rows in tables_with(names_of(results)).values() for row, *_ in rows}
     if a.paper and others: print(f"not in the paper's tables: {', '.join(sorted(others))}")
     for note in error_notes(results): print(note)
-    say_left_out(results, [r for kind in ("pretraining", "finetuning") for parts in
-                           group_results(results, kind).values() for group in parts.values() for r in group])
+    say_left_out(results, [r for kind in ("pretraining", "finetuning") for row in rows_of(results, kind)
+                           for r in row.runs])
 
 
 def say_left_out(results: list[dict], shown: list[dict]) -> None:
@@ -1242,12 +1246,11 @@ def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None
                            f"what differs here: {', '.join(differ) or 'nothing'}")
     def alike(r): return group_of(r), r["settings"]["variant"], r["settings"]["seed"], str(settings_of(r))
     for error, lines in found.items():
-        rows = [(line, f"{line}, {a.sweep} {plain(value)}", group) for line, points in lines.items()
-                for value, group in points.items()]
-        shown = [r for _, _, group in rows for r in group]
+        rows = [Row(line, f", {a.sweep} {plain(value)}", line, runs) for line, points in lines.items()
+                for value, runs in points.items()]
+        shown = [r for row in rows for r in row.runs]
         say_left_out([r for r in measured_by(results, error) if alike(r) in map(alike, shown)], shown)
-        lines_of_text = table_of(rows, error, a.rigid, a.minus, references(rows, a.minus))
-        print(show_table(lines_of_text, a.markdown))
+        print(show_table(table_of(rows, error, a.rigid, a.minus, rows), a.markdown))
         if lines and a.pictures != "none":
             save_picture(draw_sweep(lines, a.sweep, error), folder / f"sweep-{a.sweep}-{error}.png")
 
