@@ -356,18 +356,15 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
+def means(values: list[list[float]], digits: int) -> str:
+    """Means over the seeds of values (seeds, n); "-" where a seed's are not known or not n."""
+    if not values or not all(values) or len(set(map(len, values))) > 1 or np.isnan(values).any(): return "-"
+    return " ".join(f"{v:.{digits}f}" for v in np.mean(values, axis=0))
+
+
 def per_block(results: list[dict]) -> str:
     """Lift of each block on the target, mean over seeds; "-" without true masks, or without pre-training."""
-    lifts = [r.get("target", {}).get("attention", {}).get("lift") for r in results]      # (seeds, L)
-    if not lifts or not all(lifts) or len(set(map(len, lifts))) > 1 or np.isnan(lifts).any(): return "-"
-    return " ".join(f"{v:.2f}" for v in np.mean(lifts, axis=0))
-
-
-def by_axis(results: list[dict]) -> str:
-    """Error on the target in the image plane and in depth, mm, means over seeds; "-" if one does not say."""
-    parts = [[r["target"].get(key, float("nan")) for key in ("in_plane", "depth")] for r in results]
-    means = np.mean(parts, axis=0)                                         # (seeds, 2) to (2,)
-    return "-" if np.isnan(means).any() else " ".join(f"{v:.1f}" for v in means)
+    return means([r.get("target", {}).get("attention", {}).get("lift") for r in results], 2)
 
 
 def group_of(result: dict) -> str:
@@ -552,10 +549,11 @@ def table_of(rows: list[Row], error: str, rigid: bool, minus: str, known: list[R
             continue
         column = lambda domain, key, digits=1: spread(  # noqa: B023, E731
             [r[domain].get(key, float("nan")) for r in runs], digits)
+        axes = [[r["target"].get(key, float("nan")) for key in ("in_plane", "depth")] for r in runs]
         before = reference.get(family, [])
         lines.append([name + what, str(len(runs)), column("target", "epe"),
                       paired_difference(runs, before if before is not runs else []), column("target", pa),
-                      column("target", "auc", 3), by_axis(runs), column("source", "epe"),
+                      column("target", "auc", 3), means(axes, 1), column("source", "epe"),
                       per_block([r.get("pretraining", {}) for r in runs]), per_block(runs)])
         if minus == "above" or minus == "first" and family not in reference: reference[family] = runs
     return lines
@@ -687,9 +685,7 @@ def pretraining_table(results: list[dict]) -> list[list[str]]:
                for domain in ("target", "source")]
         iou = [spread(values, 2) if values else "-" for values in iou]
         errors = [r["target"]["reconstruction"] for r in runs if "reconstruction" in r["target"]]
-        known = errors and not np.isnan(errors).any()
-        errors = " ".join(f"{v:.3f}" for v in np.mean(errors, axis=0)) if known else "-"             # (3,)
-        lines.append([name + what, str(len(runs)), *iou, per_block(runs), errors])
+        lines.append([name + what, str(len(runs)), *iou, per_block(runs), means(errors, 3)])
     return lines
 
 
