@@ -394,20 +394,20 @@ def settings_of(result: dict) -> dict:
 
     Steps stand for the epochs of fine-tuning: fewer labels in more epochs are the same training.
     """
-    s, before = DEFAULTS[result["kind"]] | result["settings"], {}
-    if "labels" in result: s["labels"] = result["labels"]                                # 0, all, as a number
-    if "pretraining" in result: before = DEFAULTS["pretraining"] | result["pretraining"]["settings"]
-    known = {k: v for k, v in s.items() if k not in FREE} | {"test": result.get("test", "target_test")}
-    known |= {"source_test": result["source_test"]} if "source_test" in result else {}   # an old file may not
-    known |= {f"pretraining.{k}": v for k, v in before.items() if k not in FREE}
-    alike = result.get("alike", ())
-    if result["kind"] == "pretraining":
-        return {k: v for k, v in known.items() if k not in alike and f"pretraining.{k}" not in alike}
-    known |= {"init": re.sub(r"-seed\d+$", "", s.get("init", ""))}
-    known |= {"steps": result["steps"]} if "steps" in result else {}                     # an old file may not
-    known.pop("epochs", None)
-    if before: known |= {"init": "a run", "pretraining.seed": before.get("seed")}
-    return {k: v for k, v in known.items() if k not in alike}
+    s = DEFAULTS[result["kind"]] | result["settings"]
+    known = {k: v for k, v in s.items() if k not in FREE} | {"test": test_of([result])}
+    # an old file may lack these; labels: their number, where the setting says 0, all
+    known |= {k: result[k] for k in ("labels", "source_test") if k in result}
+    prefix = "pretraining."                                                # --alike may name them with it
+    if result["kind"] == "finetuning":
+        before, prefix = {}, ""
+        if "pretraining" in result: before = DEFAULTS["pretraining"] | result["pretraining"]["settings"]
+        known |= {f"pretraining.{k}": v for k, v in before.items() if k not in FREE}
+        known["init"] = "a run" if before else re.sub(r"-seed\d+$", "", s["init"])
+        known |= {"steps": result["steps"]} if "steps" in result else {}                 # an old file may not
+        known |= {"pretraining.seed": before["seed"]} if before else {}
+        del known["epochs"]
+    return {k: v for k, v in known.items() if {k, prefix + k}.isdisjoint(result.get("alike", ()))}
 
 
 def by_settings(results: list[dict], but: str = "") -> dict[str, list[dict]]:
