@@ -1210,6 +1210,7 @@ def check_minus(results: list[dict], minus: str) -> None:
 
 def show_tables(results: list[dict], a: argparse.Namespace) -> None:
     """Print the tables asked for on the command line, and what their errors are taken over."""
+    print()
     check_minus(results, a.minus)
     print(show_table(pretraining_table(results), a.markdown))
     for error in PCK_LIMIT:
@@ -1307,31 +1308,31 @@ def main(arguments=None) -> int:
         print(f"with {path.parent}")
         draw_photo(path, a.image, a.box, folder, device)
         return 0
-    if a.sweep:
-        results = read_results(a.runs, "*" if a.sweep == "test" else test)
-        show_sweep(as_asked(results, a.alike, a.of), a, folder)
+    if a.sweep or a.table:
+        results = as_asked(read_results(a.runs, "*" if a.sweep == "test" else test), a.alike, a.of)
+        if a.sweep: show_sweep(results, a, folder)
+        else: show_tables(results, a)
         return 0
-    runs = {} if a.table else finished_runs(a.runs, rank)
-    if runs: check_minus(list(runs.values()), a.minus)
-    by_task: dict[str, list] = {}                                          # checkpoints of hands, of humans
-    for path, run in runs.items(): by_task.setdefault(run["settings"].get("task", "hand"), []).append(path)
-    for path in runs:
-        with u.usable(path): check_test_flags(path, runs[path]["settings"], a.source_test, a.target_test)
-    sets = {task: open_tests(a.source_test, a.target_test, task, rank) for task in by_task}
+    runs = finished_runs(a.runs, rank)
+    check_minus(list(runs.values()), a.minus)
+    by_task: dict[str, list[Path]] = {}                                    # checkpoints of hands, of humans
+    for path, run in runs.items():
+        with u.usable(path): check_test_flags(path, run["settings"], a.source_test, a.target_test)
+        by_task.setdefault(run["settings"].get("task", "hand"), []).append(path)
+    tests = {task: open_tests(a.source_test, a.target_test, task, rank) for task in by_task}
     for path, task in ((path, task) for task, paths in by_task.items() for path in paths):
-        for dataset in sets[task].values() if runs[path].get("skeleton") else ():
+        for dataset in tests[task].values() if runs[path].get("skeleton") else ():
             with u.usable(path): data.same_skeleton(dataset, runs[path]["skeleton"])
-    results = as_asked(read_results(a.runs, test), a.alike, a.of) if a.table else []
-    measured = []
+    measured = {}
     for task, paths in by_task.items():
         known: dict = {}                                                   # pre-training runs, measured once
-        results += as_asked([measure(path, sets[task], rank, device, known) for path in paths], a.alike, a.of)
-        measured.append((task, paths, results[-len(paths):], sets[task]))
+        measured[task] = as_asked([measure(path, tests[task], rank, device, known) for path in paths],
+                                  a.alike, a.of)
     if rank: return 0
-    print()
-    show_tables(results, a)
-    for task, paths, own, tests in measured if a.pictures != "none" else []:
-        draw_all(paths, own, tests, folder / task if len(measured) > 1 else folder, device)
+    show_tables([result for results in measured.values() for result in results], a)
+    for task, results in measured.items() if a.pictures != "none" else ():
+        place = folder / task if len(measured) > 1 else folder
+        draw_all(by_task[task], results, tests[task], place, device)
     return 0
 
 
