@@ -700,13 +700,13 @@ def show_table(lines: list[list[str]], markdown: bool) -> str:
 
 def read_results(folders: list[str], test: str = "") -> list[dict]:
     """Every result.json below the folders, or named; or all measured on the test set `test`, "*" for any."""
-    found, pattern = [], "*.json" if test else "*result.json"
-    for place in map(Path, folders):
-        if not place.exists(): raise u.InputError(f"{place}: no such folder or file")
+    pattern = "*.json" if test else "*result.json"
     paths: dict[Path, Path] = {}                                           # each once
     for place in map(Path, folders):
+        if not place.exists(): raise u.InputError(f"{place}: no such folder or file")
         for path in [place] if place.is_file() else sorted(place.rglob(pattern)):
             paths.setdefault(path.resolve(), path)
+    found = []
     for path in paths.values():
         try: result = json.loads(path.read_text())
         except ValueError as error: raise u.InputError(f"{path}: not JSON ({error}); remove it") from error
