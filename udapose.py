@@ -610,7 +610,7 @@ def dann_loss(phi_s: Tensor, phi_t: Tensor, discriminator: nn.Module, ramp: floa
 
 
 def dann_ramp(p: float) -> float:
-    """DANN's lambda = 2 / (1 + exp(-10 p)) - 1 at progress p in 0..1: small while the discriminator is poor."""
+    """DANN's ramp 2 / (1 + exp(-10 p)) - 1 at progress p in 0..1: small while the discriminator is poor."""
     return 2 / (1 + math.exp(-10 * p)) - 1
 
 
