@@ -120,7 +120,8 @@ def pose_losses(s: Settings, model, head, f_A, x_s, centres, valid, x_t, device,
     with u.autocast(device, dtype):
         features, a_E, *phi = model(x_s, x_t, compare is not None)       # (b, C, S, S), (b, L, N), 2 x (b, D)
         heatmaps = None if s.expanded else head.heatmaps(features)                  # Eq. (4), (b, K, S, S, S)
-    if s.expanded: L_kpt = u.keypoint_loss_expanded(features, head.conv, centres, valid, s.sigma)    # Eq. (5)
+    if s.expanded:  # the last convolution of Eq. (4) is folded into Eq. (5); --no-expanded: as printed
+        L_kpt = u.keypoint_loss_expanded(features, head.conv, centres, valid, s.sigma)
     else: L_kpt = u.keypoint_loss(heatmaps, centres, valid, s.sigma)                                 # Eq. (5)
     if x_t is None: return L_kpt, torch.zeros((), device=device)
     if compare is not None: return L_kpt, compare(*map(u.gather_features, phi))
@@ -219,6 +220,9 @@ def optimiser_groups(s: Settings, estimator) -> list[dict]:
     if estimator.discriminator is not None: parts.append((estimator.discriminator, 1.0))
     groups = [g | {"scale": scale} for part, scale in parts for g in u.parameter_groups(part, s.weight_decay)]
     groups.append({"params": [encoder.cls_token], "weight_decay": 0.0, "scale": lowest})
+    here = {id(p) for group in groups for p in group["params"]}
+    lost = [n for n, p in estimator.named_parameters() if p.requires_grad and id(p) not in here]
+    if lost: raise u.InputError(f"optimiser_groups: {lost[0]} would not be trained; give it a rate there")
     return [g for g in groups if g["params"]]
 
 
@@ -333,7 +337,7 @@ def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int,
     (name, weight), (L_kpt, L_second, _) = second_term(s), (u.mean_over_processes(sums) / sums[2]).tolist()
     losses = {"L_kpt": L_kpt, name: L_second}
     share = weight * L_second / L_kpt if L_kpt else 0.0                    # 0: no joint counts
-    shown = losses | {f"lam {name} / L_kpt": share}
+    shown = losses | {f"{'adapt_weight' if s.adapt else 'lam'} {name} / L_kpt": share}
     run.log(stage="finetuning", step=done, lr=rate, **shown)
     progress.show(done, shown, final=done == steps)
     sums.zero_()

@@ -320,7 +320,11 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images: Tensor, noise: Tensor, r: float) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) and noise (B, N) to predicted patches x^ (B, N, P*P*3) and mask m^b (B, N)."""
         visible, restore, m = random_masking(noise, r)
-        return self.decoder(self.encoder(images, visible), restore), m
+        latent = self.encoder(images, visible)                             # (B, 1 + V, D)
+        if latent.shape[1] != 1 + visible.shape[1]:  # more would pass for patches, and shift them all
+            raise InputError(f"the encoder gives {latent.shape[1]} tokens for the class token and "
+                             f"{visible.shape[1]} visible patches; it has to drop all others")
+        return self.decoder(latent, restore), m
 
 
 # ==========================================================================================================

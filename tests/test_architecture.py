@@ -434,3 +434,15 @@ def test_background(): check_background(u.replace_background)
 
 @pytest.mark.parametrize("wrong", WRONG_BACKGROUNDS.values(), ids=WRONG_BACKGROUNDS.keys())
 def test_background_check_rejects(wrong): rejected(check_background, wrong)
+
+
+def test_tokens_of_a_forks_own_are_refused():
+    """Register tokens that are not dropped would pass for visible patches, and shift them all."""
+    class WithRegisters(u.Encoder):
+        def forward(self, images, visible=None):
+            x = super().forward(images, visible)
+            return torch.cat([x[:, :1], x.new_zeros(len(x), 2, self.width), x[:, 1:]], dim=1)
+    encoder = WithRegisters((8, 12), 4, 8, 1, 2)
+    mae = u.MaskedAutoencoder(encoder, u.Decoder(encoder.grid, 4, 8, 8, 1, 2))
+    with pytest.raises(u.InputError, match="gives 6 tokens for the class token and 3 visible patches"):
+        mae(torch.randn(2, 3, 8, 12), torch.rand(2, 6), 0.5)

@@ -315,7 +315,7 @@ def test_each_variant_trains_and_resumes_bitwise(unlabelled, scratch, tmp_path, 
     last = json.loads((tmp_path / "whole/log.jsonl").read_text().splitlines()[-1])
     weight = {"ddc": 0.25, "dan": 1.0, "dann": 1.0}[method]
     assert last[f"L_{method}"] > 0 and "L_attn" not in last
-    assert last[f"lam L_{method} / L_kpt"] == pytest.approx(weight * last[f"L_{method}"] / last["L_kpt"])
+    assert last[f"adapt_weight L_{method} / L_kpt"] == pytest.approx(weight * last[f"L_{method}"] / last["L_kpt"])
 
 
 @pytest.mark.parametrize("method", METHODS)

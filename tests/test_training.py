@@ -609,3 +609,16 @@ def test_changed_data_is_noticed(sets, finetuned, pretrained, tmp_path):
 def test_infinite_loss_stops_the_run(sets, tmp_path):
     with pytest.raises(u.InputError, match=r"L_WMAE is not finite for \d+ images of .* at step 2; .*--lr"):
         pretrain(sets, tmp_path / "run", "--variant", "mae", "--lr", "1e30")
+
+
+def test_a_new_part_of_the_network_is_trained_or_refused():
+    s = train_finetune.Settings(depth=2, layer_decay=0.5)
+    encoder = u.Encoder((32, 32), 8, 16, 2, 2)
+    estimator = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 16, 4, 3), u.DomainDiscriminator(16))
+    groups = train_finetune.optimiser_groups(s, estimator)
+    assert sum(len(g["params"]) for g in groups) == len(list(estimator.parameters()))        # each once
+    encoder.register_token = torch.nn.Parameter(torch.zeros(1, 2, 16))
+    with pytest.raises(u.InputError, match="^optimiser_groups: encoder.register_token would not be trained"):
+        train_finetune.optimiser_groups(s, estimator)
+    encoder.register_token.requires_grad_(False)                           # frozen on purpose
+    train_finetune.optimiser_groups(s, estimator)
