@@ -55,9 +55,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
-from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back_project, decode_heatmaps,
-                     first_line, from_rank_0, from_voxels, project, random_generator, run_script,
-                     write_atomically, write_json)
+from udapose import (IMAGE_MEAN, IMAGE_STD, InputError, Progress, autocast, back_project, first_line,
+                     from_rank_0, from_voxels, project, random_generator, run_script, write_atomically,
+                     write_json)
 
 FORMAT = 1
 ARRAYS = {"images": np.uint8, "masks": np.uint8,  # each array of a data set, and its type
@@ -701,8 +701,8 @@ def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device,
     scales x, y.
     """
     images, _, A = crops(dataset, rows, no_augmentation(len(rows)), side, device)
-    with autocast(A.device, dtype): heatmaps = estimator.heatmaps(normalise(images))       # (B, K, S, S, S)
-    uv, depth = from_voxels(decode_heatmaps(heatmaps), side, dataset.meta["depth_range"], heatmaps.shape[-1])
+    with autocast(A.device, dtype): centres = estimator.centres(normalise(images))      # (B, K, 3) voxels
+    uv, depth = from_voxels(centres, side, dataset.meta["depth_range"], estimator.head.side)
     truth = to_device(dataset.keypoints[rows], device)                                  # (B, K, 3) mm, camera
     intrinsics = transform_intrinsics(A, to_device(dataset.intrinsics[rows], device))
     root = dataset.meta["root"]

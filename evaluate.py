@@ -1076,8 +1076,8 @@ def draw_photo(path: Path, photo: str, box: list[float] | None, folder: Path, de
     square = square_around(box, (W, H), photo, kind["box"])
     crop, panel = (data.crop_square(picture, *square, pixels) for pixels in (side, CELL))
     x = data.normalise(torch.tensor(crop, device=device).permute(2, 0, 1)[None].float() / 255)
-    attention, heatmaps = estimator.encoder.attention_maps(x)[0].mean(dim=0), estimator.heatmaps(x)
-    coded = u.from_voxels(u.decode_heatmaps(heatmaps), side, known["depth_range"], heatmaps.shape[-1])
+    attention = estimator.encoder.attention_maps(x)[0].mean(dim=0)                       # (N,)
+    coded = u.from_voxels(estimator.centres(x), side, known["depth_range"], estimator.head.side)
     uv, depth = (part[0].cpu().numpy() for part in coded)                                # (K, 2) px, (K,) mm
     scale, why = millimetres_per_pixel(uv, depth, state)
     pose = np.column_stack([scale * uv, depth])                                          # (K, 3) mm

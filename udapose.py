@@ -462,9 +462,9 @@ class PoseEstimator(nn.Module):
         elif target is not None: a_E = self.encoder.attention_maps(target)
         return features, a_E, phi_s, phi_t
 
-    def heatmaps(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to H^ (B, K, S, S, S)."""
-        return self.head(self.encoder(images))
+    def centres(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to keypoints (B, K, 3), x y z in voxels of a volume of `head.side`, float32."""
+        return decode_heatmaps(self.head(self.encoder(images)))            # (B, K, S, S, S) to (B, K, 3)
 
 
 # ==========================================================================================================

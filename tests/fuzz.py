@@ -291,7 +291,7 @@ def load_checkpoint(root: Path, _) -> None:
     estimator, state = evaluate.load_estimator(path, CPU)
     K, (rows, columns), P = len(state["skeleton"]["joints"]), estimator.encoder.grid, estimator.encoder.patch
     evaluate.millimetres_per_pixel(np.ones((K, 2)), np.ones(K), state)
-    with torch.no_grad(): estimator.heatmaps(torch.zeros(1, 3, rows * P, columns * P))
+    with torch.no_grad(): estimator.centres(torch.zeros(1, 3, rows * P, columns * P))
     own = u.PoseEstimator(u.Encoder((32, 32), 8, 16, 2, 2), u.KeypointHead((4, 4), 16, 8, 21))
     run = u.Run.__new__(u.Run)                                                 # a resume, without a lock
     run.folder, run.rank = root / "run", 0

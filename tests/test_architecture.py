@@ -160,7 +160,7 @@ def test_pose_estimator_sends_each_domain_its_own_way():
     features, maps, *phi = model(source, target)
     close(features, model.head.features(encoder(source))), close(maps, encoder.attention_maps(target))
     assert phi == [None, None] and model(source)[1] is None
-    close(model.heatmaps(source), model.head.conv(features).unflatten(1, (3, 16)))
+    close(model.centres(source), u.decode_heatmaps(model.head.conv(features).unflatten(1, (3, 16))))
 
 
 # ==========================================================================================================
@@ -213,7 +213,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     check_alone_as_in_a_batch(encoder.attention_maps, images)
     check_alone_as_in_a_batch(head, tokens)
     check_alone_as_in_a_batch(net, large)
-    check_alone_as_in_a_batch(u.PoseEstimator(encoder, head).heatmaps, images)
+    check_alone_as_in_a_batch(u.PoseEstimator(encoder, head).centres, images)
     for module, batch in ((head, tokens), (net, large)):                   # BatchNorm in training is seen
         with pytest.raises(AssertionError): check_alone_as_in_a_batch(module.train(), batch)
 

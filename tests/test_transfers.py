@@ -7,6 +7,7 @@ so an oracle that answers the drawn poses must be right in millimetres, and wron
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,21 +158,21 @@ def test_transfer(name, root, sources, tmp_path, capsys):
 # The oracle
 # ==========================================================================================================
 class Oracle:
-    """Stands for f^E with f^H: the heatmaps of known poses (n, K, 3) mm, row by row of a data set."""
-    image, side, sigma = 48, 24, 1.8
+    """Stands for f^E with f^H: decodes heatmaps of known poses (n, K, 3) mm, row by row of a data set."""
+    image, head, sigma = 48, SimpleNamespace(side=24), 1.8
 
     def __init__(self, poses: np.ndarray, dataset: data.Dataset):
         self.poses, self.dataset, self.asked = poses, dataset, 0
 
-    def heatmaps(self, x: torch.Tensor) -> torch.Tensor:
+    def centres(self, x: torch.Tensor) -> torch.Tensor:
         rows = np.arange(self.asked, self.asked + len(x))
         self.asked += len(x)
         poses = torch.from_numpy(np.nan_to_num(self.poses[rows], nan=1000.0)).float()    # (b, K, 3) mm
         _, _, A = data.crops(self.dataset, rows, data.no_augmentation(len(rows)), self.image, CPU)
         K = data.transform_intrinsics(A, torch.from_numpy(self.dataset.intrinsics[rows]))
         centres, _ = u.to_voxels(u.project(poses, K), poses[..., 2] - poses[:, :1, 2], self.image,
-                                 self.dataset.meta["depth_range"], self.side)            # (b, K, 3)
-        return u.target_heatmaps(centres, self.side, self.sigma)                         # (b, K, S, S, S)
+                                 self.dataset.meta["depth_range"], self.head.side)       # (b, K, 3)
+        return u.decode_heatmaps(u.target_heatmaps(centres, self.head.side, self.sigma))
 
 
 def oracle_errors(name: str, root: Path, out: Path) -> dict:
