@@ -291,9 +291,7 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
     if run.decide_compile(s.compile, device, steps):
         estimator.compile()
         if f_A is not None: f_A.attention_maps = torch.compile(f_A.attention_maps)
-    if run.rank == 0: print(f"fine-tuning: {steps} steps, {labels}/{len(source)} labels, {dtype}", flush=True)
-    if run.rank == 0 and s.warmup > steps: print(f"--warmup {s.warmup}: the learning rate only rises in "
-                                                  f"{steps} steps, and never reaches --lr", flush=True)
+    if run.rank == 0: announce(s, steps, labels, len(source), dtype)
     model, scaler = u.parallel(estimator, world), u.grad_scaler(device, dtype, state)
     estimator.train()
     progress = u.Progress("fine-tuning", steps, s.batch, start, run.rank)
@@ -330,6 +328,14 @@ def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, sour
         if saving or stopping: save(done)
         if stopping: return False
     return True
+
+
+def announce(s: Settings, steps: int, labels: int, images: int, dtype) -> None:
+    """Say what is about to be trained."""
+    print(f"fine-tuning: {steps} steps, {labels}/{images} labels, {dtype}", flush=True)
+    if s.warmup > steps:
+        print(f"--warmup {s.warmup}: the learning rate only rises in {steps} steps, and never reaches --lr",
+              flush=True)
 
 
 def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int, sums, rate: float) -> None:
