@@ -135,9 +135,10 @@ def comparison(s: Settings, discriminator, p: float):
     return METHODS.get(s.adapt)
 
 
-def second_term(s: Settings) -> tuple[str, float]:
-    """Name and weight of what stands beside L_kpt in Eq. (7): L_attn, or the loss of a comparison method."""
-    return (f"L_{s.adapt}", s.adapt_weight) if s.adapt else ("L_attn", s.lam)
+def second_term(s: Settings) -> tuple[str, str]:
+    """What stands beside L_kpt in Eq. (7), L_attn or the loss of a comparison method, and the setting that
+    weights it."""
+    return (f"L_{s.adapt}", "adapt_weight") if s.adapt else ("L_attn", "lam")
 
 
 @torch.no_grad()
@@ -271,7 +272,7 @@ def open_data(s: Settings):
 def train_pose(s: Settings, run: u.Run, stop: u.StopSignal, estimator, f_A, source, target, validation,
                device, world) -> bool:
     """f^E and f^H by Eq. (7). Returns False if stopped."""
-    weight = second_term(s)[1]
+    weight = getattr(s, second_term(s)[1])
     head, parts = estimator.head, dict(estimator.named_children())  # f^E, f^H and DANN's discriminator
     optimiser = torch.optim.AdamW(optimiser_groups(s, estimator), lr=s.lr, betas=(0.9, 0.999), fused=True)
     labels, skeleton = min(s.labels or len(source), len(source)), {k: source.meta[k] for k in SKELETON}
@@ -342,8 +343,8 @@ def report(s: Settings, run: u.Run, progress: u.Progress, done: int, steps: int,
     """Log the mean of each term of Eq. (7) since the last time, and their ratio; sums start again at 0."""
     (name, weight), (L_kpt, L_second, _) = second_term(s), (u.mean_over_processes(sums) / sums[2]).tolist()
     losses = {"L_kpt": L_kpt, name: L_second}
-    share = weight * L_second / L_kpt if L_kpt else 0.0                    # 0: no joint counts
-    shown = losses | {f"{'adapt_weight' if s.adapt else 'lam'} {name} / L_kpt": share}
+    share = getattr(s, weight) * L_second / L_kpt if L_kpt else 0.0        # 0: no joint counts
+    shown = losses | {f"{weight} {name} / L_kpt": share}
     run.log(stage="finetuning", step=done, lr=rate, **shown)
     progress.show(done, shown, final=done == steps)
     sums.zero_()
