@@ -1,414 +1,427 @@
-"""Stage 1, Sec. 3.1: segmentation network f^S -> target masks -> masked autoencoder f^E, f^D on both domains.
+"""Stage 1, Sec. 3.1: train f^S, predict the target's masks with it, train f^E and f^D on both domains.
 
     python train_pretrain.py                                         the embedded benchmark, minutes on a CPU
     python train_pretrain.py --task human                            the same with bodies instead of hands
     python train_pretrain.py --preset paper-hand --device cuda       the paper's size on one GPU
     torchrun --nproc_per_node 8 train_pretrain.py --preset paper-hand
 
-The same command again resumes a run that was stopped. Variants of the paper's tables: --variant, or
---masks, --xc, --mask-ratio, --alpha. Writes checkpoint.pt (f^E, f^D), segmentation.pt, target_masks.npy.
+The same command again continues a run that was stopped. --variant selects a row of the paper's tables; with
+--masks, --xc, --mask-ratio and --alpha you make others. Writes checkpoint.pt (f^E, f^D), segmentation.pt
+(f^S) and target_masks.npy.
 """
-import copy
+
 import dataclasses
-import os
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import data
-import udapose as u
+from support import rendering
+from support import run as runs
+from support.folder import Dataset, check_masks, open_masks, say_if_enlarged
+from support.run import InputError, Run, autocast, setting
+from udapose import (
+    Decoder,
+    Encoder,
+    MaskedAutoencoder,
+    UNet,
+    cosine_rate,
+    foreground_weights,
+    normalise_patches,
+    parameter_groups,
+    patchify,
+    replace_background,
+    weighted_mae_loss,
+)
 
 
 @dataclasses.dataclass
 class Settings:
-    """One field a line: meaning, origin. Defaults: the paper's, where it has them. Others: PRESETS."""
-    preset: str = "tiny"          # sizes and schedule: tiny, small, paper-hand, paper-human
-    task: str = "hand"            # embedded benchmark, hand or human: see TASKS
-    variant: str = "full"         # row of the paper's tables: see VARIANTS
-    out: str = ""                 # run folder; default runs/PRESET[-human]/pretrain-VARIANT-seedSEED
-    source: str = "datasets/hands/source_train"          # data-set folder with masks
-    target: str = "datasets/hands/target_train"          # data-set folder, images only; "" for source only
-    unconstrained: str = "datasets/hands/unconstrained"  # X_C, images only
-    target_masks: str = ""   # .npy with masks of the target to use instead of f^S's (an upper bound, Table 4)
-    masks: str = "both"           # domains whose masks weight Eq. (2) (Table 4): both, source, none
-    xc: float = 0.5             # share of images whose background is replaced from X_C; 0: never (ours: half)
-    mask_ratio: float = 0.75      # masking ratio r (paper Sec. 7, Table 9)
-    alpha: float = 4.0            # sharpness of the foreground weights, Eq. (2) (paper Sec. 7, Table 9)
-    norm_pix: bool = False      # reconstruct pixels normalised per patch (MAE's option; else f^E's input)
-    image: int = 256              # side of the network's crop, px (paper Sec. 7)
-    patch: int = 16               # side of a patch, px (paper: ViT-B/16)
-    width: int = 768              # width of f^E (Table 5)
-    depth: int = 12               # blocks of f^E (Table 5)
-    heads: int = 12               # heads of f^E (ViT-B)
-    decoder_width: int = 512      # width of f^D (Table 5)
-    decoder_depth: int = 1        # blocks of f^D (Table 5)
-    decoder_heads: int = 16       # heads of f^D (MAE default)
-    seg_channels: int = 64        # channels of f^S (Table 6)
-    batch: int = 4096             # images a step, over all processes (paper Sec. 7)
-    micro_batch: int = 0          # images a process holds at once; 0: its whole share (gradients accumulate)
-    epochs: float = 800           # passes over source + target (paper Sec. 7)
-    warmup: float = 0.05         # share of the steps in which the learning rate rises (MAE: 40 of 800 epochs)
-    lr: float = 2.4e-3            # peak learning rate of AdamW (paper Sec. 7; already scaled to batch 4096)
-    weight_decay: float = 0.05    # of AdamW (paper Sec. 7; betas 0.9 and 0.95: MAE)
-    jitter: float = 0.4           # brightness, contrast, saturation 1 +- jitter (ours)
-    seg_steps: int = 20000        # steps of f^S (ours; the paper is silent on its training)
-    seg_batch: int = 64           # images a step of f^S (ours)
-    seg_lr: float = 1e-3          # peak learning rate of f^S (ours)
-    seg_jitter: float = 0.6      # colour jitter of f^S: strong, for it must work where it never looked (ours)
-    seed: int = 0                 # of everything random
-    device: str = "auto"          # auto, cpu, cuda
-    threads: int = 0              # CPU threads of a process; 0: torch's choice
-    precision: str = "auto"       # auto (timed at start-up), float32, bfloat16, float16
-    compile: str = "auto"         # torch.compile: on, off; auto: on CUDA, in runs of 2000 steps and more
-    deterministic: bool = False   # a GPU gives the same bits each time, more slowly; a CPU does without it
-    checkpointing: bool = False   # recompute the encoder's blocks in the backward pass: less memory, slower
-    save_every: int = 200         # steps between checkpoints: what a kill can lose
-    log_every: int = 50           # steps between lines of log.jsonl
+    """One setting per line, with its meaning and origin. Defaults are the paper's, where it has them."""
+
+    preset: str = "tiny"  # sizes and schedule
+    task: str = "hand"  # which embedded benchmark
+    variant: str = "full"  # row of the paper's tables
+    out: str = ""  # run folder; default runs/PRESET[-human]/pretrain-VARIANT-seedSEED
+    source: str = "datasets/hands/source_train"  # data-set folder with masks
+    target: str = "auto"  # data-set folder, images only; "" for none; auto: that of the embedded benchmark
+    unconstrained: str = "auto"  # X_C, data-set folder, images only; auto: that of the embedded benchmark
+    target_masks: str = ""  # .npy with masks of the target, to use instead of f^S's (an upper bound, Table 4)
+    masks: str = setting("both", choices=("both", "source", "none"))  # where Eq. (2) has weights (Table 4)
+    xc: float = setting(0.5, low=0, high=1)  # share of images that get a background from X_C (ours)
+    mask_ratio: float = setting(0.75, above=0, below=1)  # masking ratio r (paper Sec. 7, Table 9)
+    alpha: float = setting(4.0, low=0, high=160)  # sharpness of Eq. (2) (paper Sec. 7, Table 9); exp(80) fits
+    norm_pix: bool = False  # reconstruct pixels normalised per patch (MAE's option)
+    image: int = setting(256, above=0)  # side of the network's crop, px (paper Sec. 7)
+    patch: int = setting(16, above=0)  # side of a patch, px (paper: ViT-B/16)
+    width: int = setting(768, above=0)  # width of f^E (Table 5)
+    depth: int = setting(12, above=0)  # blocks of f^E (Table 5)
+    heads: int = setting(12, above=0)  # attention heads of f^E (ViT-B)
+    decoder_width: int = setting(512, above=0)  # width of f^D (Table 5)
+    decoder_depth: int = setting(1, above=0)  # blocks of f^D (Table 5)
+    decoder_heads: int = setting(16, above=0)  # attention heads of f^D (MAE)
+    seg_channels: int = setting(64, above=0)  # channels of f^S (Table 6)
+    batch: int = setting(4096, above=0)  # images per step, over all processes (paper Sec. 7)
+    micro_batch: int = setting(0, low=0)  # images that a process holds at once; 0: all (gradients accumulate)
+    epochs: float = setting(800, above=0)  # passes over source and target (paper Sec. 7)
+    warmup: float = setting(0.05, low=0, high=1)  # share of steps with rising learning rate (MAE: 40 epochs)
+    lr: float = setting(2.4e-3, low=0)  # peak learning rate (paper Sec. 7; already scaled to batch 4096)
+    weight_decay: float = setting(0.05, low=0)  # of AdamW (paper Sec. 7; its betas 0.9, 0.95 are MAE's)
+    jitter: float = setting(0.4, low=0, below=1)  # brightness, contrast, saturation 1 +- jitter (ours)
+    seg_steps: int = setting(20000, above=0)  # steps of f^S (ours; the paper is silent on its training)
+    seg_batch: int = setting(64, above=0)  # images per step of f^S (ours)
+    seg_lr: float = setting(1e-3, low=0)  # peak learning rate of f^S (ours)
+    seg_jitter: float = setting(0.6, low=0, below=1)  # colour jitter of f^S, strong (ours)
+    seed: int = setting(0, low=0, below=2**63)  # of everything random
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # where to train
+    threads: int = setting(0, low=0, high=1024)  # CPU threads of a process; 0: torch's choice
+    workers: int = setting(-1, low=-1, high=1024)  # processes that read ahead; -1: 8 on CUDA, none on a CPU
+    precision: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))  # of matrix products
+    compile: bool = False  # compile the transformer blocks: a minute at the start, faster steps on a GPU
+    deterministic: bool = False  # the same bits each time on a GPU, more slowly; a CPU does without it
+    checkpointing: bool = False  # recompute the encoder's blocks in the backward pass: less memory, slower
+    save_every: int = setting(200, above=0)  # steps between checkpoints, a multiple of --log-every
+    log_every: int = setting(50, above=0)  # steps between lines of log.jsonl
 
 
-TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, decoder_width=64, decoder_heads=2, seg_channels=24,
-            batch=128, epochs=16, lr=1.5e-3, seg_steps=700, seg_batch=32)
+TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, decoder_width=64, decoder_heads=2, seg_channels=24)
+TINY |= dict(batch=128, epochs=16, lr=1.5e-3, seg_steps=700, seg_batch=32)
+PAPER = dict(unconstrained="datasets/imagenet_val", micro_batch=256, save_every=1000)  # 8 GiB
 PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=200, seg_steps=2000, seg_batch=48, save_every=500),
-    "paper-hand": dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train",
-                       unconstrained="datasets/imagenet_val", micro_batch=256,  # 30 MiB an image: 8 GiB
-                       save_every=1000),  # a checkpoint is 1.1 GB
-    "paper-human": dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train",
-                        unconstrained="datasets/imagenet_val", micro_batch=256, save_every=1000),
+    "paper-hand": PAPER | dict(task="hand", source="datasets/freihand_train", target="datasets/rhd_train"),
+    "paper-human": PAPER | dict(task="human", source="datasets/h36m_train", target="datasets/3dhp_train"),
 }
-TASKS = {  # what the embedded benchmark of bodies changes
-    "hand": {},
-    "human": dict(source="datasets/bodies/source_train", target="datasets/bodies/target_train",
-                  unconstrained="datasets/bodies/unconstrained"),
-}
+TASKS = {"hand": {}, "human": dict(source="datasets/bodies/source_train")}
 VARIANTS = {  # "Ours" and its ablations in Tables 1 to 4
     "full": {},
-    "mae": dict(masks="none", xc=0.0),             # "Ours (MAE)", "w/o FCR, AR"
-    "no-fcr": dict(masks="none"),                  # "w/o FCR", "w/o S_S, S_T"
-    "no-xc": dict(xc=0.0),                         # "w/o X_C"
-    "source-masks": dict(masks="source"),          # "w/o S_T"
-    "source-only": dict(target=""),                # Table 1, upper half: no target image at all
+    "mae": dict(masks="none", xc=0.0),  # "Ours (MAE)", "w/o FCR, AR"
+    "no-fcr": dict(masks="none"),  # "w/o FCR", "w/o S_S, S_T"
+    "no-xc": dict(xc=0.0),  # "w/o X_C"
+    "source-masks": dict(masks="source"),  # "w/o S_T"
+    "source-only": dict(target=""),  # Table 1, upper half: no target image at all
     "source-only-mae": dict(target="", masks="none", xc=0.0),
     "source-only-no-xc": dict(target="", xc=0.0),
 }
 
 
-def check(s: Settings, world: int = 1) -> None:
-    """InputError where a value makes no sense, alone or with the others."""
-    if s.masks not in ("both", "source", "none"):
-        raise u.InputError(f"--masks {s.masks!r}: choose both, source or none")
-    if not 0 < s.mask_ratio < 1: raise u.InputError(f"--mask-ratio {s.mask_ratio} lies not between 0 and 1")
-    if not 0 <= s.xc <= 1: raise u.InputError(f"--xc {s.xc}: a share between 0 and 1")
-    if s.alpha > 160: raise u.InputError(f"--alpha {s.alpha:g}: exp of its half, Eq. (2), overflows; to 160")
-    if s.warmup > 1: raise u.InputError(f"--warmup {s.warmup:g}: here a share of the steps, 0 to 1")
-    if s.target and VARIANTS[s.variant].get("target") == "":
-        raise u.InputError(f"--target {s.target}: variant {s.variant} is without a target; leave it out")
-    if s.target_masks and not (s.target and (s.masks == "both" or s.xc > 0)):
-        raise u.InputError(f"--target-masks {s.target_masks}: nothing here uses masks of a target")
-    with torch.device("meta"):  # shapes without values: what does not fit is said before f^S is trained
-        u.MaskedAutoencoder(*networks(s))(torch.zeros(1, 3, s.image, s.image), torch.zeros(
-            1, (s.image // s.patch) ** 2), s.mask_ratio)
-        if uses_f_S(s): u.UNet(s.seg_channels)(torch.zeros(1, 3, s.image, s.image))
-    u.micro_batches(s.batch, s.micro_batch, 0, world)
-    if uses_f_S(s): u.micro_batches(s.seg_batch, 0, 0, world, "--seg-batch")
-
-
-def uses_f_S(s: Settings) -> bool:
-    """Whether masks of the target are wanted, and not given."""
-    return bool(s.target) and not s.target_masks and (s.masks == "both" or s.xc > 0)
-
-
-def networks(s: Settings) -> tuple[u.Encoder, u.Decoder]:
-    """f^E and f^D."""
-    encoder = u.Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
-    sizes = s.decoder_width, s.decoder_depth, s.decoder_heads
-    return encoder, u.Decoder(encoder.grid, s.patch, s.width, *sizes)
-
-
-def check_masks(masks: np.ndarray, path: str | Path, other: str) -> None:
-    """InputError if none of 256 of the masks has foreground, as when 0 and 1 were stored for 0 and 255."""
-    largest = masks[np.linspace(0, len(masks) - 1, min(256, len(masks))).astype(int)].max()
-    if largest < 128:
-        raise u.InputError(f"{path}: the largest value is {largest}, no foreground: write 0 background .. "
-                           f"255 foreground, or {other}")
+def networks(s: Settings) -> tuple[Encoder, Decoder]:
+    """Build f^E and f^D."""
+    encoder = Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
+    decoder = Decoder(encoder.grid, s.patch, s.width, s.decoder_width, s.decoder_depth, s.decoder_heads)
+    return encoder, decoder
 
 
 # ==========================================================================================================
-# f^S: learned on the source's images and masks only
+# f^S: learned from the source's images and masks only
 # ==========================================================================================================
-def swap_backgrounds(s: Settings, rng, x, fg, share, own: slice, batch: int, unconstrained, jitter, gain):
-    """Give about `share` of the images x (b, 3, H, W), foreground fg (b, 1, H, W), a background from X_C. Its
-    colours vary by jitter and gain. Drawn for the global batch, of which x and fg are the slice `own`."""
+class Backgrounds(NamedTuple):
+    """Images from X_C, and the places (c,) of the batch's images whose background they replace."""
+
+    places: Tensor
+    crops: data.StoredCrops
+
+
+def read_backgrounds(rng, own, order, batch: int, share: float, unconstrained, jitter: float, gain=0.0):
+    """Draw an image of X_C for about `share` of a global batch, and read those of its slice `own` in `order`.
+
+    Their colours vary by `jitter` and `gain`. Returns Backgrounds, or None where no image is to change.
+    """
     swap, rows = rng.random(batch) < share, rng.integers(len(unconstrained), size=batch)
     parameters = data.augmentation(rng, batch, jitter, gain)
-    at = np.flatnonzero(swap[own])
-    if not len(at): return x
-    x_c, _, _ = data.crops(unconstrained, rows[own][at], parameters[own][at], s.image, x.device)
-    at = data.to_device(at, x.device)
-    x[at] = u.replace_background(x[at], fg[at], x_c)
+    places = np.flatnonzero(swap[own][order])
+    if not len(places):
+        return None
+    x_c = data.read_rows(unconstrained, rows[own][order][places], parameters[own][order][places])
+    return Backgrounds(torch.from_numpy(places), x_c)
+
+
+def swap_backgrounds(x: Tensor, foreground: Tensor, backgrounds: Backgrounds | None, side: int) -> Tensor:
+    """Give some of the images x (b, 3, H, W) with foreground (b, 1, H, W) a background from X_C, Sec. 3.1."""
+    if backgrounds is not None:
+        at = data.to_device(backgrounds.places, x.device)
+        x_c, _, _ = data.augment(backgrounds.crops, side, x.device)  # (c, 3, H, W)
+        x[at] = replace_background(x[at], foreground[at], x_c)
     return x
 
 
-def segmentation_batch(s: Settings, step: int, own: slice, source, unconstrained, device) -> tuple:
-    """Images (b, 3, H, W), normalised, and their foreground (b, 1, H, W): strong colours (each channel times
-    1 +- 0.4, beside seg_jitter), half with X_C behind."""
-    rng = u.random_generator(s.seed, "segmentation", step)
-    rows = data.batch_rows(len(source), s.seed, "segmentation order", step, s.seg_batch)[own]
-    parameters = data.augmentation(rng, s.seg_batch, s.seg_jitter, gain=0.4)[own]
-    x, fg, _ = data.crops(source, rows, parameters, s.image, device, source.masks)
-    x = swap_backgrounds(s, rng, x, fg, 0.5, own, s.seg_batch, unconstrained, s.seg_jitter, 0.4)
-    return data.normalise(x).contiguous(memory_format=torch.channels_last), fg
+class SegmentationData(torch.utils.data.Dataset):
+    """[step, slice] reads one micro-batch for f^S: source crops with masks, backgrounds for half of them."""
+
+    def __init__(self, s: Settings, source: Dataset, unconstrained: Dataset):
+        self.s, self.source, self.unconstrained = s, source, unconstrained
+
+    def __getitem__(self, key: tuple[int, slice]) -> tuple[data.StoredCrops, Backgrounds | None]:
+        (step, own), s = key, self.s
+        rng = runs.random_generator(s.seed, "segmentation", step)
+        rows = data.batch_rows(len(self.source), s.seed, "segmentation order", step, s.seg_batch)[own]
+        parameters = data.augmentation(rng, s.seg_batch, s.seg_jitter, gain=0.4)[own]
+        stored = data.read_rows(self.source, rows, parameters, self.source.masks)
+        order = np.arange(len(rows))
+        x_c = read_backgrounds(rng, own, order, s.seg_batch, 0.5, self.unconstrained, s.seg_jitter, gain=0.4)
+        return stored, x_c
 
 
-def segmentation_loss(net, x, fg, device, dtype):
-    """Binary cross-entropy of f^S on images x (b, 3, H, W) against the foreground fg (b, 1, H, W) in 0..1."""
-    with u.autocast(device, dtype): logits = net(x)                                      # (b, 1, H, W)
-    return F.binary_cross_entropy_with_logits(logits.float(), fg)
-
-
-def train_segmentation(s: Settings, run: u.Run, stop: u.StopSignal, source, unconstrained, device, world):
-    """f^S by binary cross-entropy; None if stopped. not in the paper: the recipe, ours; its weight decay is
-    1e-4, its warm-up 50 steps."""
+def train_segmentation(s: Settings, run: Run, source: Dataset, unconstrained: Dataset, world: int, device):
+    """Train f^S with binary cross-entropy. not in the paper: its recipe, which is ours."""
     torch.manual_seed(s.seed)
-    net = u.UNet(s.seg_channels).to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(u.parameter_groups(net, 1e-4), lr=s.seg_lr, fused=device.type == "cuda")
-    own, parts = u.micro_batches(s.seg_batch, 0, run.rank, world)[0], {"segmentation": net}
-    state = run.resume("segmentation.pt", optimiser, parts, "segmentation")
-    if (start := state["step"]) == s.seg_steps: return net.eval()
-
-    trial, first = copy.deepcopy(net), segmentation_batch(s, 0, own, source, unconstrained, device)
-    dtype = run.decide_dtype("segmentation_precision", s.precision, device,
-                             lambda dtype: segmentation_loss(trial, *first, device, dtype).backward())
-    del trial, first  # else their memory stays taken
-    if run.rank == 0: print(f"f^S: {s.seg_steps} steps of {s.seg_batch}, {dtype}", flush=True)
-    model, scaler = u.parallel(net, world), u.grad_scaler(device, dtype, state)
-    progress = u.Progress("f^S", s.seg_steps, s.seg_batch, start, run.rank)
-
-    def save(done): run.save("segmentation.pt", s, optimiser, parts, stage="segmentation", step=done,
-                             steps=s.seg_steps, scaler=scaler.state_dict())
-
-    def losses(step):  # of each image alone
-        rows = data.batch_rows(len(source), s.seed, "segmentation order", step, s.seg_batch)[own]
-        x, fg = segmentation_batch(s, step, own, source, unconstrained, device)
-        for row, *one in zip(rows, x.split(1), fg.split(1)):
-            with torch.no_grad(): yield "L_seg", segmentation_loss(net, *one, device, dtype), source, row
-    guard = u.Guard(optimiser, scaler, net, torch.zeros(1, device=device), save, losses)
+    net = UNet(s.seg_channels).to(device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(parameter_groups(net, 1e-4), lr=s.seg_lr, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    start = run.resume("segmentation.pt", optimiser, scaler, {"segmentation": net}, "segmentation")
+    model = DistributedDataParallel(net) if world > 1 else net
+    micro = runs.micro_batches(s.seg_batch, 0, run.rank, world, "--seg-batch")
     steps = range(start, s.seg_steps)
-    batches = (segmentation_batch(s, i, own, source, unconstrained, device) for i in steps)
-    for step, batch in zip(steps, data.prefetch(batches, device)):
-        for group in optimiser.param_groups: group["lr"] = u.cosine_rate(step, s.seg_steps, 50, s.seg_lr)
-        guard.start()
-        loss = segmentation_loss(model, *batch, device, dtype)
+    batches = data.read_ahead(SegmentationData(s, source, unconstrained), steps, micro, s.workers, device)
+    progress = runs.Progress("f^S", s.seg_steps, images=s.seg_batch, start=start, quiet=run.rank > 0)
+    window = []  # losses since the last line of the log
+    for done, (stored, x_c) in enumerate(batches, start + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = cosine_rate(done - 1, s.seg_steps, 50, s.seg_lr)
+        x, foreground, _ = data.augment(stored, s.image, device)  # (b, 3, H, W), (b, 1, H, W)
+        x = data.normalise(swap_backgrounds(x, foreground, x_c, s.image))
+        optimiser.zero_grad()
+        with autocast(device, run.dtype):
+            logits = model(x.contiguous(memory_format=torch.channels_last))  # (b, 1, H, W)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), foreground)
         scaler.scale(loss).backward()
-        guard.step(step, loss)
-        done, stopping = step + 1, stop.requested()
-        logging, saving = (done % every == 0 or done == s.seg_steps for every in (s.log_every, s.save_every))
-        if logging or saving or stopping: guard.check()
-        if logging:
-            value = float(u.mean_over_processes(loss.detach().clone()))
-            run.log(stage="segmentation", step=done, L_seg=value)
-            progress.show(done, {"L_seg": value}, final=done == s.seg_steps)
-        if saving or stopping: save(done)
-        if stopping: return None
+        scaler.step(optimiser)
+        scaler.update()
+        window.append(loss.detach()[None])
+        if done % s.log_every == 0 or done == s.seg_steps:
+            losses = runs.mean_losses(window, done, "L_seg")
+            run.log(stage="segmentation", step=done, **losses)
+            progress.show(done, losses, final=done == s.seg_steps)
+            window.clear()
+        if done % s.save_every == 0 or done == s.seg_steps:
+            run.save("segmentation.pt", done, s.seg_steps, optimiser, scaler, {"segmentation": net})
     return net.eval()
 
 
 @torch.no_grad()
-def predict_masks(s: Settings, net, dataset: data.Dataset, path: Path, run: u.Run, stop: u.StopSignal,
-                  world: int, device, dtype) -> bool:
-    """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored images, once, into the run.
-
-    Every process writes its rows of one file, which gets its name when all are done. False if stopped.
-    """
-    if u.from_rank_0(path.exists()): return True
-    u.statistics_of_rank_0(net)
-    (n, H), part = dataset.images.shape[:2], path.with_name("target_masks.part.npy")
-    with u.writing(part):
-        if run.rank == 0: np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
-    u.wait_for_all()  # outside: a peer that is gone is no failure to write
-    with u.writing(part):
-        mine = np.array_split(np.arange(n), world)[run.rank]  # its rows; none, if processes outnumber them
-        file = open(part, "r+b")
-        if len(mine): file.seek(np.load(part, mmap_mode="r").offset + int(mine[0]) * H * H)
-    seen = round(s.image * dataset.meta["margin"])  # f^S learned with this many pixels to the stored crop
-    progress = u.Progress("target masks", len(mine), world, rank=run.rank)
-    share = np.zeros(n, np.float32)                                                      # of foreground
-    for i in range(0, -(-n // world), 64):  # as many rounds on each process, for they ask each other to stop
-        if stop.requested(): return False  # the same command begins them again
-        if not len(rows := mine[i:i + 64]): continue
-        x = data.normalise(data.load_images(dataset, rows, device))
-        x = F.interpolate(x, size=seen, mode="bilinear", antialias=True)                 # (64, 3, seen, seen)
-        with u.autocast(device, dtype): logits = net(x.contiguous(memory_format=torch.channels_last))
-        soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
-        masks = (255 * soft[:, 0]).round().byte().cpu().numpy()                          # (64, H, H)
-        share[rows] = (masks >= 128).mean(axis=(1, 2))
-        with u.writing(part): file.write(masks.tobytes())
-        progress.show(i + len(rows), final=i + len(rows) == len(mine))
-    with u.writing(part):
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes the name
-        file.close()
-    share = u.mean_over_processes(torch.from_numpy(share)) * world                       # also waits for all
-    failed = ((share < 0.01) | (share > 0.90)).float().mean()
-    if run.rank == 0:
+def predict_masks(s: Settings, run: Run, net: UNet, target: Dataset, device) -> None:
+    """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored target images, once, by rank 0."""
+    path, n, H = run.folder / "target_masks.npy", *target.images.shape[:2]
+    runs.statistics_of_rank_0(net)
+    if run.rank == 0 and not path.exists():
+        part, failed = path.with_suffix(".part.npy"), 0
+        masks = np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
+        seen = round(s.image * target.meta["margin"])  # px of the stored crop at f^S's resolution
+        progress = runs.Progress("target masks", n, "images")
+        for rows in np.array_split(np.arange(n), -(-n // 64)):
+            x = torch.from_numpy(target.images[rows]).to(device).permute(0, 3, 1, 2)  # (64, 3, H, H)
+            x = F.interpolate(data.normalise(x.float() / 255), size=seen, mode="bilinear", antialias=True)
+            with autocast(device, run.dtype):
+                logits = net(x.contiguous(memory_format=torch.channels_last))  # (64, 1, seen, seen)
+            soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
+            masks[rows] = (255 * soft[:, 0]).round().byte().cpu().numpy()  # (64, H, H)
+            share = (masks[rows] >= 128).mean(axis=(1, 2))
+            failed += int(((share < 0.01) | (share > 0.90)).sum())
+            progress.show(int(rows[-1]) + 1, final=rows[-1] == n - 1)
+        masks.flush()
         part.rename(path)
-        print(f"target masks: {100 * share.mean():.0f} % foreground; {100 * failed:.1f} % of them have under "
-              "1 % or over 90 %; an augmented crop that has so keeps its background", flush=True)
-    u.wait_for_all()
-    return True
+        print(f"target masks: {100 * failed / n:.1f} % have under 1 % or over 90 % foreground", flush=True)
+    run.remember("target_masks", runs.from_rank_0(runs.file_checksum(path) if run.rank == 0 else None))
 
 
 # ==========================================================================================================
 # The masked autoencoder
 # ==========================================================================================================
-def rows_of(s: Settings, step: int, own: slice, domains: list) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the domains, and which row of it, each image of a share of batch `step` is: (b,) and (b,)."""
-    counts = np.array([len(dataset) for dataset, _, _ in domains])
-    ends = counts.cumsum()
-    rows = data.batch_rows(int(ends[-1]), s.seed, "pretraining order", step, s.batch)[own]    # of their union
-    which = np.searchsorted(ends, rows, "right")
-    return which, rows - (ends - counts)[which]
+class Domain(NamedTuple):
+    """A data set of stage 1, its masks (n, H, H) or None, and whether Eq. (2) weights its patches by them."""
+
+    dataset: Dataset
+    masks: np.ndarray | None
+    weighted: bool
 
 
-def pretraining_batch(s: Settings, step: int, own: slice, domains: list, unconstrained, device) -> tuple:
-    """One share of global batch `step`: images (b, 3, H, W), normalised; weights and masking noise (b, N).
+class PretrainingRows(NamedTuple):
+    """What a worker reads for one micro-batch of b images, sorted by domain."""
 
-    domains: (data set, its masks or None, whether Eq. (2) uses them). not in the paper: rows come from their
-    union, so that the larger has the larger share of a batch.
+    domains: list[data.StoredCrops]  # one per domain
+    x_c: Backgrounds | None
+    noise: Tensor  # (b, N), of `random_masking`
+    inverse: Tensor
+
+
+class PretrainingBatch(NamedTuple):
+    """One micro-batch on the training device."""
+
+    images: Tensor  # x (b, 3, H, W), normalised
+    weights: Tensor  # w (b, N) of Eq. (2), or ones
+    noise: Tensor  # (b, N)
+
+
+class PretrainingData(torch.utils.data.Dataset):
+    """[step, slice] reads one micro-batch of stage 1 from the union of the domains.
+
+    not in the paper: the union, in which the larger data set has the larger share of a batch.
     """
-    rng, N = u.random_generator(s.seed, "pretraining", step), (s.image // s.patch) ** 2
-    which, rows = rows_of(s, step, own, domains)
-    parameters = data.augmentation(rng, s.batch, s.jitter)[own]
-    noise = data.to_device(rng.random((s.batch, N), np.float32)[own], device)            # (b, N)
-    x = torch.empty(len(rows), 3, s.image, s.image, device=device)
-    fg, w = torch.zeros_like(x[:, :1]), torch.ones(len(rows), N, device=device)   # (b, 1, H, W), (b, N)
-    for i, (dataset, masks, weighted) in enumerate(domains):
-        here = np.flatnonzero(which == i)
-        if not len(here): continue
-        at = data.to_device(here, device)
-        x[at], seen, _ = data.crops(dataset, rows[here], parameters[here], s.image, device, masks)
-        if masks is not None: fg[at] = seen
-        if weighted: w[at] = u.foreground_weights(seen, s.patch, s.alpha)                # Eq. (2)
-    if s.xc > 0: x = swap_backgrounds(s, rng, x, fg, s.xc, own, s.batch, unconstrained, s.jitter, 0.0)
-    return data.normalise(x), w, noise
+
+    def __init__(self, s: Settings, domains: list[Domain], unconstrained: Dataset | None):
+        self.s, self.domains, self.unconstrained = s, domains, unconstrained
+
+    def __getitem__(self, key: tuple[int, slice]) -> PretrainingRows:
+        (step, own), s = key, self.s
+        rng = runs.random_generator(s.seed, "pretraining", step)
+        parameters = data.augmentation(rng, s.batch, s.jitter)[own]
+        noise = rng.random((s.batch, (s.image // s.patch) ** 2), np.float32)[own]
+        ends = np.cumsum([len(domain.dataset) for domain in self.domains])
+        rows = data.batch_rows(int(ends[-1]), s.seed, "pretraining order", step, s.batch)[own]
+        which = np.searchsorted(ends, rows, "right")  # the domain of each row
+        order = np.argsort(which, kind="stable")
+        stored = []
+        for i, (dataset, masks, _) in enumerate(self.domains):
+            here = which == i
+            own_rows = rows[here] - (ends[i] - len(dataset))
+            stored.append(data.read_rows(dataset, own_rows, parameters[here], masks))
+        x_c = None
+        if s.xc > 0:
+            x_c = read_backgrounds(rng, own, order, s.batch, s.xc, self.unconstrained, s.jitter)
+        inverse = torch.from_numpy(np.argsort(order))
+        return PretrainingRows(stored, x_c, torch.from_numpy(noise[order]), inverse)
 
 
-def reconstruction_loss(s: Settings, model, x, w, noise, device, dtype):
-    """L_WMAE of Eq. (3) and, to compare with MAE's logs, the mean squared error of a masked pixel."""
-    with u.autocast(device, dtype): predicted, m = model(x, noise, s.mask_ratio)       # (b, N, P*P*3), (b, N)
-    patches = u.patchify(x, s.patch)                                                     # (b, N, P*P*3)
-    if s.norm_pix: patches = u.normalise_patches(patches)
-    L_WMAE = u.weighted_mae_loss(predicted, patches, w, m)                               # Eq. (3)
-    with torch.no_grad(): pixel = ((predicted.float() - patches).square().mean(-1) * m).sum() / m.sum()
-    return L_WMAE, pixel
+def pretraining_batch(s: Settings, rows: PretrainingRows, domains: list[Domain], device) -> PretrainingBatch:
+    """Augment the stored crops of a micro-batch, weight their patches by Eq. (2), swap backgrounds."""
+    images, foregrounds, weights = [], [], []
+    for stored, domain in zip(rows.domains, domains, strict=True):
+        if not len(stored.images):
+            continue
+        x, foreground, _ = data.augment(stored, s.image, device)  # (b_i, 3, H, W), (b_i, 1, H, W)
+        foreground = torch.zeros_like(x[:, :1]) if foreground is None else foreground
+        w = foreground_weights(foreground, s.patch, s.alpha)  # Eq. (2), (b_i, N)
+        images.append(x)
+        foregrounds.append(foreground)
+        weights.append(w if domain.weighted else torch.ones_like(w))
+    x = swap_backgrounds(torch.cat(images), torch.cat(foregrounds), rows.x_c, s.image)  # (b, 3, H, W)
+    at, noise = data.to_device(rows.inverse, device), data.to_device(rows.noise, device)
+    return PretrainingBatch(data.normalise(x)[at], torch.cat(weights)[at], noise[at])
 
 
-def train_autoencoder(s: Settings, run: u.Run, stop: u.StopSignal, domains, unconstrained, device, world):
-    """f^E and f^D by Eq. (3). Returns False if stopped."""
+def train_autoencoder(s: Settings, run: Run, domains: list[Domain], unconstrained, world: int, device):
+    """Train f^E and f^D by Eq. (3), Sec. 3.1."""
     torch.manual_seed(s.seed)
     encoder, decoder = networks(s)
-    encoder.checkpointing, parts = s.checkpointing, {"encoder": encoder, "decoder": decoder}
-    mae = u.MaskedAutoencoder(encoder, decoder).to(device)
-    groups = u.parameter_groups(mae, s.weight_decay)
-    optimiser = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
-    state = run.resume("checkpoint.pt", optimiser, parts, "pretraining")
-    steps = max(1, round(s.epochs * sum(len(dataset) for dataset, _, _ in domains) / s.batch))
-    if (start := state["step"]) == steps:
-        if run.rank == 0: print(f"finished already: {run.folder}", flush=True)
-        return True
-    sums = state.get("sums", torch.zeros(3)).to(device)  # of L_WMAE, pixel, steps since the last log
-    micro = u.micro_batches(s.batch, s.micro_batch, run.rank, world)
-
-    def make(step, own): return pretraining_batch(s, step, own, domains, unconstrained, device)
-    trial, first = copy.deepcopy(mae), make(0, micro[0])
-    dtype = run.decide_dtype("precision", s.precision, device, lambda dtype: reconstruction_loss(
-        s, trial, *first, device, dtype)[0].backward())  # on a copy, so that timing leaves no trace
-    del trial, first
-    if run.decide_compile(s.compile, device, steps): mae.compile()
-    if run.rank == 0: print(f"MAE: {steps} steps of {s.batch} images, {dtype}, {device}", flush=True)
-    model, scaler = u.parallel(mae, world), u.grad_scaler(device, dtype, state)
-    progress = u.Progress("MAE", steps, s.batch, start, run.rank)
-
-    def save(done): run.save("checkpoint.pt", s, optimiser, parts, stage="pretraining", step=done,
-                             steps=steps, sums=u.mean_over_processes(sums), scaler=scaler.state_dict())
-
-    def losses(step):  # of each image alone
-        for own in micro:
-            (which, rows), batch = rows_of(s, step, own, domains), make(step, own)
-            for i, row, *one in zip(which, rows, *(part.split(1) for part in batch)):
-                with torch.no_grad(): L_WMAE, _ = reconstruction_loss(s, mae, *one, device, dtype)
-                yield "L_WMAE", L_WMAE, domains[i][0], row
-    guard = u.Guard(optimiser, scaler, mae, sums, save, losses)
-    ahead = data.prefetch((make(i, own) for i in range(start, steps) for own in micro), device)
+    encoder.checkpointing = s.checkpointing
+    mae = MaskedAutoencoder(encoder, decoder).to(device)
+    optimiser = torch.optim.AdamW(parameter_groups(mae, s.weight_decay), betas=(0.9, 0.95), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    modules = {"encoder": encoder, "decoder": decoder}
+    start = run.resume("checkpoint.pt", optimiser, scaler, modules, "pretraining")
+    if s.compile:
+        runs.compile_blocks(encoder.blocks, decoder.decoder_blocks)
+    model = DistributedDataParallel(mae) if world > 1 else mae
+    steps = max(1, round(s.epochs * sum(len(domain.dataset) for domain in domains) / s.batch))
+    micro = runs.micro_batches(s.batch, s.micro_batch, run.rank, world)
+    reader = PretrainingData(s, domains, unconstrained)
+    stored = data.read_ahead(reader, range(start, steps), micro, s.workers, device)
+    progress = runs.Progress("MAE", steps, images=s.batch, start=start, quiet=run.rank > 0)
+    window = []  # losses since the last line of the log
     for step in range(start, steps):
-        rate = u.cosine_rate(step, steps, round(s.warmup * steps), s.lr)
-        for group in optimiser.param_groups: group["lr"] = rate
-        guard.start()
-        for _ in u.micro_steps(model, micro):
-            L_WMAE, pixel = reconstruction_loss(s, model, *next(ahead), device, dtype)
-            scaler.scale(L_WMAE / len(micro)).backward()
-            sums += torch.stack([L_WMAE.detach(), pixel, torch.ones_like(pixel)]) / len(micro)
-        guard.step(step, sums)
-        done, stopping = step + 1, stop.requested()
-        logging, saving = (done % every == 0 or done == steps for every in (s.log_every, s.save_every))
-        if logging or saving or stopping: guard.check()
-        if logging:
-            L_WMAE, pixel, _ = (u.mean_over_processes(sums) / sums[2]).tolist()
-            run.log(stage="pretraining", step=done, L_WMAE=L_WMAE, pixel=pixel, lr=rate)
-            progress.show(done, {"L_WMAE": L_WMAE, "per masked pixel": pixel}, final=done == steps)
-            sums.zero_()
-        if saving or stopping: save(done)
-        if stopping: return False
-    return True
+        lr = cosine_rate(step, steps, round(s.warmup * steps), s.lr)
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        optimiser.zero_grad()
+        losses = torch.zeros(2, device=device)
+        for i in range(len(micro)):
+            batch = pretraining_batch(s, next(stored), domains, device)
+            with runs.sync_gradients(model, i == len(micro) - 1):
+                with autocast(device, run.dtype):
+                    predicted, m = model(batch.images, batch.noise, s.mask_ratio)  # (b, N, P*P*3), (b, N)
+                patches = patchify(batch.images, s.patch)  # (b, N, P*P*3)
+                if s.norm_pix:
+                    patches = normalise_patches(patches)
+                L_WMAE = weighted_mae_loss(predicted, patches, batch.weights, m)  # Eq. (3)
+                scaler.scale(L_WMAE / len(micro)).backward()
+            error = (predicted.detach().float() - patches).square().mean(dim=-1)  # (b, N)
+            pixel = (error * m).sum() / m.sum()  # to compare with MAE's own logs
+            losses += torch.stack([L_WMAE.detach(), pixel]) / len(micro)
+        scaler.step(optimiser)
+        scaler.update()
+        window.append(losses)
+        done = step + 1
+        if done % s.log_every == 0 or done == steps:
+            means = runs.mean_losses(window, done, "L_WMAE", "pixel")
+            run.log(stage="pretraining", step=done, lr=lr, **means)
+            progress.show(done, means, final=done == steps)
+            window.clear()
+        if done % s.save_every == 0 or done == steps:
+            run.save("checkpoint.pt", done, steps, optimiser, scaler, modules)
 
 
-def main(arguments=None) -> int:
-    """f^S, target masks, f^E and f^D in turn; 0 when finished, 130 or 143 when stopped (Ctrl-C, SIGTERM)."""
-    s = u.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
-    s.out = s.out or f"runs/{u.run_group(s.preset, s.task)}/pretrain-{s.variant}-seed{s.seed}"
-    rank, world, device = u.setup_distributed(s.device)
-    u.compute_with(s.threads, s.deterministic)
-    check(s, world)
-    x_c = s.unconstrained if s.xc > 0 or uses_f_S(s) else ""
-    data.ensure_benchmark([s.source, s.target, x_c], rank)
-    stop = u.StopSignal()
+# ==========================================================================================================
+# Set-up
+# ==========================================================================================================
+def complete(s: Settings, world: int) -> bool:
+    """Fill in settings that follow from others, refuse what does not fit, return whether f^S is needed."""
+    s.out = s.out or f"runs/{runs.run_group(s.preset, s.task)}/pretrain-{s.variant}-seed{s.seed}"
+    if s.target not in ("", "auto") and VARIANTS[s.variant].get("target") == "":
+        raise InputError(f"--target {s.target}: variant {s.variant} has no target")
+    s.target = rendering.auto_folder(s.target, s.source, "target_train")
+    needs_f_S = bool(s.target) and not s.target_masks and (s.masks == "both" or s.xc > 0)
+    s.unconstrained = rendering.auto_folder(s.unconstrained, s.source, "unconstrained")
+    if not (s.xc > 0 or needs_f_S):
+        s.unconstrained = ""
+    elif not s.unconstrained:
+        raise InputError("--unconstrained: name a folder of backgrounds X_C, or give --masks none --xc 0")
+    if s.save_every % s.log_every:
+        raise InputError(f"--save-every {s.save_every}: give a multiple of --log-every {s.log_every}")
+    try:
+        with torch.device("meta"):  # shapes without values: what does not fit is found before f^S is trained
+            x, noise = torch.zeros(1, 3, s.image, s.image), torch.zeros(1, (s.image // s.patch) ** 2)
+            MaskedAutoencoder(*networks(s))(x, noise, s.mask_ratio)
+            if needs_f_S:
+                UNet(s.seg_channels)(x)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    runs.micro_batches(s.batch, s.micro_batch, 0, world)
+    runs.micro_batches(s.seg_batch, 0, 0, world, "--seg-batch")
+    return needs_f_S
 
-    # ---- data: the target's labels and masks are never opened ----------------------------------------------
+
+def main(arguments=None) -> None:
+    """Train f^S, predict the target's masks, train f^E and f^D."""
+    s = runs.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
+    rank, world, device = runs.setup_distributed(s.device)
+    runs.configure_torch(s.threads, s.deterministic)
+    needs_f_S = complete(s, world)
+
+    # the target's labels and true masks are never opened
+    rendering.ensure_benchmark([s.source, s.target, s.unconstrained], rank)
     use_masks = s.masks != "none" or s.xc > 0
-    source = data.Dataset(s.source, *(["masks"] if use_masks else []))
-    target = data.Dataset(s.target) if s.target else None
-    if use_masks: check_masks(source.masks, source.folder / "masks.npy", "give --masks none --xc 0")
-    unconstrained = data.Dataset(x_c) if x_c else None
+    source = Dataset(s.source, *(["masks"] if use_masks else []))
+    target = Dataset(s.target) if s.target else None
+    unconstrained = Dataset(s.unconstrained) if s.unconstrained else None
+    if use_masks:
+        check_masks(source.masks, source.folder / "masks.npy", "give --masks none --xc 0")
     sets = {"source": source, "target": target, "unconstrained": unconstrained}
-    if rank == 0: data.say_if_enlarged(list(sets.values()), s.image)
-    facts = {name: d.fingerprint for name, d in sets.items() if d is not None}
-    target_masks = data.open_masks(s.target_masks, target) if s.target_masks else None
-    if target_masks is not None:
+    facts = {f"{name}'s data": dataset.fingerprint for name, dataset in sets.items() if dataset is not None}
+    target_masks = None
+    if s.target_masks:
+        target_masks = open_masks(s.target_masks, target)
         check_masks(target_masks, s.target_masks, "leave out --target-masks")
-        facts["target_masks"] = u.file_checksum(s.target_masks)
-    # f^S has BatchNorm, of one process's images; once the target's masks are there, nothing else has
-    elastic = not uses_f_S(s) or (Path(s.out) / "target_masks.npy").exists()
-    run = u.Run(s.out, s, {"data": facts, "world": world, **u.machine(device)}, rank, elastic)
+        facts["target_masks"] = runs.file_checksum(s.target_masks)
+    if rank == 0:
+        say_if_enlarged(sets.values(), s.image)
+    run = Run(s.out, s, facts | {"world": world}, rank, device)
 
-    # ---- f^S, and the target's masks by it -----------------------------------------------------------------
-    if uses_f_S(s):
-        net = train_segmentation(s, run, stop, source, unconstrained, device, world)
-        if net is None: return stop.status
-        dtype = getattr(torch, run.config["segmentation_precision"])
-        path = run.folder / "target_masks.npy"
-        if not predict_masks(s, net, target, path, run, stop, world, device, dtype): return stop.status
-        target_masks = data.open_masks(path, target)
-
-    # ---- f^E and f^D ---------------------------------------------------------------------------------------
-    domains = [(source, source.masks, s.masks != "none")]
-    if target is not None: domains.append((target, target_masks, s.masks == "both"))
-    finished = train_autoencoder(s, run, stop, domains, unconstrained, device, world)
-    if not finished: return stop.status
-    if rank == 0: print(f"finished: {run.folder}; train_finetune.py can start from it", flush=True)
-    return 0
+    if needs_f_S:
+        f_S = train_segmentation(s, run, source, unconstrained, world, device)
+        predict_masks(s, run, f_S, target, device)
+        target_masks = open_masks(run.folder / "target_masks.npy", target)
+    domains = [Domain(source, source.masks, s.masks != "none")]
+    if target is not None:
+        domains.append(Domain(target, target_masks, s.masks == "both"))
+    train_autoencoder(s, run, domains, unconstrained, world, device)
+    if rank == 0:
+        print(f"finished: {run.folder}; train_finetune.py can start from it", flush=True)
 
 
-if __name__ == "__main__": u.run_script(main)
+if __name__ == "__main__":
+    runs.run_script(main)

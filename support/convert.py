@@ -1,0 +1,453 @@
+"""Converts a publisher's samples to a data-set folder: checks of the labels, crops, workers, resuming.
+
+Needed by `python data.py NAME ROOT OUT` and, for its workers, by the embedded benchmark. The files
+themselves are read in support/readers/.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import zlib
+from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from support.folder import HAND_JOINTS, HUMAN_JOINTS, MARGIN, write_folder
+from support.readers.formats import Missing, open_mask, open_picture, open_video, reading
+from support.run import InputError, Progress, write_atomically
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SAMPLES_PER_JOB = 16
+
+
+class Sample(NamedTuple):
+    """One picture, or one frame of a video, as its publisher ships it. File names are relative to ROOT."""
+
+    image: str  # picture file, or video file if `frame` is given
+    keypoints: np.ndarray | None = None  # (K, 3) mm, camera; NaN: not labelled. None: no labels at all
+    intrinsics: np.ndarray | None = None  # (3, 3) px of the whole picture, pixel centres at integers
+    mask: str | None = None  # picture file, or .mat file (then `mask_key` says what in it)
+    foreground: tuple = (128, 255)  # grey values, palette indices or labels in this closed range are foreground
+    uv: np.ndarray | None = None  # (K, 2) px: the publisher's own 2D labels, if there are any
+    size: tuple | None = None  # (width, height) px, if the publisher fixes it
+    frame: int | None = None  # number of the frame in the video `image`, from 0
+    mask_key: str | int | None = None  # .mat v5: name of the variable; v7.3: index into the cell 'Masks'
+    left: bool = False  # a left hand: picture, mask, labels and camera are mirrored to a right one
+    distortion: np.ndarray | None = None  # (5,) k1 k2 p1 p2 k3, OpenCV's formula; undone in the crop
+    tolerance: float = 2.0  # px that projected keypoints may be away from `uv`
+    around: np.ndarray | None = None  # (n, 3) mm, camera: points, no joints, that the crop has to show as well
+
+    def __str__(self) -> str:
+        return self.image if self.frame is None else f"{self.image} frame {self.frame}"
+
+
+# ==========================================================================================================
+# The checks of labels. Each returns None, or "kind: what is wrong".
+# ==========================================================================================================
+def hand_fault(keypoints: np.ndarray) -> str | None:
+    """What is impossible about joints (21, 3) mm of a right hand: unit, order along a finger, handedness.
+
+    A finger's middle joint bends only towards the palm, so first bone x second bone points from the little
+    finger to the index in a right hand, and the other way in its mirror image. Straight fingers do not tell,
+    and overstretched ones are no left hand: the mean sine has to be below -0.2 (12 degrees per finger).
+    """
+    bones = np.diff(keypoints[5:].reshape(4, 4, 3), axis=1)  # (4, 3, 3) mm, palm -> tip
+    length = np.linalg.norm(bones, axis=-1)  # (4, 3) mm
+    if np.isfinite(length[1, 0]) and not 15 <= length[1, 0] <= 80:
+        return f"bone: {length[1, 0]:.3g} mm from middle_1 to middle_2, not a human's 15 to 80: another unit?"
+    if np.nansum(length[:, 2] - length[:, 0]) > 0:
+        return "order: the fingers' last bones are longer than the first: from tip to palm?"
+    across = keypoints[5] - keypoints[17]  # (3,) little finger -> index
+    scale = length[:, 0] * length[:, 1] * np.linalg.norm(across) + 1e-9
+    if np.nansum(np.cross(bones[:, 0], bones[:, 1]) @ across / scale) / 4 < -0.2:
+        return "handedness: fingers bend away from the palm: mirrored, a left hand, fingers in reverse order?"
+
+
+def body_fault(keypoints: np.ndarray) -> str | None:
+    """What is impossible about joints (17, 3) mm of HUMAN: unit, order of the sides, handedness.
+
+    A knee bends one way: thigh x shin points from the right hip to the left one, and back in a mirror image
+    or if left and right are exchanged. So do elbows, but the shoulder turns them: they count less. Straight
+    limbs do not tell.
+    """
+    hinges = keypoints[[[1, 2, 3], [4, 5, 6], [14, 15, 16], [11, 12, 13]]]  # (4, 3, 3) mm: knees, elbows
+    bones = np.diff(hinges, axis=1)  # (4, 2, 3) mm
+    length = np.linalg.norm(bones, axis=-1)  # (4, 2) mm
+    for thigh in length[:2, 0]:
+        if thigh < 250 or thigh > 600:  # false where it is NaN
+            return f"bone: {thigh:.3g} mm from hip to knee, not a human's 250 to 600: another unit?"
+    hips, shoulders = keypoints[4] - keypoints[1], keypoints[11] - keypoints[14]  # (3,) right -> left
+    if hips @ shoulders / (np.linalg.norm(hips) * np.linalg.norm(shoulders) + 1e-9) < -0.5:
+        return "order: shoulders and hips point opposite ways: left and right exchanged in arms or legs?"
+    across = hips / (np.linalg.norm(hips) + 1e-9)
+    bend = np.cross(bones[:, 0], bones[:, 1]) @ across / (length.prod(axis=1) + 1e-9)  # sine of the angle
+    if np.nansum(bend * [1, 1, -0.3, -0.3]) < -0.3:
+        return "handedness: knees bend forwards: mirrored, or left and right exchanged?"
+
+
+def projection_fault(keypoints, uv, size, mask=None, published=None, tolerance=2.0) -> str | None:
+    """What is impossible about joints (K, 3) mm that are seen at uv (K, 2) px, in a picture of `size` (w, h).
+
+    They have to be in front of the camera, in the picture, within `tolerance` px of the publisher's own 2D
+    labels (K, 2), and not far better on the mirrored mask than on the mask (H, W) bool itself.
+    """
+    valid = np.isfinite(keypoints).all(axis=1)
+    if valid.sum() < 2:
+        return f"projection: {valid.sum()} joints have labels"
+    if (keypoints[valid, 2] <= 0).any():
+        return "projection: a joint lies behind the camera"
+    uv, size = uv[valid], np.array(size)
+    inside, extent = ((uv >= -0.5) & (uv <= size - 0.5)).all(axis=1), np.ptp(uv, axis=0).max()
+    if inside.mean() < 0.5:
+        return f"projection: {inside.sum()} of {len(uv)} joints fall on the picture"
+    if not 8 <= extent <= 2 * size.max():
+        return f"projection: the joints' box is {extent:.1f} px wide"
+    apart = 0 if published is None else np.fmax.reduce(np.abs(uv - published[valid]), axis=None)
+    if apart > tolerance:
+        return f"projection: {apart:.1f} px from the publisher's 2D labels: camera, order or lens distortion?"
+    if mask is not None:
+        u, v = np.clip(np.round(uv), 0, size - 1).astype(int).T
+        share, mirrored = mask[v, u].mean(), mask[v, size[0] - 1 - u].mean()
+        if mirrored > share + 0.25:
+            return f"projection: {share:.0%} of the joints on the mask, mirrored {mirrored:.0%}: flipped?"
+
+
+def fault_of(joints: list[str], keypoints, uv, size, mask=None, published=None, tolerance=2.0,
+             left: bool = False) -> str | None:
+    """What is impossible about the labels of one sample, a skeleton of these joints, or None."""
+    judge = {tuple(HAND_JOINTS): hand_fault, tuple(HUMAN_JOINTS): body_fault}.get(tuple(joints))
+    fault = judge(keypoints * [-1, 1, 1] if left else keypoints) if judge else None
+    return fault or projection_fault(keypoints, uv, size, mask, published, tolerance)
+
+
+# ==========================================================================================================
+# Cameras
+# ==========================================================================================================
+def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    """Intrinsics (3, 3) px of a camera without skew."""
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])  # (3, 3) px
+
+
+def to_uv(keypoints: np.ndarray, intrinsics: np.ndarray, distortion: np.ndarray | None = None) -> np.ndarray:
+    """One sample's joints (K, 3) mm, camera, and intrinsics (3, 3) -> (K, 2) px, through the lens if it bends."""
+    xy = keypoints[:, :2] / keypoints[:, 2:]
+    return distort(xy, distortion) @ intrinsics[:2, :2].T + intrinsics[:2, 2]
+
+
+def distort(xy: np.ndarray, distortion: np.ndarray | None) -> np.ndarray:
+    """Points (.., 2) on the plane z = 1 -> where a lens with k1 k2 p1 p2 k3 shows them, (.., 2)."""
+    if distortion is None:
+        return xy
+    (k1, k2, p1, p2, k3), (x, y) = distortion, (xy[..., 0], xy[..., 1])
+    square = x * x + y * y
+    radial = 1 + square * (k1 + square * (k2 + square * k3))
+    return np.stack([x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
+                     y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y], axis=-1)
+
+
+# ==========================================================================================================
+# The crop
+# ==========================================================================================================
+def crop_square(pixels: np.ndarray, corner: np.ndarray, width: float, side: int) -> np.ndarray:
+    """A square of `width` px at upper left `corner` (x, y) of pixels (H, W[, 3]) uint8, as (side, side[, 3]).
+
+    Corner and width count from the outer edge of the first pixel: there, pixel u covers u .. u + 1 and its
+    centre is u + 0.5. Bilinear, antialiased when shrinking; edge pixels continue beyond the picture.
+    """
+    reach = 2 + math.ceil(width / side)  # px that antialiasing sees beyond
+    low, high = np.floor(corner).astype(int) - reach, np.ceil(corner + width).astype(int) + reach
+    rows, columns = (np.arange(low[i], high[i]).clip(0, pixels.shape[1 - i] - 1) for i in (1, 0))
+    x, y = corner - low
+    part = pixels[rows[0]:rows[-1] + 1].take(columns, axis=1).take(rows - rows[0], axis=0)
+    patch = Image.fromarray(part)  # fancy indexing by rows and columns at once is many times slower
+    return np.asarray(patch.resize((side, side), Image.Resampling.BILINEAR, (x, y, x + width, y + width)))
+
+
+def crop_window(uv: np.ndarray, box: float) -> tuple[np.ndarray, float]:
+    """The square around the labelled joints' uv (K, 2) px: its corner (x, y) and width, as in `crop_square`."""
+    low, high = np.fmin.reduce(uv), np.fmax.reduce(uv)  # (2,) px
+    width = box * MARGIN * (high - low).max()
+    return (low + high) / 2 + 0.5 - width / 2, width
+
+
+def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample: Sample,
+                     shrunk: int) -> np.ndarray:
+    """`crop_square` of the picture that a lens without distortion would have taken.
+
+    `shrunk` x `shrunk` of the picture's own pixels are one of `pixels`. The part in question is shrunk to
+    about two pixels per pixel of the crop. From there each half pixel of the crop fetches its colour, and
+    2 x 2 are averaged. The lens is computed at 65 x 65 places and linear between them, which is exact to a
+    few hundredths of a pixel.
+    """
+    K, fine = sample.intrinsics, 2 * side
+    places = np.linspace(0.5, fine - 0.5, 65) * width / fine - 0.5
+    u, v = np.meshgrid(corner[0] + places, corner[1] + places)  # (65, 65) px, undistorted
+    xy = (np.stack([u, v], axis=-1) - K[:2, 2]) @ np.linalg.inv(K[:2, :2]).T  # (65, 65, 2) at z = 1
+    uv = (distort(xy, sample.distortion) @ K[:2, :2].T + K[:2, 2] + 0.5) / shrunk  # (65, 65, 2) from the edge
+    seen = np.clip(uv, 0, pixels.shape[1::-1])
+    low = seen.min(axis=(0, 1))
+    extent = (seen.max(axis=(0, 1)) - low).max() + 1e-6
+    patch = crop_square(pixels, low, extent, math.ceil(extent * min(1, shrunk * fine / width))).copy()
+    patch = torch.from_numpy(patch.reshape(*patch.shape[:2], -1)).permute(2, 0, 1)[None].float()  # (1, C, h, w)
+    grid = torch.from_numpy((uv - low) * (2 / extent) - 1).permute(2, 0, 1)[None].float()  # (1, 2, 65, 65)
+    grid = F.interpolate(grid, (fine, fine), mode="bilinear", align_corners=True)  # (1, 2, 2 side, 2 side)
+    found = F.grid_sample(patch, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    found = F.avg_pool2d(found, 2)[0].permute(1, 2, 0).round().byte()  # (side, side, C)
+    return found.numpy().reshape(side, side, *pixels.shape[2:])
+
+
+def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[str, np.ndarray]:
+    """One row of each array: the window (corner, width) of picture and mask, labels, intrinsics of the crop.
+
+    The picture (h, w, 3) may have been decoded smaller than its own size (W, H), that of the mask (H, W).
+    A left hand becomes a right one.
+    """
+    corner, width = window
+    s = side / width
+    shrunk = min((1, 2, 4, 8), key=lambda n: abs(-(-size[0] // n) - image.shape[1]))  # own pixels per pixel
+    K = np.diag([s, s, 1.0])
+    K[:2, 2] = (0.5 - corner) * s - 0.5  # u' = (u + 0.5 - corner) s - 0.5
+    row = {"keypoints": np.float32(sample.keypoints), "intrinsics": np.float32(K @ sample.intrinsics)}
+    for name, pixels, n in (("images", image, shrunk), ("masks", mask, 1)):
+        if pixels is None:
+            continue
+        pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
+        if sample.distortion is None:
+            row[name] = crop_square(pixels, corner / n, width / n, side)
+        else:
+            row[name] = crop_undistorted(pixels, corner, width, side, sample, n)
+    if sample.left:
+        row = {name: x[:, ::-1] if name in ("images", "masks") else x for name, x in row.items()}
+        row["keypoints"] = row["keypoints"] * np.float32([-1, 1, 1])
+        row["intrinsics"][0, 1:] *= -1  # skew, and cx -> side - 1 - cx
+        row["intrinsics"][0, 2] += side - 1
+    return row
+
+
+# ==========================================================================================================
+# From samples to rows
+# ==========================================================================================================
+def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
+    """Picture (h, w, 3) uint8, its mask (H, W) bool or None, and the picture's own size (W, H).
+
+    Picture and mask must have the size that the publisher says. A JPEG of which `width` px become `side` px
+    may be decoded smaller.
+    """
+    for name in (sample.image, sample.mask or ""):  # these names can come from files of labels
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise InputError(f"{root}: its labels name {name!r}, which lies outside of it: refused")
+    path, mask = root / sample.image, None
+    pixels = side if sample.distortion is None else 2 * side  # as `crop_undistorted` wants
+    if sample.frame is None:
+        image, size = open_picture(path, pixels, width)
+    else:
+        with reading(path, "video"):
+            image = open_video(path).frame(sample.frame)
+        size = image.shape[1::-1]
+    if sample.mask:
+        mask = open_mask(root / sample.mask, sample.foreground, sample.mask_key)
+    expected = tuple(sample.size or size)
+    for name, found in ((sample.image, size), (sample.mask, expected if mask is None else mask.shape[1::-1])):
+        if found != expected:
+            raise InputError(f"{root / name}: {found[0]} x {found[1]} px, expected "
+                             f"{expected[0]} x {expected[1]}")
+    return image, mask, size
+
+
+def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dict[str, np.ndarray]:
+    """One row of each array; Missing, "kind: what is wrong", if the sample has to be left out."""
+    if sample.keypoints is None:
+        image, _, _ = open_sample(root, sample, side, 0)
+        size = np.array(image.shape[1::-1])  # the crop is the square at its centre
+        return {"images": crop_square(image, (size - size.min()) / 2, size.min(), side)}
+    held = sample.keypoints if sample.around is None else np.vstack([sample.keypoints, sample.around])
+    window = crop_window(to_uv(held, sample.intrinsics), skeleton["box"])
+    image, mask, size = open_sample(root, sample, side, window[1] if np.isfinite(window[1]) else 0)
+    uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)  # (K, 2) px
+    fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, mask, sample.uv, sample.tolerance,
+                     sample.left)
+    if not fault and sample.around is not None and sample.around[:, 2].min() < 100:
+        fault = "projection: the crop has to hold a point less than 100 mm before the camera"
+    if fault:
+        raise Missing(fault)
+    return crop_sample(sample, image, mask, size, window, side)
+
+
+def convert_samples(root: Path, side: int, skeleton: dict, job: list[Sample]) -> tuple[dict, list[str]]:
+    """Rows of the samples that pass the checks, and "FILE: kind: what is wrong" for each of the others.
+
+    A broken picture that has labels stops the conversion, because the download is broken. Any other picture
+    is left out.
+    """
+    rows, skipped = [], []
+    for sample in job:
+        try:
+            rows.append(convert_sample(root, side, skeleton, sample))
+        except Missing as reason:
+            skipped.append(f"{sample}: {reason}")
+        except InputError as error:
+            if sample.keypoints is not None:
+                raise
+            skipped.append(str(error))
+    kinds = {tuple(row) for row in rows}
+    if len(kinds) > 1:
+        names = ", others ".join(map(str, sorted(kinds)))
+        raise InputError(f"{root}: of samples {job[0]} to {job[-1]} some have {names}: a reader gives labels "
+                         "to all of its samples or to none, and masks alike")
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}, skipped
+
+
+def convert(name: str, reader, root: str, out: str, side: int, workers: int, origin: str, **options) -> dict:
+    """ROOT as its publisher ships it -> data-set folder OUT, stored crops of `side` px. Returns its meta.json.
+
+    `reader` is the module of support/readers/. `origin` is the command, which is recorded.
+    """
+    meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin}
+    meta |= {key: value for key, value in reader.SKELETON.items() if key != "box"}
+    count, samples = reader.read(Path(root), **options)
+    jobs = iter(lambda: list(itertools.islice(samples, SAMPLES_PER_JOB)), [])
+    work = partial(convert_samples, Path(root), side, reader.SKELETON)
+    return build_dataset(out, meta, jobs, count, work, workers, getattr(reader, "MAX_SKIPPED", 0.05))
+
+
+# ==========================================================================================================
+# From jobs to a data-set folder
+# ==========================================================================================================
+def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, work, workers: int = 0,
+                  max_skipped: float = 0.05) -> dict:
+    """Write work(job) for every job, in order, to a data-set folder. Returns its meta.json.
+
+    work(job) returns (arrays, skipped): rows of each array, and a line for each sample that is left out.
+    The result of a job is a shard: a file in FOLDER.part, renamed once it is whole. The next call skips the
+    shards that are there, so an interrupted call continues, and the result is the same bytes for any number of
+    workers (0: all cores). At the end the shards become arrays, which takes twice the disk space for a while.
+    Raise InputError if more than `max_skipped` of the samples are left out, naming the most common reason: at
+    that rate the reader is probably wrong, not the data.
+    """
+    folder, part = Path(folder), Path(f"{Path(folder)}.part")
+    if folder.exists():
+        raise InputError(f"{folder}: exists; remove it to make it again")
+    begun = json.dumps(meta, sort_keys=True).encode()
+    tasks = ((part / f"{i:07d}-{name_checksum(job, begun):08x}.npz", work, job) for i, job in enumerate(jobs))
+    shards, rows, skipped, layout = [], 0, [], {}
+    progress = Progress(folder.name, total, unit="images", every=5)
+    with claimed(part):
+        for path, count, new, arrays in in_order(make_shard, tasks, workers or CORES):
+            layout = layout or arrays
+            if arrays and arrays != layout:
+                raise InputError(f"{part}: rows {arrays} after rows {layout}: a data set holds one kind of rows")
+            shards.append(path)
+            rows, skipped = rows + count, skipped + new
+            check_skipped(folder, rows, skipped, max_skipped)
+            progress.show(rows + len(skipped))
+        check_skipped(folder, rows, skipped, max_skipped, final=True)
+        progress.total = rows + len(skipped)  # `total` may be an upper bound
+        progress.show(progress.total, final=True)
+        try:
+            write_folder(part / "whole", meta | {"skipped": skipped}, rows, map(read_shard, shards))
+            os.replace(part / "whole", folder)
+        except OSError as error:
+            raise InputError(f"{part}: could not be written ({error.strerror}); the same command continues"
+                             ) from error
+        shutil.rmtree(part, ignore_errors=True)
+    return meta | {"rows": rows, "skipped": skipped}
+
+
+@contextlib.contextmanager
+def claimed(part: Path):
+    """Context in which this process alone writes to the folder `part`; it is made if it is not there."""
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        lock = os.open(part, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{part}: another process writes it; wait for that one") from error
+    except OSError as error:
+        raise InputError(f"{part}: cannot be made ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def name_checksum(job, begun: bytes) -> int:
+    """CRC of the settings and of a job's samples by name: a shard of other samples is not taken for this one."""
+    text = " ".join(map(str, job)) if isinstance(job, list) else str(job)
+    return zlib.crc32(text.encode(errors="backslashreplace"), zlib.crc32(begun))  # a file's name is any bytes
+
+
+def make_shard(task: tuple) -> tuple[Path, int, list[str], dict]:
+    """Do a job and write its shard, unless it is there. Returns its path, number of rows, skipped, row shapes."""
+    path, work, job = task
+    if not path.exists():
+        arrays, skipped = work(job)
+        count = len(next(iter(arrays.values()), ()))
+        notes = [count, skipped, {name: list(array.shape[1:]) for name, array in arrays.items()}]
+
+        def write(temporary):
+            with open(temporary, "wb") as file:
+                np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8), **arrays)
+        write_atomically(path, write)
+    with np.load(path) as shard:
+        return path, *json.loads(shard["notes"].tobytes())
+
+
+def read_shard(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a shard."""
+    with np.load(path) as shard:
+        return {name: shard[name] for name in shard.files if name != "notes"}
+
+
+def check_skipped(folder: Path, rows: int, skipped: list[str], limit: float, final: bool = False) -> None:
+    """InputError, with the most common reason, once more than `limit` of the samples are left out."""
+    seen = rows + len(skipped)
+    too_many = len(skipped) > limit * seen and (final or seen >= 200)
+    if not too_many and (rows or not final):
+        return
+    if not seen:
+        raise InputError(f"{folder}: not one sample; check the flags")
+    kinds = [line.partition(": ")[2].partition(":")[0] for line in skipped]
+    (most, count), = collections.Counter(kinds).most_common(1)
+    raise InputError(f"{folder}: {len(skipped)} of {seen} samples left out, {count} for {most!r} "
+                     f"({skipped[kinds.index(most)]}). Fix it, remove {folder}.part, run again")
+
+
+def in_order(function, tasks: Iterable, workers: int):
+    """function(task) for each task, in order, computed ahead by a pool of processes. One worker is this one."""
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+    pool, waiting = concurrent.futures.ProcessPoolExecutor(workers, spawn, quiet_worker), collections.deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(function, task))
+            if len(waiting) >= 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise InputError("a worker process died (out of memory? give fewer --workers); the same command "
+                         "continues where it stopped") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def quiet_worker() -> None:
+    """Start of a worker: Ctrl-C is the parent's to handle, and one thread is enough."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,234 @@
+"""The data-set folder: its skeletons, how it is opened and written, and every check that it has to pass.
+
+Needed by every script. The format is described in data.py: a few .npy arrays and a meta.json.
+"""
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from support.run import InputError, first_line, read_json, write_json
+
+FORMAT = 1
+ARRAYS = {"images": np.uint8, "masks": np.uint8, "keypoints": np.float32, "intrinsics": np.float32}
+MARGIN = 1.25  # a stored crop is so many times as wide as the network's, which is `box` times the joints' box
+
+HAND_JOINTS = ["wrist"] + [f"{name}_{i}" for name in ("thumb", "index", "middle", "ring", "little")
+                           for i in (1, 2, 3, 4)]  # a finger's joints run from palm to tip
+HAND_BONES = [(0 if i % 4 == 1 else i - 1, i) for i in range(1, 21)]  # (parent, child)
+HAND = {"joints": HAND_JOINTS, "bones": HAND_BONES, "root": 0, "depth_range": 300.0, "box": 1.5}
+HUMAN_JOINTS = ["pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
+                "spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist",
+                "right_shoulder", "right_elbow", "right_wrist"]  # in Human3.6M's order
+HUMAN_BONES = list(zip((0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15), range(1, 17), strict=True))
+HUMAN = {"joints": HUMAN_JOINTS, "bones": HUMAN_BONES, "root": 0, "depth_range": 2000.0, "box": 1.25}
+
+
+class Dataset:
+    """A data-set folder, its arrays memory-mapped. `fields` names those to open besides the images.
+
+    No other file is touched. Raises InputError, with the file and the remedy, for an array that is missing,
+    truncated or of the wrong shape. It pickles as its folder and field names, so that a worker of a
+    DataLoader opens the arrays again instead of receiving a copy of them.
+    """
+
+    def __init__(self, folder: str | Path, *fields: str):
+        self.folder, self.fields, self.meta = Path(folder), fields, read_meta(Path(folder))
+        self.images = open_array(self.folder / "images.npy", np.uint8, ("n", "H", "H", 3))
+        n, H, W, _ = self.images.shape
+        if H != W or n == 0:
+            raise InputError(f"{self.folder}/images.npy: shape {self.images.shape}; not (n > 0, H, H, 3)")
+        if n != self.meta.get("rows", n):
+            raise InputError(f"{self.folder}/images.npy: {n} rows; meta.json counts {self.meta['rows']}")
+        shapes = {"masks": (n, H, H), "keypoints": (n, len(self.meta["joints"]), 3), "intrinsics": (n, 3, 3)}
+        self.masks, self.keypoints, self.intrinsics = (
+            open_array(self.folder / f"{name}.npy", ARRAYS[name], shape) if name in fields else None
+            for name, shape in shapes.items())
+        if self.keypoints is not None:
+            check_labels(self)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __reduce__(self):
+        return Dataset, (self.folder, *self.fields)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data. It covers meta.json with its checksums, or else 256 rows of each array."""
+        crc = {name: value for name, value in self.meta.get("crc", {}).items() if name in ARRAYS}
+        meta = self.meta | ({"crc": crc} if "crc" in self.meta else {})
+        value = zlib.crc32((json.dumps(meta, sort_keys=True) + str(self.images.shape)).encode())
+        some = np.linspace(0, len(self) - 1, min(256, len(self))).astype(int)
+        for array in () if crc else (self.images, self.masks, self.keypoints, self.intrinsics):
+            if array is not None:
+                value = zlib.crc32(np.ascontiguousarray(array[some]), value)
+        return f"{value:08x}"
+
+
+# ==========================================================================================================
+# Opening
+# ==========================================================================================================
+def open_array(path: str | Path, dtype: type, shape: tuple) -> np.ndarray:
+    """A .npy file, memory-mapped. InputError unless it has this type, this shape (a letter stands for any
+    length) and exactly the bytes that its header announces."""
+    path = Path(path)
+    if not path.exists():
+        without = " (training with --masks none --xc 0 does without)" if path.name == "masks.npy" else ""
+        raise InputError(f"{path}: missing; it is needed here{without}")
+    try:
+        array = np.lib.format.open_memmap(path, "r")
+        if array.offset + array.nbytes != path.stat().st_size:
+            raise ValueError(f"its header announces {array.offset + array.nbytes} bytes")
+    except Exception as error:  # numpy raises what it likes: ValueError, OSError, EOFError, SyntaxError
+        raise InputError(f"{path}: broken .npy array: {first_line(error)}") from error
+    if array.dtype != dtype:
+        raise InputError(f"{path}: {array.dtype}; give {np.dtype(dtype)}")
+    fits = [n == m or isinstance(n, str) for n, m in zip(shape, array.shape, strict=False)]
+    if array.ndim != len(shape) or not all(fits):
+        raise InputError(f"{path}: shape {array.shape}; give ({', '.join(map(str, shape))})")
+    return array
+
+
+def is_indices(value, joints: list) -> bool:
+    """Whether `value` is a list of indices of the joints."""
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < len(joints) for i in value)
+
+
+META = {  # field of meta.json: what it has to be, and a test of it; joints come first
+    "joints": ("a list of names", lambda v, _: isinstance(v, list) and all(isinstance(n, str) for n in v)),
+    "bones": ("pairs of indices of its joints", lambda v, joints: isinstance(v, list) and all(
+        is_indices(bone, joints) and len(bone) == 2 for bone in v)),
+    "root": ("an index of its joints", lambda v, joints: is_indices([v], joints or [0])),
+    "compare": ("indices of its joints", lambda v, joints: v is None or is_indices(v, joints)),
+    "depth_range": ("millimetres, up to 1e6", lambda v, _: type(v) in (int, float) and 0 < v <= 1e6),
+    "margin": ("a number from 1 to 10", lambda v, _: type(v) in (int, float) and 1 <= v <= 10),
+    "rows": ("their number", lambda v, _: type(v) is int),
+    "protocol": ("words", lambda v, _: isinstance(v, str)),
+    "crc": ("the arrays' checksums", lambda v, _: isinstance(v, dict) and all(
+        type(c) is int for c in v.values())),
+}
+
+
+def check_fields(path: str | Path, meta: dict) -> None:
+    """InputError unless the fields of a meta.json, or of a checkpoint's skeleton, are what META says."""
+    for key, (says, fits) in META.items():
+        if key in meta and not fits(meta[key], meta["joints"]):
+            raise InputError(f"{path}: {key} is {str(meta[key])[:60]}; give {says}")
+
+
+def read_meta(folder: str | Path) -> dict:
+    """meta.json, its optional fields filled in. InputError if it is missing, broken or of another format."""
+    path = Path(folder) / "meta.json"
+    if not path.exists():
+        raise InputError(f"{folder}: no data set here (no meta.json); see `python data.py -h`")
+    meta = read_json(path)
+    if not isinstance(meta, dict):
+        raise InputError(f"{path}: not a JSON object")
+    missing = {"format", "name", "joints", "bones", "root", "depth_range"} - set(meta)
+    if missing:
+        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}")
+    if meta["format"] != FORMAT:
+        raise InputError(f"{path}: format {str(meta['format'])[:60]}; this code reads {FORMAT}")
+    meta = {"margin": MARGIN, "split": "", "origin": ""} | meta
+    check_fields(path, meta)
+    return meta
+
+
+# ==========================================================================================================
+# Checks
+# ==========================================================================================================
+def check_labels(dataset: Dataset) -> None:
+    """InputError if a label is infinite, or a labelled image has no camera."""
+    for start in range(0, len(dataset), 65536):  # in pieces, so that memory stays flat
+        rows = slice(start, start + 65536)
+        keypoints = dataset.keypoints[rows]
+        infinite = np.isinf(keypoints).any(axis=(1, 2))
+        if infinite.any():
+            raise InputError(f"{dataset.folder}/keypoints.npy: row {start + int(infinite.argmax())} is "
+                             "infinite; write NaN for no label")
+        if dataset.intrinsics is None:
+            continue
+        with np.errstate(all="ignore"):
+            size = np.linalg.det(dataset.intrinsics[rows].astype(float))
+        bad = np.isfinite(keypoints).any(axis=(1, 2)) & ~(np.isfinite(size) & (size != 0))
+        if bad.any():
+            raise InputError(f"{dataset.folder}/intrinsics.npy: row {start + int(bad.argmax())} is no camera "
+                             "(not finite, or of determinant 0), but its image is labelled")
+
+
+def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
+    """Masks (n, H, H) uint8 of a data set in a file of their own, such as f^S's predictions in a run."""
+    return open_array(path, np.uint8, dataset.images.shape[:3])
+
+
+def check_masks(masks: np.ndarray, path: str | Path, remedy: str) -> None:
+    """InputError if none of 256 masks has foreground, as when 0 and 1 were stored instead of 0 and 255."""
+    largest = masks[np.linspace(0, len(masks) - 1, min(256, len(masks))).astype(int)].max()
+    if largest < 128:
+        raise InputError(f"{path}: the largest value is {largest}, no foreground: write 0 background .. "
+                         f"255 foreground, or {remedy}")
+
+
+def same_skeleton(dataset: Dataset, skeleton: dict, whose: str = "the model") -> None:
+    """InputError unless the data set's joints, root and depth range are those of `whose` skeleton."""
+    theirs, ours = dataset.meta["joints"], skeleton["joints"]
+    if len(theirs) != len(ours):
+        raise InputError(f"{dataset.folder}: {len(theirs)} joints, not {len(ours)} as {whose}")
+    for key in ("joints", "root", "depth_range"):
+        found, known = dataset.meta[key], skeleton[key]
+        if found != known:
+            raise InputError(f"{dataset.folder}: {key} is {found}, not {known} as {whose}")
+
+
+def with_root(dataset: Dataset) -> np.ndarray:
+    """Rows of a labelled data set whose root is labelled: without it, nothing says how far away a joint is.
+    InputError if there is none."""
+    root = dataset.meta["root"]
+    rows = np.flatnonzero(np.isfinite(dataset.keypoints[:, root]).all(axis=1))
+    if not len(rows):
+        raise InputError(f"{dataset.folder}/keypoints.npy: no image has a label of the root, "
+                         f"{dataset.meta['joints'][root]}; errors are measured from it")
+    return rows
+
+
+def compared(meta: dict) -> list[int]:
+    """Joints over which errors are averaged: `compare` of meta.json if it is there. Otherwise all joints, for
+    bodies without the root, whose error is 0 by definition; for hands with it, as is customary for EPE."""
+    body = meta["joints"] == HUMAN_JOINTS
+    return meta.get("compare") or [i for i in range(len(meta["joints"])) if not body or i != meta["root"]]
+
+
+def say_if_enlarged(datasets: Iterable[Dataset | None], side: int) -> None:
+    """Name the data sets whose stored crops have fewer pixels than the network's crop of `side` px."""
+    for dataset in filter(None, datasets):
+        stored = round(dataset.images.shape[1] / dataset.meta["margin"])
+        if stored < side:
+            print(f"{dataset.folder}: crops of {stored} px are enlarged to {side}", flush=True)
+
+
+# ==========================================================================================================
+# Writing
+# ==========================================================================================================
+def write_folder(folder: Path, meta: dict, rows: int, parts: Iterable[dict[str, np.ndarray]]) -> None:
+    """Write a data set of `rows` rows from parts, dicts of arrays that follow one another."""
+    folder.mkdir(exist_ok=True)
+    files, crc = {}, {}
+    with contextlib.ExitStack() as stack:
+        for name, array in (item for part in parts for item in part.items()):
+            dtype = np.dtype(ARRAYS[name])
+            if name not in files:
+                files[name] = stack.enter_context(open(folder / f"{name}.npy", "wb"))
+                header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, *array.shape[1:])}
+                np.lib.format.write_array_header_1_0(files[name], header)
+            data = np.ascontiguousarray(array, dtype).tobytes()
+            files[name].write(data)
+            crc[name] = zlib.crc32(data, crc.get(name, 0))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    write_json(folder / "meta.json", {"format": FORMAT} | meta | {"rows": rows, "crc": crc})
