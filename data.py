@@ -140,11 +140,16 @@ def transform_intrinsics(A: Tensor, intrinsics: Tensor) -> Tensor:
 
 def warp(images: Tensor, A: Tensor, side: int) -> Tensor:
     """Stored crops (B, C, H, H) through A (B, 2, 3) to (B, C, side, side), bilinear; edge pixels repeat."""
-    H, back = images.shape[-1], torch.linalg.inv_ex(A[:, :, :2])[0]  # (B, 2, 2) crop px -> stored px
-    middle = back @ ((side - 1) / 2 - A[:, :, 2:])  # (B, 2, 1) stored px of the crop's centre
-    # grid_sample's own units, in both images: -1 .. 1 from the first pixel's outer edge to the last one's
-    theta = torch.cat([back * (side / H), (2 * middle + 1) / H - 1], dim=2)  # (B, 2, 3)
-    grid = F.affine_grid(theta, [len(A), 1, side, side], align_corners=False)  # (B, side, side, 2)
+    H = images.shape[-1]
+    (a, b, c), (d, e, f) = (row.unbind(1) for row in A.unbind(1))  # u' = a u + b v + c, v' = d u + e v + f
+    back = torch.stack([e, -d, -b, a], dim=1) / (a * e - b * d)[:, None]
+    back = back.view(-1, 2, 2)  # (B, 2, 2) crop px -> stored px: the inverse, transposed
+    crop = torch.arange(side, device=A.device, dtype=A.dtype)  # (side,) px
+    along_u = (crop - c[:, None])[..., None] * back[:, :1]  # (B, side, 2) stored px, part of each column
+    along_v = (crop - f[:, None])[..., None] * back[:, 1:]  # (B, side, 2) stored px, part of each row
+    # grid_sample counts -1 .. 1 from the outer edge of the first pixel to that of the last one
+    along_u, along_v = (2 * along_u + 1) / H - 1, 2 * along_v / H
+    grid = along_u[:, None] + along_v[:, :, None]  # (B, side, side, 2)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -246,7 +246,6 @@ class PretrainingRows(NamedTuple):
     domains: list[data.StoredCrops]  # one per domain
     x_c: Backgrounds | None
     noise: Tensor  # (b, N), of `random_masking`
-    inverse: Tensor
 
 
 class PretrainingBatch(NamedTuple):
@@ -283,8 +282,7 @@ class PretrainingData(torch.utils.data.Dataset):
         x_c = None
         if s.xc > 0:
             x_c = read_backgrounds(rng, own, order, s.batch, s.xc, self.unconstrained, s.jitter)
-        inverse = torch.from_numpy(np.argsort(order))
-        return PretrainingRows(stored, x_c, torch.from_numpy(noise[order]), inverse)
+        return PretrainingRows(stored, x_c, torch.from_numpy(noise[order]))
 
 
 def pretraining_batch(s: Settings, rows: PretrainingRows, domains: list[Domain], device) -> PretrainingBatch:
@@ -300,8 +298,7 @@ def pretraining_batch(s: Settings, rows: PretrainingRows, domains: list[Domain],
         foregrounds.append(foreground)
         weights.append(w if domain.weighted else torch.ones_like(w))
     x = swap_backgrounds(torch.cat(images), torch.cat(foregrounds), rows.x_c, s.image)  # (b, 3, H, W)
-    at, noise = data.to_device(rows.inverse, device), data.to_device(rows.noise, device)
-    return PretrainingBatch(data.normalise(x)[at], torch.cat(weights)[at], noise[at])
+    return PretrainingBatch(data.normalise(x), torch.cat(weights), data.to_device(rows.noise, device))
 
 
 def train_autoencoder(s: Settings, run: Run, domains: list[Domain], unconstrained, world: int, device):

@@ -520,26 +520,26 @@ def keypoint_loss_expanded(
 ) -> Tensor:
     """Eq. (5) without a heatmap: the value of keypoint_loss(conv(features), ..) without its memory.
 
-    H^ = W F is linear in the head's features F (B, C, S, S), where W are the weights of its last convolution,
-    and the Gaussian H = z y x is a product. Therefore
-        ||H^ - H||² = ||W F||² - 2 <W F, H> + ||H||²,   ||W F||² = trace(W (F F^T) W^T),
-        <W F, H> = sum_c (z^T W)_c (F (y x))_c,         ||H||² = |z|² |y|² |x|²,
+    H^ = W F + b is linear in the head's features F (B, C, S, S), where W and b are the weights and the bias of
+    its last convolution, and the Gaussian H = z y x is a product. Therefore, with 1 a plane of ones,
+        ||H^ - H||² = ||W F + b||² - 2 <W F + b, H> + ||H||²,    ||H||² = |z|² |y|² |x|²,
+        ||W F + b||² = trace(W (F F^T) W^T) + 2 (b^T W) (F 1) + S² |b|²,
+        <W F + b, H> = sum_c (z^T W)_c (F (y x))_c + (b^T z) sum(y) sum(x),
     and nothing of size K S³ is ever stored. In float32, exact to 1e-5 of ||H||².
     """
-    (B, C, S, _), K = features.shape, centres.shape[1]
+    S, K = features.shape[-1], centres.shape[1]
     with torch.autocast(features.device.type, enabled=False):
-        ones = features.new_ones(B, 1, S * S, dtype=torch.float32)  # the bias is one more channel
-        Fm = torch.cat([features.float().flatten(2), ones], dim=1)  # (B, C+1, S*S)
-        W = torch.cat([conv.weight.float().flatten(1), conv.bias.float()[:, None]], dim=1)  # (K*S, C+1)
-        W = W.reshape(K, S, C + 1)  # (K, S, C+1)
+        Fm = features.float().flatten(2)  # (B, C, S*S)
+        W, b = conv.weight.float().view(K, S, -1), conv.bias.float().view(K, S)  # (K, S, C), (K, S)
         x, y, z = (gaussian_1d(centres[..., axis], S, sigma) for axis in range(3))  # 3 x (B, K, S)
-        gram = Fm @ Fm.transpose(1, 2)  # (B, C+1, C+1) = F F^T
-        power = W.transpose(1, 2) @ W  # (K, C+1, C+1) = W^T W
-        norm_predicted = gram.flatten(1) @ power.flatten(1).T  # (B, K) trace(W F F^T W^T)
+        gram = Fm @ Fm.transpose(1, 2)  # (B, C, C) = F F^T
+        power = W.transpose(1, 2) @ W  # (K, C, C) = W^T W
+        bias = torch.einsum("bc,kc->bk", Fm.sum(-1), torch.einsum("kz,kzc->kc", b, W))  # (B, K) (b^T W) (F 1)
+        norm_predicted = gram.flatten(1) @ power.flatten(1).T + 2 * bias + S**2 * b.square().sum(1)  # (B, K)
         plane = (y[..., :, None] * x[..., None, :]).flatten(2)  # (B, K, S*S)
-        under_blob = plane @ Fm.transpose(1, 2)  # (B, K, C+1) = F (y x)
-        at_depth = torch.einsum("bkz,kzc->bkc", z, W)  # (B, K, C+1) = z^T W
-        inner = (under_blob * at_depth).sum(-1)  # (B, K)
+        under_blob = plane @ Fm.transpose(1, 2)  # (B, K, C) = F (y x)
+        at_depth = torch.einsum("bkz,kzc->bkc", z, W)  # (B, K, C) = z^T W
+        inner = (under_blob * at_depth).sum(-1) + (z * b).sum(-1) * y.sum(-1) * x.sum(-1)  # (B, K)
         norm_target = z.square().sum(-1) * y.square().sum(-1) * x.square().sum(-1)  # (B, K)
         return (valid * (norm_predicted - 2 * inner + norm_target)).sum(1).mean(0)  # Eq. (5)
 

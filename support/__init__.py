@@ -1,1 +1,1 @@
-"""What a reader of the method may skip: runs, public weights, data sets, the embedded benchmark, tables, pictures."""
+"""What a reader of the method may skip: runs, public weights, data sets, the benchmark, tables, pictures."""
