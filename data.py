@@ -17,23 +17,35 @@ Bring your own data. A data set is a folder of arrays. Write it with numpy, and 
                      "bones": [[0, 1], ...], "depth_range": 300.0, "margin": 1.25, "origin": "my renderer"}
 
 A target needs images.npy and meta.json only; training never opens its other files. The stored crop shows
-`margin` times the field of view that a network sees, so that rotation and translation find real pixels.
+`margin` times the field of view that a network sees, so that most of a rotated or shifted crop is real.
+Beyond it, edge pixels repeat.
 
 The way of an image: `read_rows` reads stored crops and the augmentation drawn for them, in a worker process;
 `augment` warps them to the network's crop and jitters their colours, on the training device; `normalise`.
 """
 
+import argparse
+import importlib
+import inspect
+import shutil
 import signal
+import sys
+import zlib
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from support.folder import Dataset
-from support.run import autocast, random_generator
+from support.convert import convert, fault_of, to_uv
+from support.folder import ARRAYS, Dataset, check_masks, read_meta
+from support.pictures import draw_skeleton
+from support.rendering import BENCHMARK, KINDS, make_benchmark
+from support.run import InputError, autocast, random_generator, run_script, write_atomically
 from udapose import IMAGE_MEAN, IMAGE_STD, back_project, from_voxels, project
 
 
@@ -79,6 +91,7 @@ def read_ahead(batches, steps: range, micro: list[slice], workers: int, device: 
     workers = (8 if cuda else 0) if workers < 0 else workers
     keys = [(step, own) for step in steps for own in micro]
     options = dict(num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_ctrl_c)
+    options["multiprocessing_context"] = "fork" if workers else None  # pickling would copy the masks
     return iter(torch.utils.data.DataLoader(batches, sampler=keys, batch_size=None, **options))
 
 
@@ -175,7 +188,7 @@ def augment(stored: StoredCrops, side: int, device: torch.device) -> tuple[Tenso
         x = torch.cat([x, to_device(stored.masks, device)[:, None]], dim=1)  # (b, 4, H, H)
     parameters = to_device(stored.parameters, device)
     A = crop_transform(parameters, x.shape[-1], stored.margin, side)  # (b, 2, 3)
-    x = warp(x.float() / 255, A, side)  # (b, 3 or 4, side, side)
+    x = warp(x.float().div_(255), A, side)  # (b, 3 or 4, side, side)
     return colour_jitter(x[:, :3], parameters), None if stored.masks is None else x[:, 3:], A
 
 
@@ -235,3 +248,150 @@ def predict(estimator, dataset: Dataset, rows: np.ndarray, side: int, device, dt
 def chunks(count: int) -> list[np.ndarray]:
     """Rows 0..count-1 in pieces of at most 100."""
     return np.array_split(np.arange(count), -(-count // 100))
+
+
+# ==========================================================================================================
+# Commands
+# ==========================================================================================================
+READERS = Path(__file__).parent / "support" / "readers"  # a file per public data set, named as its command
+FLAGS = {"side": "px of a stored crop, which is 1.25 times as wide as the network's",
+         "workers": "processes; 0: all cores"}
+
+
+def open_all(folder: str) -> Dataset:
+    """A data set with every array that its folder holds."""
+    return Dataset(folder, *(name for name in ARRAYS if (Path(folder) / f"{name}.npy").exists()))
+
+
+def draw_sample(dataset: Dataset, row: int, cell: int) -> Image.Image:
+    """A stored crop, `cell` px wide: the mask's outline (white), network's crop (grey), skeleton, name."""
+    H, edge = dataset.images.shape[1], cell * (1 - 1 / dataset.meta["margin"]) / 2
+    picture = Image.new("RGB", (cell, cell + 32))
+    picture.paste(Image.fromarray(dataset.images[row]).resize((cell, cell), Image.Resampling.BICUBIC))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((edge, edge, cell - 1 - edge, cell - 1 - edge), outline=(128, 128, 128), width=2)
+    if dataset.masks is not None:
+        hard = Image.fromarray(dataset.masks[row]).resize((cell, cell)).point(lambda grey: 255 * (grey > 127))
+        outline = hard.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3))
+        picture.paste((255, 255, 255), (0, 0, cell, cell), outline)
+    if dataset.keypoints is not None and dataset.intrinsics is not None:
+        uv = to_uv(dataset.keypoints[row], dataset.intrinsics[row])  # (K, 2) stored px
+        draw_skeleton(draw, (uv + 0.5) * cell / H - 0.5, dataset.meta["bones"], cell // 128)
+    draw.text((4, cell + 2), f"{dataset.meta['name']} {dataset.meta['split']} {row}", font_size=22)
+    return picture
+
+
+def show(folder: str, picture: str, cell: int = 512) -> None:
+    """Draw 16 samples from all over a data set on one sheet, at twice its size, and halve it."""
+    dataset = open_all(folder)
+    rows = np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int))
+    sheet = Image.new("RGB", (4 * cell, -(-len(rows) // 4) * (cell + 32)))
+    for i, row in enumerate(rows):
+        sheet.paste(draw_sample(dataset, row, cell), (i % 4 * cell, i // 4 * (cell + 32)))
+    write_atomically(Path(picture), lambda path: sheet.reduce(2).save(path, format="PNG"))
+
+
+def check(folder: str) -> None:
+    """Check sizes and checksums of all arrays (an error names what is damaged), and every label."""
+    dataset = open_all(folder)
+    crc = dataset.meta.get("crc", {})
+    for name in ARRAYS:
+        array, value = getattr(dataset, name), 0
+        if array is None and name in crc:
+            raise InputError(f"{folder}/{name}.npy: missing; meta.json has its checksum")
+        if array is not None:
+            for i in range(0, len(array), 256):
+                value = zlib.crc32(np.ascontiguousarray(array[i : i + 256]), value)
+            if value != crc.get(name, value):
+                raise InputError(f"{folder}/{name}.npy: not what was written, by its checksum; make it again")
+            known = "sound" if name in crc else "without a checksum"
+            print(f"{name}.npy: {array.shape} {array.dtype}, {known}")
+    if dataset.masks is not None:
+        check_masks(dataset.masks, f"{folder}/masks.npy", "remove the file")
+    if dataset.keypoints is None or dataset.intrinsics is None or not dataset.meta["joints"]:
+        return
+    faults = []
+    for i, (keypoints, K) in enumerate(zip(dataset.keypoints, dataset.intrinsics, strict=True)):
+        if np.isfinite(keypoints).all(axis=1).sum() < 2:  # too few labels to be impossible
+            continue
+        mask = None if dataset.masks is None else dataset.masks[i] >= 128
+        with np.errstate(all="ignore"):
+            uv = to_uv(keypoints, K)
+        H = dataset.images.shape[1]
+        fault = fault_of(dataset.meta["joints"], keypoints, uv, (H, H), H, mask)
+        if fault:
+            faults.append(f"row {i}: {fault}")
+    print(f"labels: {len(faults)} of {len(dataset)} rows are impossible", *faults[:5], sep="\n  ")
+    print(describe_labels(np.array(dataset.keypoints), dataset.meta))
+
+
+def describe_labels(poses: np.ndarray, meta: dict) -> str:
+    """In words, what betrays another unit, or labels of poses (n, K, 3) mm from which nothing is learned."""
+    parent, child = np.array(meta["bones"], int).reshape(-1, 2).T
+    bones = np.linalg.norm(poses[:, child] - poses[:, parent], axis=-1)  # (n, bones) mm
+    known = np.isfinite(poses).all(-1)  # (n, K)
+    depth = abs(poses[..., 2] - poses[:, [meta["root"]], 2])  # (n, K) mm
+    length = f"{np.median(bones[np.isfinite(bones)]):.3g} mm" if np.isfinite(bones).any() else "unknown"
+    return (f"bones: {length} in the median; joints: {100 * (1 - known.mean()):.1f} % unlabelled, "
+            f"{100 * (depth > meta['depth_range'] / 2).mean():.1f} % beyond the depth range of "
+            f"{meta['depth_range']:g} mm; {(~known[:, meta['root']]).sum()} rows lack the root: nothing is "
+            "learned from them")
+
+
+def convert_dataset(name: str, reader, root: str, out: str, side: int, workers: int, **options) -> None:
+    """ROOT as its publisher ships it -> data-set folder OUT. Without work if that is there already."""
+    origin = " ".join([f"python data.py {name} --side {side}"] + [f"--{k} {v}" for k, v in options.items()])
+    if (Path(out) / "meta.json").exists() and read_meta(out)["origin"] == origin:
+        shutil.rmtree(f"{Path(out)}.part", ignore_errors=True)  # of a conversion that was killed at its end
+        return print(f"{out}: converted already (this ROOT is not compared); remove it to convert again")
+    meta = convert(name, reader, root, out, side, workers, origin, **options)
+    some = [text.encode(errors="backslashreplace").decode() for text in meta["skipped"][:5]]  # any bytes
+    print(f"{out}: {meta['rows']} samples, {len(meta['skipped'])} left out", *some, sep="\n  ")
+
+
+def main(arguments=None) -> None:
+    """`python data.py ..`: render, convert, show or check. A reader's flags are the arguments of `read`."""
+    given, shape = sys.argv[1:] if arguments is None else arguments, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    own = {kind: (["out"], {"side": 60, "workers": 0}, f"Render the embedded benchmark of {kind}.")
+           for kind in KINDS}  # command: its places, its flags, what it does
+    own |= {"show": (["folder", "picture"], {}, show.__doc__), "check": (["folder"], {}, check.__doc__)}
+    reader, choices = None, {}
+    for path in sorted(READERS.glob("*.py")):
+        if path.stem in ("__init__", "formats"):
+            continue
+        name = path.stem.lstrip("_")
+        own[name] = ([], {}, path.read_text()[3:].partition("\n")[0])
+        if name in given[:1]:  # only the reader that is asked for is imported
+            reader = importlib.import_module(f"support.readers.{path.stem}")
+            parameters = [p for p in inspect.signature(reader.read).parameters.values() if p.name != "root"]
+            choices = {p.name: get_args(p.annotation) for p in parameters}  # of a Literal
+            options = {p.name: p.default for p in parameters}
+            own[name] = (["root", "out"], options | {"side": 320, "workers": 0}, reader.__doc__)
+    for name, (places, flags, about) in own.items():
+        line = about.partition("\n")[0]
+        sub = commands.add_parser(name, help=line, description=about, formatter_class=shape)
+        for place in places:
+            sub.add_argument(place, metavar=place.upper())
+        for flag, value in flags.items():
+            form = {"type": type(value), "metavar": type(value).__name__.upper()}
+            if choices.get(flag):
+                form = {"choices": choices[flag]}
+            if isinstance(value, bool):
+                form = {"action": argparse.BooleanOptionalAction}
+            sub.add_argument(f"--{flag}", default=value, help=f"{FLAGS.get(flag, '')} [%(default)s]", **form)
+    given = vars(parser.parse_args(given))
+    name, side, workers = given.pop("command"), given.get("side", 16), given.get("workers", 0)
+    if side < 16 or workers < 0 or given.get("stride", 1) < 1:
+        raise InputError("--side is 16 or more, --stride 1 or more, --workers 0 (all cores) or more")
+    if name in KINDS:
+        make_benchmark(name, given["out"], BENCHMARK, side, workers)
+    elif name in ("show", "check"):
+        (show if name == "show" else check)(**given)
+    else:
+        convert_dataset(name, reader, **given)
+
+
+if __name__ == "__main__":
+    run_script(main)

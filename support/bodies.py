@@ -103,7 +103,7 @@ def sample_stance(rng, count):
 def sample_body(rng, count):
     """Random bodies with the pelvis at 0: points (B, 34, 3) mm, and girth (B,), the factor of all radii.
 
-    Flexion moves a hanging limb forward. Abduction and turning out of the left are the right's mirror image."""
+    Flexion moves a hanging limb forward. Left abduction and turning out mirror the right ones."""
     angles = sample_stance(rng, count).transpose(2, 0, 1)  # (3, B, 14)
     angles[1:, :, :9] *= -1
     # rotation() is Rz Rx Ry of its angles; with the axes in reverse, Rx Rz Ry of the negative ones

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from support.folder import HAND_JOINTS, HUMAN_JOINTS, MARGIN, write_folder
-from support.readers.formats import Missing, open_mask, open_picture, open_video, reading
+from support.readers.formats import Damaged, Missing, open_mask, open_picture, open_video, reading
 from support.run import InputError, Progress, write_atomically
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -41,15 +41,16 @@ class Sample(NamedTuple):
     keypoints: np.ndarray | None = None  # (K, 3) mm, camera; NaN: not labelled. None: no labels at all
     intrinsics: np.ndarray | None = None  # (3, 3) px of the whole picture, pixel centres at integers
     mask: str | None = None  # picture file, or .mat file (then `mask_key` says what in it)
-    foreground: tuple = (128, 255)  # grey values, palette indices or labels in this closed range are foreground
+    foreground: tuple = (128, 255)  # grey values, palette indices or labels in this closed range
     uv: np.ndarray | None = None  # (K, 2) px: the publisher's own 2D labels, if there are any
     size: tuple | None = None  # (width, height) px, if the publisher fixes it
     frame: int | None = None  # number of the frame in the video `image`, from 0
     mask_key: str | int | None = None  # .mat v5: name of the variable; v7.3: index into the cell 'Masks'
     left: bool = False  # a left hand: picture, mask, labels and camera are mirrored to a right one
     distortion: np.ndarray | None = None  # (5,) k1 k2 p1 p2 k3, OpenCV's formula; undone in the crop
-    tolerance: float = 2.0  # px that projected keypoints may be away from `uv`
-    around: np.ndarray | None = None  # (n, 3) mm, camera: points, no joints, that the crop has to show as well
+    tolerance: float | np.ndarray = 2.0  # px that projected keypoints may be away from `uv`; or (K,)
+    around: np.ndarray | None = None  # (n, 3) mm, camera: what the crop has to show besides
+    fault: str | None = None  # "kind: why" if the reader could not read this sample's labels
 
     def __str__(self) -> str:
         return self.image if self.frame is None else f"{self.image} frame {self.frame}"
@@ -99,11 +100,13 @@ def body_fault(keypoints: np.ndarray) -> str | None:
         return "handedness: knees bend forwards: mirrored, or left and right exchanged?"
 
 
-def projection_fault(keypoints, uv, size, mask=None, published=None, tolerance=2.0) -> str | None:
+def projection_fault(keypoints, uv, size, mask=None, published=None, tolerance=2.0,
+                     reach: float | None = None) -> str | None:
     """What is impossible about joints (K, 3) mm that are seen at uv (K, 2) px, in a picture of `size` (w, h).
 
-    They have to be in front of the camera, in the picture, within `tolerance` px of the publisher's own 2D
-    labels (K, 2), and not far better on the mirrored mask than on the mask (H, W) bool itself.
+    They have to be in front of the camera, in the picture, within `tolerance` px, () or (K,), of the
+    publisher's own 2D labels (K, 2), and not far better on the mirrored mask than on the mask (H, W) bool
+    itself. With `reach`, half of them have to be on the mask or within so many px of it.
     """
     valid = np.isfinite(keypoints).all(axis=1)
     if valid.sum() < 2:
@@ -116,22 +119,33 @@ def projection_fault(keypoints, uv, size, mask=None, published=None, tolerance=2
         return f"projection: {inside.sum()} of {len(uv)} joints fall on the picture"
     if not 8 <= extent <= 2 * size.max():
         return f"projection: the joints' box is {extent:.1f} px wide"
-    apart = 0 if published is None else np.fmax.reduce(np.abs(uv - published[valid]), axis=None)
-    if apart > tolerance:
-        return f"projection: {apart:.1f} px from the publisher's 2D labels: camera, order or lens distortion?"
+    if published is not None:
+        apart = np.nan_to_num(np.abs(uv - published[valid]).max(axis=1))  # (n,) px; 0: no 2D label
+        over = apart > np.broadcast_to(tolerance, len(valid))[valid]
+        if over.any():
+            return (f"projection: {apart[over].max():.1f} px from the publisher's 2D labels: camera, order "
+                    "or lens distortion?")
     if mask is not None:
         u, v = np.clip(np.round(uv), 0, size - 1).astype(int).T
-        share, mirrored = mask[v, u].mean(), mask[v, size[0] - 1 - u].mean()
+        share, mirrored, r = mask[v, u].mean(), mask[v, size[0] - 1 - u].mean(), int(reach or 0)
         if mirrored > share + 0.25:
             return f"projection: {share:.0%} of the joints on the mask, mirrored {mirrored:.0%}: flipped?"
+        near = [mask[max(y - r, 0):y + r + 1, max(x - r, 0):x + r + 1].any()
+                for x, y in zip(u, v, strict=True)]
+        if reach is not None and np.mean(near) < 0.5:
+            return f"mask: {np.mean(near):.0%} of the joints on the mask: labels of another moment?"
 
 
-def fault_of(joints: list[str], keypoints, uv, size, mask=None, published=None, tolerance=2.0,
+def fault_of(joints: list[str], keypoints, uv, size, width: float, mask=None, published=None, tolerance=2.0,
              left: bool = False) -> str | None:
-    """What is impossible about the labels of one sample, a skeleton of these joints, or None."""
+    """What is impossible about the labels of one sample, a skeleton of these joints, or None.
+
+    `width` is that of the crop, px. Bodies have to be on their mask, widened by 5 % of it.
+    """
     judge = {tuple(HAND_JOINTS): hand_fault, tuple(HUMAN_JOINTS): body_fault}.get(tuple(joints))
     fault = judge(keypoints * [-1, 1, 1] if left else keypoints) if judge else None
-    return fault or projection_fault(keypoints, uv, size, mask, published, tolerance)
+    reach = 0.05 * width if judge is body_fault else None
+    return fault or projection_fault(keypoints, uv, size, mask, published, tolerance, reach)
 
 
 # ==========================================================================================================
@@ -143,7 +157,7 @@ def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
 
 
 def to_uv(keypoints: np.ndarray, intrinsics: np.ndarray, distortion: np.ndarray | None = None) -> np.ndarray:
-    """One sample's joints (K, 3) mm, camera, and intrinsics (3, 3) -> (K, 2) px, through the lens if it bends."""
+    """One sample's joints (K, 3) mm, camera, and intrinsics (3, 3) -> (K, 2) px, through its lens."""
     xy = keypoints[:, :2] / keypoints[:, 2:]
     return distort(xy, distortion) @ intrinsics[:2, :2].T + intrinsics[:2, 2]
 
@@ -178,7 +192,7 @@ def crop_square(pixels: np.ndarray, corner: np.ndarray, width: float, side: int)
 
 
 def crop_window(uv: np.ndarray, box: float) -> tuple[np.ndarray, float]:
-    """The square around the labelled joints' uv (K, 2) px: its corner (x, y) and width, as in `crop_square`."""
+    """The square around the labelled joints' uv (K, 2) px: corner (x, y) and width, as in `crop_square`."""
     low, high = np.fmin.reduce(uv), np.fmax.reduce(uv)  # (2,) px
     width = box * MARGIN * (high - low).max()
     return (low + high) / 2 + 0.5 - width / 2, width
@@ -202,7 +216,8 @@ def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample
     low = seen.min(axis=(0, 1))
     extent = (seen.max(axis=(0, 1)) - low).max() + 1e-6
     patch = crop_square(pixels, low, extent, math.ceil(extent * min(1, shrunk * fine / width))).copy()
-    patch = torch.from_numpy(patch.reshape(*patch.shape[:2], -1)).permute(2, 0, 1)[None].float()  # (1, C, h, w)
+    patch = torch.from_numpy(patch.reshape(*patch.shape[:2], -1))  # (h, w, C)
+    patch = patch.permute(2, 0, 1)[None].float()  # (1, C, h, w)
     grid = torch.from_numpy((uv - low) * (2 / extent) - 1).permute(2, 0, 1)[None].float()  # (1, 2, 65, 65)
     grid = F.interpolate(grid, (fine, fine), mode="bilinear", align_corners=True)  # (1, 2, 2 side, 2 side)
     found = F.grid_sample(patch, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
@@ -263,13 +278,14 @@ def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
     expected = tuple(sample.size or size)
     for name, found in ((sample.image, size), (sample.mask, expected if mask is None else mask.shape[1::-1])):
         if found != expected:
-            raise InputError(f"{root / name}: {found[0]} x {found[1]} px, expected "
-                             f"{expected[0]} x {expected[1]}")
+            raise Missing(f"size: {name} is {found[0]} x {found[1]} px, not {expected[0]} x {expected[1]}")
     return image, mask, size
 
 
 def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dict[str, np.ndarray]:
     """One row of each array; Missing, "kind: what is wrong", if the sample has to be left out."""
+    if sample.fault:
+        raise Missing(sample.fault)
     if sample.keypoints is None:
         image, _, _ = open_sample(root, sample, side, 0)
         size = np.array(image.shape[1::-1])  # the crop is the square at its centre
@@ -278,8 +294,8 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     window = crop_window(to_uv(held, sample.intrinsics), skeleton["box"])
     image, mask, size = open_sample(root, sample, side, window[1] if np.isfinite(window[1]) else 0)
     uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)  # (K, 2) px
-    fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, mask, sample.uv, sample.tolerance,
-                     sample.left)
+    fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, window[1], mask, sample.uv,
+                     sample.tolerance, sample.left)
     if not fault and sample.around is not None and sample.around[:, 2].min() < 100:
         fault = "projection: the crop has to hold a point less than 100 mm before the camera"
     if fault:
@@ -288,20 +304,14 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
 
 
 def convert_samples(root: Path, side: int, skeleton: dict, job: list[Sample]) -> tuple[dict, list[str]]:
-    """Rows of the samples that pass the checks, and "FILE: kind: what is wrong" for each of the others.
-
-    A broken picture that has labels stops the conversion, because the download is broken. Any other picture
-    is left out.
-    """
+    """Rows of the samples that pass the checks, and "FILE: kind: what is wrong" for each of the others."""
     rows, skipped = [], []
     for sample in job:
         try:
             rows.append(convert_sample(root, side, skeleton, sample))
         except Missing as reason:
             skipped.append(f"{sample}: {reason}")
-        except InputError as error:
-            if sample.keypoints is not None:
-                raise
+        except Damaged as error:
             skipped.append(str(error))
     kinds = {tuple(row) for row in rows}
     if len(kinds) > 1:
@@ -312,7 +322,7 @@ def convert_samples(root: Path, side: int, skeleton: dict, job: list[Sample]) ->
 
 
 def convert(name: str, reader, root: str, out: str, side: int, workers: int, origin: str, **options) -> dict:
-    """ROOT as its publisher ships it -> data-set folder OUT, stored crops of `side` px. Returns its meta.json.
+    """ROOT as its publisher ships it -> data-set folder OUT, crops of `side` px. Returns its meta.json.
 
     `reader` is the module of support/readers/. `origin` is the command, which is recorded.
     """
@@ -333,8 +343,8 @@ def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, wo
 
     work(job) returns (arrays, skipped): rows of each array, and a line for each sample that is left out.
     The result of a job is a shard: a file in FOLDER.part, renamed once it is whole. The next call skips the
-    shards that are there, so an interrupted call continues, and the result is the same bytes for any number of
-    workers (0: all cores). At the end the shards become arrays, which takes twice the disk space for a while.
+    shards that are there, so an interrupted conversion continues. The result is the same bytes for any number
+    of workers (0: all cores). At the end the shards become arrays; until then they take as much space again.
     Raise InputError if more than `max_skipped` of the samples are left out, naming the most common reason: at
     that rate the reader is probably wrong, not the data.
     """
@@ -349,7 +359,7 @@ def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, wo
         for path, count, new, arrays in in_order(make_shard, tasks, workers or CORES):
             layout = layout or arrays
             if arrays and arrays != layout:
-                raise InputError(f"{part}: rows {arrays} after rows {layout}: a data set holds one kind of rows")
+                raise InputError(f"{part}: rows {arrays} after rows {layout}: one kind is expected")
             shards.append(path)
             rows, skipped = rows + count, skipped + new
             check_skipped(folder, rows, skipped, max_skipped)
@@ -385,13 +395,13 @@ def claimed(part: Path):
 
 
 def name_checksum(job, begun: bytes) -> int:
-    """CRC of the settings and of a job's samples by name: a shard of other samples is not taken for this one."""
+    """CRC of the settings and the names of a job's samples, so that no shard is taken for another one."""
     text = " ".join(map(str, job)) if isinstance(job, list) else str(job)
     return zlib.crc32(text.encode(errors="backslashreplace"), zlib.crc32(begun))  # a file's name is any bytes
 
 
 def make_shard(task: tuple) -> tuple[Path, int, list[str], dict]:
-    """Do a job and write its shard, unless it is there. Returns its path, number of rows, skipped, row shapes."""
+    """Do a job and write its shard, unless it is there. Returns path, number of rows, skipped, row shapes."""
     path, work, job = task
     if not path.exists():
         arrays, skipped = work(job)
@@ -427,7 +437,7 @@ def check_skipped(folder: Path, rows: int, skipped: list[str], limit: float, fin
 
 
 def in_order(function, tasks: Iterable, workers: int):
-    """function(task) for each task, in order, computed ahead by a pool of processes. One worker is this one."""
+    """function(task) for each task, in order, computed ahead by a pool of processes, or by this one alone."""
     if workers == 1:
         yield from map(function, tasks)
         return

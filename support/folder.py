@@ -143,22 +143,65 @@ def read_meta(folder: str | Path) -> dict:
 # Checks
 # ==========================================================================================================
 def check_labels(dataset: Dataset) -> None:
-    """InputError if a label is infinite, or a labelled image has no camera."""
+    """InputError unless keypoints and intrinsics can be what they claim to be: every script opens them here.
+
+    All rows: labels in front of the camera, and a camera for each labelled image. The first 1000 rows: bones
+    of a plausible length, and joints that fall on the stored crop.
+    """
+    keypoints, intrinsics, joints = dataset.keypoints, dataset.intrinsics, dataset.meta["joints"]
+    if not joints:
+        raise InputError(f"{dataset.folder}/meta.json: names no joints, so these images have no labels")
     for start in range(0, len(dataset), 65536):  # in pieces, so that memory stays flat
-        rows = slice(start, start + 65536)
-        keypoints = dataset.keypoints[rows]
-        infinite = np.isinf(keypoints).any(axis=(1, 2))
-        if infinite.any():
-            raise InputError(f"{dataset.folder}/keypoints.npy: row {start + int(infinite.argmax())} is "
-                             "infinite; write NaN for no label")
-        if dataset.intrinsics is None:
-            continue
+        some = keypoints[start:start + 65536]  # (n, K, 3) mm
+        beyond, behind = np.abs(some) > 1e6, some[..., 2:] <= 0
+        for bad, wrong in ((beyond, "beyond 1e6 mm"), (behind, "not in front of the camera")):
+            if bad.any():
+                row, joint, _ = np.argwhere(bad)[0]
+                found = ", ".join(f"{x:g}" for x in some[row, joint])
+                raise InputError(f"{dataset.folder}/keypoints.npy: row {start + row} has {joints[joint]} at "
+                                 f"({found}), {wrong}; write NaN for a joint without label")
+    check_bones(dataset.folder, keypoints[:1000], dataset.meta)
+    if intrinsics is not None:
+        check_cameras(dataset)
+
+
+def check_bones(folder: Path, poses: np.ndarray, meta: dict) -> None:
+    """InputError unless the median bone of poses (n, K, 3) mm is 1 mm to 2 m, or human if the skeleton is."""
+    parent, child = np.array(meta["bones"], int).reshape(-1, 2).T
+    lengths = np.linalg.norm(poses[:, child] - poses[:, parent], axis=-1)  # (n, bones) mm
+    if not np.isfinite(lengths).any():
+        return
+    median = np.nanmedian(lengths)
+    human = {tuple(HAND_JOINTS): (10, 80), tuple(HUMAN_JOINTS): (60, 600)}
+    low, high = human.get(tuple(meta["joints"]), (1, 2000))
+    if not low <= median <= high:
+        units = {"metres": 1000, "centimetres": 10, "micrometres": 0.001}
+        guess = next((f": are these {unit}?" for unit, mm in units.items() if low <= mm * median <= high), "")
+        raise InputError(f"{folder}/keypoints.npy: the median bone is {median:.3g} mm, expected {low} to "
+                         f"{high} mm{guess}")
+
+
+def check_cameras(dataset: Dataset) -> None:
+    """InputError unless a labelled image has the intrinsics of its stored crop, in pixels."""
+    path, H = dataset.folder / "intrinsics.npy", dataset.images.shape[1]
+    for start in range(0, len(dataset), 65536):
+        K, known = (array[start:start + 65536] for array in (dataset.intrinsics, dataset.keypoints))
         with np.errstate(all="ignore"):
-            size = np.linalg.det(dataset.intrinsics[rows].astype(float))
-        bad = np.isfinite(keypoints).any(axis=(1, 2)) & ~(np.isfinite(size) & (size != 0))
+            size = np.linalg.det(K.astype(float))
+        good = np.isfinite(size) & (size != 0) & (K[:, 2] == [0, 0, 1]).all(axis=1)
+        bad = np.isfinite(known).all(axis=2).any(axis=1) & ~good
         if bad.any():
-            raise InputError(f"{dataset.folder}/intrinsics.npy: row {start + int(bad.argmax())} is no camera "
-                             "(not finite, or of determinant 0), but its image is labelled")
+            raise InputError(f"{path}: row {start + int(bad.argmax())} is no camera (not finite, determinant "
+                             "0, or last row not 0 0 1), but its image is labelled")
+    with np.errstate(invalid="ignore"):
+        seen = np.einsum("nij,nkj->nki", dataset.intrinsics[:1000].astype(float), dataset.keypoints[:1000])
+    uv = seen[..., :2] / seen[..., 2:]  # (n, K, 2) px
+    uv = uv[np.isfinite(uv).all(axis=-1)]  # (labelled joints, 2)
+    inside = ((uv > -1) & (uv < H)).all(axis=-1)
+    if len(uv) and (inside.mean() < 0.5 or (uv < H / 2).all()):
+        where = "all in the upper left quarter" if (uv < H / 2).all() else f"{inside.mean():.0%} of joints"
+        raise InputError(f"{path}: not of the stored crops of {H} x {H} px, on which it puts {where} (first "
+                         f"{min(len(dataset), 1000)} images); give their intrinsics, in pixels")
 
 
 def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:

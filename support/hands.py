@@ -62,7 +62,7 @@ DOMAINS["target_shifted"] = dict(  # the target once more, as no training image 
     shape_size=(0.04, 0.20), stripes=0.7, limbs=1, limb_aspect=(0.2, 0.5), balance=0.10)
 
 CLUTTER = "clouds grain busy shape_chance shape_size shape_soft shape_colour stripes limb_chance".split()
-SCENERY = "wall clouds grain busy shapes shape stripes limbs limb decoys floor".split()  # first words of settings
+SCENERY = "wall clouds grain busy shapes shape stripes limbs limb decoys floor".split()  # settings
 
 
 def uniform(rng, limits, *shape):
@@ -104,7 +104,7 @@ def mix(figure: dict, scene: dict) -> dict:
 
 
 def with_half_gaps(looks: dict) -> dict:
-    """The domains, and two targets that differ from the source in one half: in their figures or their scenery."""
+    """The domains, and two targets that differ from the source in figures or in scenery alone."""
     return looks | {"figure": mix(looks["target"], looks["source"]),
                     "scenery": mix(looks["source"], looks["target"])}
 
@@ -112,7 +112,7 @@ def with_half_gaps(looks: dict) -> dict:
 def sample_angles(rng, count):
     """Draw flexion (B, 5, 3), spread (B, 5) and lift (B, 5) of the fingers, rad, within joint limits.
 
-    The curl of a finger mixes that of the whole hand with its own. In three of ten hands it is its own alone."""
+    The curl of a finger mixes that of the whole hand with its own; in three of ten hands it is its own."""
     own, whole = rng.random((count, 5), np.float32), rng.beta(1.0, 1.7, (count, 1)).astype(np.float32)
     curl = np.where(rng.random((count, 1)) < 0.3, own, 0.75 * whole + 0.25 * own)[..., None]  # (B, 5, 1)
     flexion = STRAIGHT + (FIST - STRAIGHT) * curl + WOBBLE * normal(rng, 1, count, 5, 3)

@@ -3,6 +3,7 @@
 Needed by every script that is run without own data. A domain ("look") is a dict of colours and ranges; they
 are in support/hands.py and support/bodies.py.
 """
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from support.bodies import HUMAN_CONES, HUMAN_DOMAINS, dress_body, sample_body
-from support.convert import build_dataset
+from support.convert import CORES, build_dataset
 from support.folder import HAND, HUMAN, MARGIN, Dataset
 from support.hands import (
     CLOTH,
@@ -231,8 +232,10 @@ class Kind(NamedTuple):
     foreign: int  # the clothes that are not foreground, 0: none
 
 
-KINDS = {"hands": Kind(HAND, HAND_CONES, sample_hand, dress_hand, with_half_gaps(DOMAINS), 2.5, (400, 900), CLOTH),
-         "bodies": Kind(HUMAN, HUMAN_CONES, sample_body, dress_body, with_half_gaps(HUMAN_DOMAINS), 12.0, (3000, 6000), 0)}
+KINDS = {
+    "hands": Kind(HAND, HAND_CONES, sample_hand, dress_hand, with_half_gaps(DOMAINS), 2.5, (400, 900), CLOTH),
+    "bodies": Kind(HUMAN, HUMAN_CONES, sample_body, dress_body, with_half_gaps(HUMAN_DOMAINS), 12.0,
+                   (3000, 6000), 0)}
 
 
 def render(kind, rng, domain, count, side):
@@ -288,7 +291,7 @@ HALF_GAPS = {  # rendered only where a script is given one: targets that differ 
 
 
 def render_chunk(job: tuple[str, str, int, int]) -> tuple[dict[str, np.ndarray], list]:
-    """Job (kind, folder, chunk, side): CHUNK labelled images of a folder of the benchmark; none are skipped."""
+    """Job (kind, folder, chunk, side): CHUNK images of a folder of the benchmark; none is skipped."""
     kind, name, chunk, side = job
     domain, count = (BENCHMARK | HALF_GAPS)[name]
     rng = random_generator(0, f"{kind} {name}", chunk)
@@ -306,6 +309,7 @@ def make_benchmark(kind: str, root: str | Path, folders: dict, side: int = 60, w
             there = Dataset(folder).images.shape[1]
             if there != side:
                 raise InputError(f"{folder}: exists with {there} px; remove it")
+            shutil.rmtree(f"{folder}.part", ignore_errors=True)  # left by a kill after the last rename
             continue
         skeleton = {k: v for k, v in KINDS[kind].skeleton.items() if k != "box"}
         meta = {"name": f"{kind} {domain or 'unconstrained'}", "split": name.split("_")[-1], "margin": MARGIN,
@@ -313,7 +317,7 @@ def make_benchmark(kind: str, root: str | Path, folders: dict, side: int = 60, w
         if domain is None:
             meta |= {"joints": [], "bones": []}
         jobs = [(kind, name, i, side) for i in range(-(-count // CHUNK))]
-        build_dataset(folder, meta, jobs, count, render_chunk, workers)
+        build_dataset(folder, meta, jobs, count, render_chunk, min(workers or CORES, len(jobs)))
 
 
 def in_benchmark(folder: str | Path) -> bool:
@@ -323,7 +327,7 @@ def in_benchmark(folder: str | Path) -> bool:
 
 
 def auto_folder(value: str, source: str, name: str) -> str:
-    """A data-set flag. "auto" becomes the folder `name` beside the source if that is the benchmark's, else ""."""
+    """A flag's data set. "auto": the folder `name` beside a source of the benchmark, "" beside others."""
     if value != "auto":
         return value
     return str(Path(source).parent / name) if in_benchmark(source) else ""

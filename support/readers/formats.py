@@ -14,17 +14,25 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from support.run import InputError, first_line
 
 LARGEST = 1 << 28  # numbers in one array of a publisher
 VIDEOS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts"
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow's EPS would run Ghostscript
+UNREAD = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftypavif", b"ftypavis")  # HEIC, AVIF
+Image.MAX_IMAGE_PIXELS = 200 * 10**6
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+         7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF's orientation
 
 
 class Missing(Exception):
-    """A sample has no picture or mask, or impossible labels: "kind: what is wrong". It is left out, counted."""
+    """A sample to leave out and count, such as a frame beyond the end of a video: "kind: what is wrong"."""
+
+
+class Damaged(InputError):
+    """A file is missing or cannot be read. If it is one sample's own, that sample is left out and counted."""
 
 
 @contextlib.contextmanager
@@ -42,7 +50,21 @@ def reading(path: Path, what: str):
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
         kind = "KeyError " if isinstance(error, KeyError) else ""  # its text is the key alone
         wrong = f"broken {what}: {kind}{first_line(error)}" if os.path.exists(path) else "missing"
-        raise InputError(f"{path}: {wrong}; give a whole {what}") from error
+        raise Damaged(f"{path}: {wrong}; give a whole {what}") from error
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """What matches in a folder, sorted, without names that begin with a dot: a Mac adds `._name` to files."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
+def chosen_subjects(given: str, known) -> list[str]:
+    """Those of the `known` folders, such as S1 or TS1, that `given` numbers, as 1,5; all if it is empty."""
+    numbers = {folder.lstrip("ST"): folder for folder in known}
+    wanted = given.replace("S", "").split(",") if given else list(numbers)
+    if not set(wanted) <= set(numbers):
+        raise InputError(f"--subjects {given}: choose from {','.join(numbers)}, as 1,2")
+    return [folder for number, folder in numbers.items() if number in wanted]
 
 
 def need_files(root: Path, names, layout: str) -> None:
@@ -79,17 +101,23 @@ def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarra
     enough pixels, which takes a quarter of the time. A turned one is not: its last, incomplete pixels would
     come first, and shift the picture against its labels.
     """
+    with reading(path, "picture"), open(path, "rb") as file:
+        if file.read(12)[4:] in UNREAD:
+            raise Damaged(f"{path}: HEIC and AVIF pictures are not read; save it as JPEG or PNG")
     with reading(path, "picture"), Image.open(path, formats=PICTURES) as image:
-        turned = image.getexif().get(0x0112, 1) > 1
+        if image.format == "TIFF":
+            image.load()  # Pillow turns a TIFF when it loads it, and forgets the tag
+        turned = TURNS.get(image.getexif().get(0x0112))  # no other tag is looked at: it may be broken
         if turned:
-            image = ImageOps.exif_transpose(image)
+            image = image.transpose(Image.Transpose[turned])
         size, share = image.size, side / (width or min(image.size))
         if side and not turned:
             image.draft("RGB", [math.ceil(share * length) for length in size])
         if image.mode == "F":
             raise ValueError("its pixels are fractions, of an unknown range")
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255; 32 bits may hold 0 to 255
+            grey = np.asarray(image) / (1 if image.mode == "I" and image.getextrema()[1] < 256 else 257)
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:  # the colour under it is arbitrary
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.asarray(image.convert("RGB")), size
@@ -112,8 +140,6 @@ class Video:
         packets = [(p.pts, p.pts if p.dts is None else p.dts, p.is_keyframe)
                    for p in self.container.demux(self.stream) if p.size and not p.is_discard]
         self.count, times = len(packets), [time for time, _, _ in packets]
-        if self.count < 0.9 * self.stream.frames:
-            raise ValueError(f"it ends after {self.count} of {self.stream.frames} frames")
         late = self.stream.codec_context.has_b_frames  # frames come out of order
         self.timed = None not in times and not (late and times == sorted(times))
         self.number = {time: i for i, time in enumerate(sorted(times))} if self.timed else {}
@@ -166,15 +192,15 @@ def open_mask(path: Path, foreground: tuple[float, float], key: str | int | None
 # Arrays
 # ==========================================================================================================
 def named(path: Path, variables, names) -> dict:
-    """The variables of a file that have these names; InputError if one is not there."""
+    """The variables of a file that have these names; Damaged if one is not there."""
     for name in set(names) - set(variables):
         there = ", ".join(k for k in variables if not k.startswith(("_", "#")))
-        raise InputError(f"{path}: has no variable {name!r}, but {there or 'none'}")
+        raise Damaged(f"{path}: has no variable {name!r}, but {there or 'none'}")
     return {name: variables[name] for name in names}
 
 
 def read_mat(path: Path, *names: str, kinds: tuple = ()) -> dict[str, np.ndarray]:
-    """Variables of a MATLAB file of version 5, with MATLAB's axes: arrays of numbers, or what `kinds` adds."""
+    """Variables of a MATLAB file of version 5, with MATLAB's axes: numbers, or what `kinds` adds."""
     with reading(path, "MATLAB file"):
         from scipy.io import loadmat, whosmat
         there = {name: (shape, kind) for name, shape, kind in whosmat(path)}
@@ -188,7 +214,7 @@ def read_mat(path: Path, *names: str, kinds: tuple = ()) -> dict[str, np.ndarray
 
 
 def read_h5(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Variables of a MATLAB file of version 7.3, which is an HDF5 file: MATLAB's axes in reverse, (F, .., ..)."""
+    """Variables of a MATLAB file of version 7.3, which is HDF5: MATLAB's axes in reverse, (F, .., ..)."""
     with reading(path, "MATLAB 7.3 file"):
         import h5py
         with h5py.File(path) as file:
@@ -244,7 +270,7 @@ class PickledType:
 
 
 class PickledArray(np.ndarray):
-    """Stands for numpy.ndarray in a pickle: numpy's own reads beyond a list that is shorter than its shape."""
+    """Stands for numpy.ndarray in a pickle: numpy's own reads beyond a list that is too short."""
 
     def __setstate__(self, state):
         shape, kind, fortran, content = state[-4:]
@@ -264,7 +290,8 @@ ALLOWED = {  # what a pickle may name: arrays and scalars of numpy, bytes of Pyt
     "_reconstruct": lambda *_: np.ndarray.__new__(PickledArray, 0),
     "scalar": lambda kind, data: np.frombuffer(
         data.encode("latin1") if isinstance(data, str) else data, kind.plain(), 1)[0],
-    "_frombuffer": lambda data, kind, shape, order: np.frombuffer(data, kind.plain()).reshape(shape, order=order),
+    "_frombuffer": lambda data, kind, shape, order: np.frombuffer(
+        data, kind.plain()).reshape(shape, order=order),
     "encode": lambda text, encoding: text.encode("latin1"),
 }
 
@@ -280,7 +307,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def read_pickle(path: Path):
-    """A pickle of Python 2 or 3 that holds numpy arrays, containers, numbers, str and bytes; else InputError."""
+    """A pickle of Python 2 or 3: numpy arrays, containers, numbers, str and bytes; InputError for others."""
     with reading(path, "pickle"), open(path, "rb") as file:
         unpickler = ArraysOnly(file, encoding="latin1")  # str of Python 2, in which arrays keep their bytes
         unpickler.path = path
