@@ -1,45 +1,51 @@
-"""evaluate.py's pictures: each is written, and what it shows is where it should be; photos of every kind."""
+"""Measuring runs, their pictures, and photographs of one's own, with tiny untrained networks."""
+
 import dataclasses
 import json
 import re
+import shutil
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data
-import evaluate as e
+import evaluate
 import train_finetune
 import train_pretrain
-import udapose as u
+import udapose
+from support import photographs, pictures
+from support.folder import Dataset
+from support.readers.formats import open_picture
+from support.run import InputError, file_checksum
 
 SIDE, N = 48, 4
-BONES = [[0, 1], [0, 2], [2, 3]]                              # two fingers, of one bone and of two
+BONES = [[0, 1], [0, 2], [2, 3]]  # two fingers, of one bone and of two
 META = {"format": 1, "name": "toy", "split": "test", "joints": list("abcd"), "bones": BONES, "root": 0,
         "depth_range": 300.0, "margin": 1.25, "origin": "test_pictures.py"}
 SIZES = {"image": SIDE, "patch": 16, "width": 16, "depth": 2, "heads": 2}
-RED, ORANGE = data.COLOURS[:2]
+RED, ORANGE = pictures.COLOURS[:2]
+CPU = torch.device("cpu")
 
 
-# ==========================================================================================================
-# Runs of tiny, untrained networks
-# ==========================================================================================================
-def save_checkpoint(folder, kind, seed=0, skeleton=True, **settings) -> None:
+def save_checkpoint(folder, script, seed=0, **settings) -> None:
+    """A finished run of untrained networks."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    s = dataclasses.asdict(kind.Settings()) | SIZES | {"seed": seed, "out": str(folder)} | settings
-    state = {"settings": s, "step": 2, "steps": 2, "seconds": 1.0}
-    encoder = u.Encoder((SIDE, SIDE), 16, 16, 2, 2)
-    state["encoder"] = encoder.state_dict()
-    if kind is train_pretrain:
+    s = dataclasses.asdict(script.Settings()) | SIZES | {"seed": seed, "out": str(folder), "init": ""}
+    s |= {"target": ""} | settings
+    encoder = udapose.Encoder((SIDE, SIDE), 16, 16, 2, 2)
+    state = {"settings": s, "step": 2, "steps": 2, "seconds": 1.0, "encoder": encoder.state_dict()}
+    if script is train_pretrain:
         s |= {"decoder_width": 16, "decoder_heads": 2, "seg_channels": 4}
-        state["decoder"] = u.Decoder(encoder.grid, 16, 16, 16, 1, 2).state_dict()
-        torch.save(state | {"segmentation": u.UNet(4).state_dict()}, folder / "segmentation.pt")
-        lines = [{"stage": "pretraining", "step": i, "L_WMAE": 100 / i, "pixel": 1} for i in (1, 2)]
+        state["decoder"] = udapose.Decoder(encoder.grid, 16, 16, 16, 1, 2).state_dict()
+        torch.save(state | {"segmentation": udapose.UNet(4).state_dict()}, folder / "segmentation.pt")
+        lines = [{"stage": "pretraining", "step": i, "L_WMAE": 100 / i} for i in (1, 2)]
     else:
         s |= {"head_channels": 4}
-        state["head"] = u.KeypointHead(encoder.grid, 16, 4, 4).state_dict()
+        state["head"] = udapose.KeypointHead(encoder.grid, 16, 4, 4).state_dict()
         state["skeleton"] = {k: META[k] for k in ("joints", "bones", "root", "depth_range")}
         lines = [{"stage": "finetuning", "step": i, "L_kpt": 50 / i, "L_attn": 0.1 / i} for i in (1, 2)]
         lines.append({"stage": "finetuning", "step": 2, "source_val_epe": 40.0})
@@ -60,19 +66,23 @@ def save_dataset(folder) -> None:
     (folder / "meta.json").write_text(json.dumps(META))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
-    save_dataset(root / "toy")
-    source = {"source": str(root / "toy")}
-    save_checkpoint(root / "runs/pretrain-full-seed0", train_pretrain, norm_pix=True)
-    save_checkpoint(root / "runs/scratch-seed0", train_finetune, variant="scratch", lam=0.0, **source)
-    for seed in (0, 1): save_checkpoint(root / f"runs/full-seed{seed}", train_finetune, seed, **source)
-    return root
+@pytest.fixture
+def toy(tmp_path) -> Dataset:
+    save_dataset(tmp_path / "toy")
+    return Dataset(tmp_path / "toy", "keypoints", "intrinsics", "masks")
 
 
-def colour_at(picture, xy) -> np.ndarray:
-    return np.array(picture)[tuple(np.round(xy).astype(int)[::-1])].astype(int)
+@pytest.fixture
+def flags(toy) -> list[str]:
+    return ["--source-test", str(toy.folder), "--target-test", str(toy.folder), "--device", "cpu"]
+
+
+def measured(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "result.jsonl").read_text().splitlines()]
+
+
+def colour_at(picture, xy) -> tuple:
+    return tuple(np.array(picture)[tuple(np.round(xy).astype(int)[::-1])].tolist())
 
 
 def centre_of(picture, colour) -> np.ndarray:
@@ -81,393 +91,316 @@ def centre_of(picture, colour) -> np.ndarray:
 
 
 # ==========================================================================================================
+# Measuring
+# ==========================================================================================================
+def test_a_run_is_measured_with_its_pre_training(toy, tmp_path, monkeypatch):
+    """Settings, last losses, chance, and the attention before fine-tuning. In two parts it gives the same."""
+    init = {"source": str(toy.folder), "init": str(tmp_path / "pretrain-full-seed0")}
+    save_checkpoint(tmp_path / "pretrain-full-seed0", train_pretrain, alpha=7.0)
+    save_checkpoint(tmp_path / "full-seed1", train_finetune, 1, **init)
+    save_checkpoint(tmp_path / "gone-seed1", train_finetune, 1, source="moved/away", init="nowhere")
+    tests, known = {"source": toy, "target": toy}, {}
+    full, before, gone = (evaluate.measure(tmp_path / name / "checkpoint.pt", tests, CPU, known)
+                          for name in ("full-seed1", "pretrain-full-seed0", "gone-seed1"))
+    assert (full["row"], full["labels"], full["test"][-4:]) == ("full", N, "/toy")
+    assert full["pretraining"]["settings"]["alpha"] == 7 and full["logged"]["L_kpt"] == 25
+    assert full["pretraining"]["target"] == before["target"] and before["target"].keys() == {
+        "lift", "reconstruction", "mask_iou"}
+    assert full["target"]["lift"] != before["target"]["lift"] and full["target"]["chance"] > 0
+    assert "pretraining" not in gone and np.isnan(gone["target"]["chance"])  # its source is gone as well
+    assert measured(tmp_path / "full-seed1") == [full]
+    monkeypatch.setattr(data, "chunks", lambda n: [np.arange(1), np.arange(1, n)])
+    again = evaluate.measure(tmp_path / "full-seed1/checkpoint.pt", tests, CPU, {})
+    assert again["target"] == full["target"]
+    assert again["pretraining"]["target"] == full["pretraining"]["target"]
+
+
+def test_results_keep_one_line_per_test_set(toy, tmp_path):
+    """Measuring again replaces the line; another test set adds one."""
+    save_dataset(tmp_path / "other")
+    save_checkpoint(tmp_path / "full-seed0", train_finetune, source=str(toy.folder))
+    for name in ("toy", "other", "toy"):
+        test = Dataset(tmp_path / name, "keypoints", "intrinsics")
+        evaluate.measure(tmp_path / "full-seed0/checkpoint.pt", {"source": toy, "target": test}, CPU, {})
+    assert [r["test"].split("/")[-1] for r in measured(tmp_path / "full-seed0")] == ["other", "toy"]
+
+
+def test_the_pre_training_run_is_found_only_if_it_is_the_same(tmp_path, capsys):
+    """Next to the run, if the runs were moved; not if it was trained again since."""
+    save_checkpoint(tmp_path / "pretrain-full-seed0", train_pretrain)
+    save_checkpoint(tmp_path / "full-seed0", train_finetune)
+    path, before = (tmp_path / name / "checkpoint.pt" for name in ("full-seed0", "pretrain-full-seed0"))
+    made = {"settings": {"init": "runs/elsewhere/pretrain-full-seed0"}, "made_by": {}}
+    assert evaluate.pretraining_of(path, made) == before
+    for facts in ({"init": file_checksum(before)}, {"data": {"init": file_checksum(before)}}):  # older runs
+        assert evaluate.pretraining_of(path, made | {"made_by": facts}) == before
+    assert evaluate.pretraining_of(path, made | {"made_by": {"init": "0"}}) is None
+    assert "measured without its pre-training" in capsys.readouterr().out
+    for init in ("", str(before)):  # scratch; a file of weights
+        assert evaluate.pretraining_of(path, made | {"settings": {"init": init}}) is None
+
+
+def test_a_run_from_a_file_of_weights_has_the_settings_of_the_file(toy, tmp_path):
+    """assets/pretrained-small.pt keeps the settings of its pre-training, so that its runs join their row."""
+    save_checkpoint(tmp_path / "pretrain", train_pretrain, alpha=7.0)
+    init = shutil.copy(tmp_path / "pretrain/checkpoint.pt", tmp_path / "weights.pt")
+    save_checkpoint(tmp_path / "full-seed0", train_finetune, source=str(toy.folder), init=str(init))
+    path = tmp_path / "full-seed0/checkpoint.pt"
+    assert evaluate.measure_finetuned(path, {}, CPU, {})["pretraining"]["settings"]["alpha"] == 7
+
+
+def test_a_run_that_used_the_masks_of_another_has_its_network(toy, tmp_path):
+    """--target-masks RUN: the IoU is that of the f^S in RUN."""
+    save_checkpoint(tmp_path / "first", train_pretrain)
+    save_checkpoint(tmp_path / "second", train_pretrain, 1, target_masks=str(tmp_path / "first"))
+    (tmp_path / "second/segmentation.pt").unlink()
+    paths = [tmp_path / name / "checkpoint.pt" for name in ("first", "second")]
+    first, second = (evaluate.measure_pretrained(path, {"target": toy}, CPU, {})["target"] for path in paths)
+    assert first["mask_iou"] == second["mask_iou"] and first["lift"] != second["lift"]
+
+
+def test_everything_from_the_command_line(flags, toy, tmp_path, capsys):
+    """Unfinished runs are named, a shared pre-training is measured once, every picture is written."""
+    runs = tmp_path / "runs"
+    save_checkpoint(runs / "pretrain-full-seed0", train_pretrain, norm_pix=True, source=str(toy.folder))
+    for seed in (0, 1):
+        save_checkpoint(runs / f"full-seed{seed}", train_finetune, seed, source=str(toy.folder),
+                        init=str(runs / "pretrain-full-seed0"))
+    save_checkpoint(runs / "scratch-seed0", train_finetune, source=str(toy.folder), lam=0.0)
+    save_checkpoint(runs / "late-seed0", train_finetune)
+    path = runs / "late-seed0/checkpoint.pt"
+    torch.save(torch.load(path) | {"step": 1}, path)
+    evaluate.main([str(runs), *flags])
+    text = capsys.readouterr().out
+    assert "left out, not finished (1 of 2 steps): " in text and re.search(r"\nfull +\| 2 ", text)
+    assert "tiny" not in text.replace(str(tmp_path), "")  # own data is not called after a preset of ours
+    names = {"attention", "curves", "poses", "reconstruction-full"}
+    assert {path.name for path in (runs / "pictures").iterdir()} == {f"{name}.png" for name in names}
+    cell, line = (pictures.CELL + pictures.GAP) // 2, pictures.LINE // 2
+    for name, columns, rows in (("poses", 5, 6), ("attention", 3, 9), ("reconstruction-full", 5, 6)):
+        picture = Image.open(runs / f"pictures/{name}.png")  # 3 images; of the seeds, the first
+        assert picture.size == (pictures.GAP // 2 + columns * cell, 2 * line + rows * (cell + line))
+        assert len(picture.getcolors(maxcolors=10**6)) > 1000
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is(flags, toy, tmp_path, monkeypatch):
+    """Own data on the embedded benchmark, for one."""
+    monkeypatch.setattr(evaluate, "measure", lambda *a: pytest.fail("measured"))
+    for name in "ab":
+        save_checkpoint(tmp_path / f"runs/{name}", train_finetune, source=str(toy.folder))
+    path = tmp_path / "runs/b/checkpoint.pt"
+    state = torch.load(path)
+    own = "trained on .*toy; name labelled test images of your own: --source-test FOLDER --target-test"
+    for some in ([], flags[:2], flags[2:4]):
+        with pytest.raises(InputError, match=own):
+            evaluate.main([str(path.parent), *some])
+    torch.save(state | {"skeleton": state["skeleton"] | {"joints": list("abce")}}, path)
+    with pytest.raises(InputError, match="toy: joints"):
+        evaluate.main([str(tmp_path / "runs"), *flags])
+    torch.save(state | {"step": 1}, path)
+    for folder, words in ((path.parent, "b: no run is finished"), (toy.folder, "toy: no checkpoint.pt here")):
+        with pytest.raises(InputError, match=words):
+            evaluate.main([str(folder), *flags])
+
+
+def test_an_image_whose_root_has_no_label_counts_nowhere(toy, tmp_path):
+    """Its other joints are labelled, but nothing says how far away it is."""
+    save_checkpoint(tmp_path / "full-seed0", train_finetune)
+    estimator, _ = evaluate.load_estimator(tmp_path / "full-seed0/checkpoint.pt", CPU)
+    keypoints = np.load(toy.folder / "keypoints.npy")
+    keypoints[0, META["root"]] = np.nan
+    np.save(toy.folder / "keypoints.npy", keypoints)
+    shutil.copytree(toy.folder, tmp_path / "others")
+    for name in ("images", "masks", "keypoints", "intrinsics"):
+        np.save(tmp_path / f"others/{name}.npy", np.load(toy.folder / f"{name}.npy")[1:])
+    a, b = (evaluate.measure_pose(estimator, Dataset(folder, "keypoints", "intrinsics"), SIDE, CPU)
+            for folder in (toy.folder, tmp_path / "others"))
+    for key in ("epe", "in_plane", "depth", "pa_epe", "pa_rigid", "auc"):
+        assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def test_measures_of_nothing_are_no_numbers(toy):
+    """No foreground, in the truth or predicted: neither a bad overlap nor a perfect reconstruction."""
+    np.save(toy.folder / "masks.npy", np.zeros((N, 60, 60), np.uint8))
+    dataset = Dataset(toy.folder, "masks")
+    assert np.isnan(evaluate.measure_masks(lambda x: torch.full_like(x[:, :1], -9.0), dataset, SIDE, CPU))
+    s = {"image": SIDE, "patch": 16, "mask_ratio": 0.5, "norm_pix": False}
+    on, edge, beside = evaluate.measure_reconstruction(
+        lambda x, noise, r: (udapose.patchify(x, 16) + 1, (noise > 0.5).float()), dataset, s, CPU)
+    assert np.isnan([on, edge]).all() and beside == pytest.approx(1.0)
+
+
+# ==========================================================================================================
 # What is drawn is where it should be
 # ==========================================================================================================
 def test_views_are_neither_upside_down_nor_mirrored():
-    up_left, far_right = (-50, -80, 0), (60, 0, 70)                                    # mm: y down, z away
+    up_left, far_right = (-50, -80, 0), (60, 0, 70)  # mm: y down, z away
     pose = np.float32([(0, 0, 0), up_left, far_right, far_right])
-    front, right = (e.view(pose, None, across, BONES) for across in (0, 2))
+    front, right = (pictures.view(pose, None, across, BONES) for across in (0, 2))
     (left_x, left_y), (right_x, right_y) = centre_of(front, RED), centre_of(front, ORANGE)
-    assert left_x < right_x and left_y < right_y                                       # as the camera sees it
+    assert left_x < right_x and left_y < right_y  # as the camera sees it
     (near_x, near_y), (far_x, far_y) = centre_of(right, RED), centre_of(right, ORANGE)
-    assert near_x < far_x and near_y < far_y                                           # far is to the right
-    mirrored = e.view(pose * np.float32((-1, 1, 1)), None, 0, BONES)
+    assert near_x < far_x and near_y < far_y  # far is to the right
+    mirrored = pictures.view(pose * np.float32((-1, 1, 1)), None, 0, BONES)
     assert centre_of(mirrored, RED)[0] > centre_of(mirrored, ORANGE)[0]
 
 
-def test_view_keeps_the_truth_in_sight_and_one_scale():
-    truth = np.float32([(0, 0, 0), (0, -100, 0), (100, 0, 0), (100, 0, 100)])
-    panel = np.array(e.view(truth * 0.5, truth, 0, BONES))
-    y, x = np.argwhere((panel == e.GREY).all(-1)).T                                   # its joints, and labels
-    assert y.min() > 0 and x.min() > 0 and max(y.max(), x.max()) < e.CELL - 1
-    along, down = (np.ptp(np.argwhere((panel == c).all(-1))[:, axis]) for c, axis in ((ORANGE, 1), (RED, 0)))
-    assert abs(int(along) - int(down)) <= 14                                      # 50 mm each, up to the dots
-    for across in (0, 2):                                                  # a large error: no bone leaves the axes
-        far = np.array(e.view(truth * 3 + (0, -90, 0), truth, across, BONES))
-        y, x = np.argwhere(np.logical_or.reduce([(far == c).all(-1) for c in (RED, ORANGE)])).T
-        assert min(x) > e.LEFT and max(x) < e.CELL - e.RIGHT + 8 and min(y) > e.TOP - 8 and max(y) < e.CELL - e.FOOT
-    truth[3] = np.nan                                                                  # a joint without label
-    assert (np.array(e.view(truth * 0.5, truth, 2, BONES)) == e.GREY).all(-1).any()
-
-
-def test_skeleton_lies_on_the_keypoints():
+def test_skeleton_is_on_the_keypoints():
     """A bright pixel of the image, shown as a panel, is where the joint that was found there is drawn."""
     uv = torch.tensor([(10.0, 30.0), (40.0, 5.0), (20.0, 44.0), (float("nan"), 3.0)])
-    points = e.in_panel(uv, SIDE)
-    for (x, y), point in zip(uv[:3].int().tolist(), points):
+    points = pictures.in_panel(uv, SIDE)
+    for (x, y), point in zip(uv[:3].int().tolist(), points, strict=False):
         image = torch.zeros(3, SIDE, SIDE)
         image[:, y, x] = 1
-        light = np.array(e.to_panel(image))[..., 0].astype(float)
-        middle = [(light.sum(axis) * np.arange(e.CELL)).sum() / light.sum() for axis in (0, 1)]
+        light = np.array(pictures.to_panel(image))[..., 0].astype(float)
+        middle = [(light.sum(axis) * np.arange(pictures.CELL)).sum() / light.sum() for axis in (0, 1)]
         assert np.abs(middle - point).max() < 0.5
-    blank = Image.new("RGB", (e.CELL, e.CELL))
-    data.draw_skeleton(e.ImageDraw.Draw(blank), points, BONES, 5)
-    ends = [tuple(colour_at(blank, points[i])) for i in (1, 2)]
-    assert ends == [RED, ORANGE] and tuple(colour_at(blank, points[[0, 1]].mean(axis=0))) == RED
-    assert {c for _, c in blank.getcolors()} == {(0, 0, 0), RED, ORANGE}            # no bone to the NaN joint
-    blank = Image.new("RGB", blank.size)
-    data.draw_skeleton(e.ImageDraw.Draw(blank), points, BONES, 3, e.GREY)
-    assert {c for _, c in blank.getcolors()} == {(0, 0, 0), e.GREY}
-    for bones, joints in (([], (0, 1, 2)), ([[2, 3], [0, 1]], (0, 1, 2))):         # a dot where there is no bone
-        blank = Image.new("RGB", blank.size)
-        data.draw_skeleton(e.ImageDraw.Draw(blank), points, bones, 5)
-        assert all(tuple(colour_at(blank, points[i])) != (0, 0, 0) for i in joints)
-    assert tuple(colour_at(blank, points[[0, 2]].mean(axis=0))) == (0, 0, 0)
+    for bones, dots in ((BONES, (RED, ORANGE)), ([], (RED, RED))):  # a dot if there is no bone
+        blank = Image.new("RGB", (pictures.CELL, pictures.CELL))
+        pictures.draw_skeleton(ImageDraw.Draw(blank), points, bones, 5)
+        assert [colour_at(blank, points[i]) for i in (1, 2)] == list(dots)
+        assert {c for _, c in blank.getcolors()} == {(0, 0, 0), *dots}  # no bone to the NaN joint
 
 
 def test_heat_has_row_and_column_in_place():
     values = torch.full((9,), 0.1)
-    values[1 * 3 + 2] = 5                                                              # row 1, column 2
-    panel = e.heat(Image.new("RGB", (e.CELL, e.CELL)), values)
+    values[1 * 3 + 2] = 5  # row 1, column 2
+    panel = pictures.heat(Image.new("RGB", (pictures.CELL, pictures.CELL)), values)
     for i in range(9):
-        r, _, b = colour_at(panel, (np.array([i % 3, i // 3]) + 0.5) * e.CELL / 3)
+        r, _, b = colour_at(panel, (np.array([i % 3, i // 3]) + 0.5) * pictures.CELL / 3)
         assert (r > b) == (i == 5)
-    even = [e.heat(panel, torch.full((9,), v)) for v in (0.01, 7.0)]                   # relative to the mean
-    assert even[0].tobytes() == even[1].tobytes()
 
 
-def test_ticks_are_round_and_inside():
-    assert e.ticks(0, 50) == [0, 10, 20, 30, 40, 50] and e.ticks(0, 2500) == [0, 500, 1000, 1500, 2000, 2500]
-    assert e.ticks(60, -130) == [-100, -50, 0, 50] and len(e.ticks(21.3, 21.9)) in range(3, 8)
-    assert e.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-
-
-def test_labels_of_a_body_fit_beside_the_axes():
-    """-1000 to the left; half of 1000 to the right. Equal sums keep a view's millimetres square."""
-    assert e.SMALL.getlength("-1000") + 7 < e.LEFT and e.SMALL.getlength("1000") / 2 < e.RIGHT
-    assert e.LEFT + e.RIGHT == e.TOP + e.FOOT
-
-
-def test_chart_draws_each_value_at_its_place():
-    panel = e.chart("title", {"a": ([0, 10], [0.0, 1.0])}, {"a": RED}, (0, 1))
-    left, right, top, foot = e.LEFT, e.CHART[0] - e.RIGHT, e.TOP, e.CHART[1] - e.FOOT
-    for share in (0.25, 0.5, 0.75):
-        assert tuple(colour_at(panel, (left + share * (right - left), foot - share * (foot - top)))) == RED
-
-
-def test_a_curve_of_one_point_is_a_dot():
-    curves = {"a": ([5], [0.5]), "b": ([0, 10], [0.0, 0.0])}
-    panel = np.array(e.chart("title", curves, {"a": RED, "b": (0, 0, 0)}, (0, 1)))
-    assert 100 < (panel[:e.CHART[1]] == RED).all(-1).sum() < 400
-
-
-def test_curves_are_of_what_is_minimised(tmp_path, monkeypatch):
-    """A second term as it stands in Eq. (7), by lambda or by a comparison method's trade-off; none of weight 0."""
-    drawn = {}
-    monkeypatch.setattr(e, "chart", lambda title, curves, colours: drawn.update({title.split(",")[0]: curves}))
-    monkeypatch.setattr(e, "sheet", lambda rows, *_: rows)
-    runs = {}
-    for name, settings, line in (("full", {"lam": 10.0}, {"L_attn": 0.5}), ("mae", {"lam": 0.0}, {"L_attn": 0.0}),
-                                 ("ddc", {"lam": 0.0, "adapt_weight": 0.25}, {"L_ddc": 8.0})):
-        (tmp_path / name).mkdir()
-        line = {"stage": "finetuning", "step": 50, "L_kpt": 7.0} | line
-        (tmp_path / name / "log.jsonl").write_text(json.dumps(line) + "\n")
-        runs[name] = [(tmp_path / name / "checkpoint.pt", {"settings": settings})]
-    e.draw_curves(runs, {})
-    assert drawn == {"L_kpt": {name: ((50,), (7.0,)) for name in runs}, "lambda L_attn": {"full": ((50,), (5.0,))},
-                     "L_ddc by its trade-off": {"ddc": ((50,), (2.0,))}}
-
-
-def test_a_chart_has_its_title_above():
-    panel = np.array(e.chart("title", {"a": ([1, 2], [1.0, 2.0])}, {"a": RED}))
-    ink = (panel == e.INK).all(-1)                                                     # (H, W)
-    assert ink[:e.TOP - 4].any() and not ink[e.TOP:].any()
-
-
-@pytest.mark.parametrize("kind", ["training", "pck", "sweep"])
-def test_legend_is_below_the_curves(kind):
-    """However many there are, and however long their names, nothing is written where they run."""
-    y, marks = {"training": ((), {}), "pck": ((0, 12), {}), "sweep": ((0, 12), {1: "one", 2: "two"})}[kind]
-    bars = ([0.0, 0.0],) if marks else ()
-    curves = {f"{i} long {'name ' * 50}": ([1, 2], [float(i), 5.0], *bars) for i in range(12)}
-    panel = e.chart("title", curves, dict.fromkeys([*curves, "of another panel"], RED), y, marks)
-    assert panel.size == (e.CHART[0], e.CHART[1] + 13 * 38)
-    red = (np.array(panel) == RED).all(-1)                                             # (H, W)
-    written = np.split(red[e.CHART[1]:], 13)
-    assert all(rows.any() for rows in written[:12]) and not written[12].any()
-    left, right = e.LEFT, e.CHART[0] - e.RIGHT
-    first = left + (right - left) * (0.05 / 1.1 if marks else 0.5)                     # the curves begin here
-    assert not red[:e.CHART[1], :int(first) - 10].any()
-
-
-def test_a_loss_that_is_always_zero_has_a_chart():
-    panel = np.array(e.chart("title", {"a": ([1, 2], [0.0, 0.0])}, {"a": RED}))
-    assert (panel[e.CHART[1] - e.FOOT] == RED).all(-1).any()
-
-
-def test_more_runs_than_colours_by_name():
-    assert len(set(e.COLOURS)) == 30 and e.COLOURS[10] == tuple(v // 2 for v in RED)
-
-
-def test_long_captions_leave_their_neighbours_alone():
-    """They lose their middle, for names often differ at the end; a long heading makes room for itself."""
-    names = [f"tiny a-run-with-a-rather-long-name-of-experiment-{i}" for i in range(2)]
-    short = [e.fitting(name, e.CELL) for name in names]
-    assert all(e.FONT.getlength(name) <= e.CELL < 1.1 * e.FONT.getlength(name) for name in short)
-    assert short[0].startswith("tiny a-run-") and short[0].endswith("-0") and short[1].endswith("-1")
-    assert e.fitting("tiny full", e.CELL) == "tiny full"
-    blank = Image.new("RGB", (e.CELL, e.CELL), e.PAPER)
-    page = np.array(e.sheet([[(blank, names[0]), (blank, "")]], [], ""))
-    assert (page[:, e.GAP + e.CELL + 5:] == e.PAPER).all() and not (page == e.PAPER).all()
-    wide = np.array(e.sheet([[(blank, "")]], [], names[0]))
-    assert (wide[:, -10:] == e.PAPER).all() and wide.shape[1] > 600
+def test_sweep_chart_has_means_bars_and_rings(monkeypatch):
+    seen, chart = {}, pictures.chart
+    monkeypatch.setattr(pictures, "chart", lambda *a: seen.update(curves=a[1], marks=a[2]) or chart(*a))
+    errors = {"full": {1: [30, 34], 10: [31], 100: [36, 36]}, "no-ar": {10: [50, 52]}}
+    pictures.sweep_chart(errors, "title", str)
+    x, mean, deviation = seen["curves"]["full"]
+    assert x == [0, 1, 2] and mean.tolist() == [32, 31, 36] and seen["marks"] == {0: "1", 1: "10", 2: "100"}
+    assert deviation.tolist() == pytest.approx([8**0.5, np.nan, 0], nan_ok=True)  # one value has no spread
 
 
 # ==========================================================================================================
-# Every picture is written
-# ==========================================================================================================
-def test_all_pictures(runs, capsys):
-    toy = data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks")
-    datasets = {"source": toy, "target": toy}
-    paths = sorted((runs / "runs").rglob("checkpoint.pt"))
-    results = [e.measure(path, datasets, 0, "cpu") for path in paths]
-    e.draw_all(paths, results, datasets, runs / "pictures", "cpu")
-    names = {"attention", "curves", "poses", "pck", "reconstruction-tiny-full"}
-    assert {path.name for path in (runs / "pictures").iterdir()} == {f"{name}.png" for name in names}
-    cell, line = (e.CELL + e.GAP) // 2, e.LINE // 2
-    for name, columns, rows in (("poses", 5, 3 * 2), ("attention", 3, 3 * 3),     # 3 images; seed 1 not shown
-                                ("reconstruction-tiny-full", 5, 3 * 2)):
-        picture = Image.open(runs / f"pictures/{name}.png")
-        assert picture.size == (e.GAP // 2 + columns * cell, 2 * line + rows * (cell + line))
-        assert len(picture.getcolors(maxcolors=10 ** 6)) > 1000
-    for name in ("curves", "pck"):
-        assert len(Image.open(runs / f"pictures/{name}.png").getcolors(10 ** 6)) > 50
-    assert capsys.readouterr().out.count("wrote ") == len(names)
-
-
-def test_an_image_whose_root_has_no_label_counts_nowhere(runs, tmp_path):
-    """Its other joints are labelled, but nothing says how far away it is. It may be the first one drawn."""
-    for name, rows in (("all", slice(None)), ("others", slice(1, None))):
-        save_dataset(tmp_path / name)
-        for array in ("images", "masks", "keypoints", "intrinsics"):
-            values = np.load(tmp_path / name / f"{array}.npy")
-            if array == "keypoints": values[0, META["root"]] = np.nan
-            np.save(tmp_path / name / f"{array}.npy", values[rows])
-    path = runs / "runs/full-seed0/checkpoint.pt"
-    estimator, _ = e.load_estimator(path, "cpu")
-    toys = {name: data.Dataset(tmp_path / name, "keypoints", "intrinsics", "masks") for name in ("all", "others")}
-    errors = [e.measure_pose(estimator, toy, SIDE, "cpu") for toy in toys.values()]
-    for key in ("epe", "in_plane", "depth", "pa_epe", "pa_rigid", "auc"):
-        assert errors[0][key] == pytest.approx(errors[1][key], rel=1e-5), key
-    tests = {"source": toys["others"], "target": toys["all"]}                          # three and four images
-    paths = [path, runs / "runs/pretrain-full-seed0/checkpoint.pt"]
-    results = [measure(p, tests, "cpu") for p, measure in zip(paths, (e.measure_finetuned, e.measure_pretrained))]
-    e.draw_all(paths, results, tests, tmp_path / "pictures", "cpu")
-    assert (tmp_path / "pictures/poses.png").exists()
-    np.save(tmp_path / "all/keypoints.npy", toys["all"].keypoints * np.float32(np.nan))
-    with pytest.raises(u.InputError, match="all/keypoints.npy: no image has a label of the root, a;"):
-        e.open_tests(str(tmp_path / "others"), str(tmp_path / "all"), "hand", 0)
-
-
-def test_what_cannot_be_measured_is_said_before_anything_is(runs, tmp_path, monkeypatch):
-    """An unknown row to compare with, labels of another skeleton, nothing finished."""
-    save_checkpoint(tmp_path / "runs/a", train_finetune, source=str(runs / "toy"))
-    save_checkpoint(tmp_path / "runs/b", train_finetune, source=str(runs / "toy"))
-    other, path = META | {"joints": list("abce")}, tmp_path / "runs/b/checkpoint.pt"
-    state = torch.load(path)
-    torch.save(state | {"skeleton": {k: other[k] for k in state["skeleton"]}}, path)
-    tests = ["--source-test", str(runs / "toy"), "--target-test", str(runs / "toy")]
-    monkeypatch.setattr(e, "measure", lambda *a: pytest.fail("measured"))
-    with pytest.raises(u.InputError, match="--minus c: choose above, first, a, b$"):
-        e.main([str(tmp_path / "runs"), *tests, "--minus", "c"])
-    with pytest.raises(u.InputError, match="b/checkpoint.pt: .*toy: joints is .*, not .* as the model"):
-        e.main([str(tmp_path / "runs"), *tests])
-    for name in "ab": torch.save(state | {"step": 1}, tmp_path / f"runs/{name}/checkpoint.pt")
-    with pytest.raises(u.InputError, match="runs: no run is finished"): e.main([str(tmp_path / "runs"), *tests])
-
-
-def test_a_run_whose_source_is_gone_is_measured_without_chance(runs, tmp_path, capsys):
-    save_checkpoint(tmp_path / "runs/full-seed0", train_finetune, source="moved/away")
-    tests = ["--source-test", str(runs / "toy"), "--target-test", str(runs / "toy")]
-    assert e.main([str(tmp_path / "runs"), *tests, "--pictures", "none", "--markdown"]) == 0
-    text = capsys.readouterr().out
-    assert "full-seed0: measured without chance; moved/away: no data set here" in text
-    assert re.search(r"chance: constant mean pose \| +\| - ", text)
-
-
-@pytest.mark.parametrize("masks, columns, alike", [("both", 5, False), ("source", 5, True), ("none", 4, True)])
-def test_weights_are_drawn_where_the_loss_has_them(runs, tmp_path, masks, columns, alike, monkeypatch):
-    """`no-fcr` learns without weights, `source-masks` with weights of 1 on the target."""
-    save_checkpoint(tmp_path / "pretrain", train_pretrain, masks=masks)
-    toy, seen, titles = data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks"), [], []
-    monkeypatch.setattr(e, "heat", lambda panel, w: seen.append(w) or panel)
-    monkeypatch.setattr(e, "sheet", lambda panels, names, _: titles.extend(names))
-    e.draw_reconstruction(tmp_path / "pretrain/checkpoint.pt", "x", {"source": toy, "target": toy}, np.arange(2), "cpu")
-    assert len(titles) == columns and titles[3] == "mask by f^S"
-    assert len(seen) == (4 if columns == 5 else 0)
-    if seen: assert bool((seen[2] == 1).all() and (seen[3] == 1).all()) == alike and not (seen[0] == 1).all()
-
-
-def test_a_shared_pre_training_run_is_measured_once_and_alike_rows_are_drawn_as_one(runs, tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "pretrain-full-seed0", train_pretrain)
-    before = str(tmp_path / "pretrain-full-seed0")
-    for seed in (0, 1): save_checkpoint(tmp_path / f"full-seed{seed}", train_finetune, seed, init=before, sigma=2.0 + seed,
-                                        source=str(runs / "toy"))
-    calls, drawn, attention = [], {}, e.measure_attention
-    monkeypatch.setattr(e, "measure_attention", lambda *a: calls.append(a) or attention(*a))
-    monkeypatch.setattr(e, "draw_pck", lambda named, *_: drawn.update(named))
-    tests = ["--source-test", str(runs / "toy"), "--target-test", str(runs / "toy")]
-    assert e.main([str(tmp_path), *tests, "--alike", "sigma,pretraining.seed"]) == 0
-    assert len(calls) == 2 * 3 and [len(seeds) for seeds in drawn.values()] == [2]
-    assert (tmp_path / "pictures/toy/poses.png").exists()                  # beside those of the usual test set
-
-
-def test_pictures_of_a_row_with_a_long_name(tmp_path, runs):
-    paths = [tmp_path / f"{letter}/pretrain-full-seed0/checkpoint.pt" for letter in "ab"]
-    for path in paths: save_checkpoint(path.parent, train_pretrain, source=f"/{path.parts[-3] * 250}")
-    toy = data.Dataset(runs / "toy", "keypoints", "intrinsics", "masks")
-    tests = {"source": toy, "target": toy}
-    e.draw_all(paths, [e.measure_pretrained(path, tests, "cpu") for path in paths], tests, tmp_path / "out", "cpu")
-    names = sorted(path.name for path in (tmp_path / "out").iterdir() if "reconstruction" in path.name)
-    assert len(names) == 2 and max(map(len, names)) < 160
-
-
-def test_a_row_named_by_a_path_has_a_picture_in_the_same_folder(tmp_path):
-    save_dataset(tmp_path / "toy")
-    toy = data.Dataset(tmp_path / "toy", "keypoints", "intrinsics", "masks")
-    for seed in (0, 1):
-        save_checkpoint(tmp_path / f"pretrain-full-seed{seed}", train_pretrain, seed, target=f"set/{seed}")
-    paths, tests = sorted(tmp_path.rglob("checkpoint.pt")), {"source": toy, "target": toy}
-    e.draw_all(paths, [e.measure(path, tests, 0, "cpu") for path in paths], tests, tmp_path / "out", "cpu")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "attention.png", "curves.png", *(f"reconstruction-tiny-full-target-set-{i}.png" for i in (0, 1))}
-
-
-def test_pck_is_the_mean_over_seeds(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(e, "chart", lambda _, curves, *more: seen.update(curves) or Image.new("RGB", e.CHART))
-    result = lambda pck, auc: (None, {"target": {"pck": pck, "auc": auc}})
-    e.draw_pck({"full": [result([0, 1], 0.5), result([0, 0.5], 0.25)]}, {"full": RED}, "mine")
-    assert list(seen) == ["full: 0.375"] and np.allclose(seen["full: 0.375"], [[0, 50], [0, 0.75]])
-
-
-# ==========================================================================================================
-# Your own picture
+# Photographs
 # ==========================================================================================================
 def shades() -> np.ndarray:
     """(40, 60) uint8: dark above, light below."""
     return np.repeat(np.uint8([40, 200]), 20)[:, None].repeat(60, axis=1)
 
 
-def save_as(kind: str, path) -> None:
+@pytest.mark.parametrize("name", ["grey.png", "palette.png", "rgb.jpg", "cmyk.jpg", "16bit.png", "32bit.tif"])
+def test_every_kind_of_picture_is_read_as_rgb(name, tmp_path):
+    """Integers of 32 bits from 0 to 255 were read as black."""
     grey = Image.fromarray(shades())
-    make = {"grey.png": lambda: grey, "palette.png": lambda: grey.convert("P"),
-            "rgb.jpg": lambda: grey.convert("RGB"),
-            "cmyk.jpg": lambda: grey.convert("RGB").convert("CMYK"), "rgba.png": lambda: grey.convert("RGBA"),
-            "16bit.png": lambda: Image.fromarray(shades().astype(np.uint16) * 257)}
-    make[kind]().save(path)
-
-
-@pytest.mark.parametrize("kind", ["grey.png", "palette.png", "rgb.jpg", "cmyk.jpg", "rgba.png", "16bit.png"])
-def test_every_kind_of_picture_is_read_as_rgb(kind, tmp_path):
-    save_as(kind, tmp_path / kind)
-    picture = data.open_picture(tmp_path / kind)[0]
+    rgb = grey.convert("RGB")
+    kinds = {"palette": grey.convert("P"), "rgb": rgb, "cmyk": rgb.convert("CMYK"),
+             "16bit": Image.fromarray(shades().astype(np.uint16) * 257),
+             "32bit": Image.fromarray(shades().astype(np.int32))}
+    kinds.get(name.split(".")[0], grey).save(tmp_path / name)
+    picture = open_picture(tmp_path / name)[0]
     assert picture.dtype == np.uint8 and picture.shape == (40, 60, 3)
     assert np.abs(picture[..., 1].astype(int) - shades()).max() < 12
 
 
-def test_what_is_transparent_is_white(tmp_path):
-    Image.new("RGBA", (20, 20), (9, 9, 9, 0)).save(tmp_path / "clear.png")
-    assert (data.open_picture(tmp_path / "clear.png")[0] == 255).all()
-
-
-def test_a_turned_picture_lands_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                             # stored turned by 90 degrees
-    Image.fromarray(shades()).convert("RGB").rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif)
-    picture = data.open_picture(tmp_path / "turned.jpg")[0]
+@pytest.mark.parametrize("more", [(), ((0x0128, 2, 4, 0x41424344),)])  # ResolutionUnit as text, not a number
+def test_a_turned_picture_is_upright_whatever_else_its_exif_says(more, tmp_path):
+    """Pillow's own function writes the whole EXIF block again, and fails at an odd tag."""
+    entries = [struct.pack("<HHII", *entry) for entry in ((0x0112, 3, 1, 6), *more)]  # turn by 90
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    stored = Image.fromarray(shades()).convert("RGB").rotate(90, expand=True)
+    stored.save(tmp_path / "turned.jpg", exif=block)
+    picture = open_picture(tmp_path / "turned.jpg")[0]
     assert picture.shape == (40, 60, 3) and picture[:15].mean() < 60 and picture[25:].mean() > 180
 
 
-def damaged(kind: str, path, monkeypatch) -> None:
-    if kind == "text": path.write_text("not a picture")
-    elif kind == "folder": path.mkdir()
-    elif kind == "tiny": Image.new("RGB", (8, 8)).save(path, "PNG")
-    elif kind != "missing":
-        noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8))
-        noise.save(path, "JPEG" if kind == "cut jpeg" else "PNG")
-        if kind != "bomb": path.write_bytes(path.read_bytes()[:3000])
-        else: monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+def test_what_is_no_picture_is_refused_in_one_line(tmp_path, monkeypatch):
+    """Nor is one of more than 200 megapixels. Pillow would warn from 89 on."""
+    assert Image.MAX_IMAGE_PIXELS == 200 * 10**6
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    (tmp_path / "new.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (tmp_path / "text.jpg").write_bytes(b"not a picture")
+    for name, width in (("large.png", 50), ("larger.png", 51)):
+        Image.new("L", (width, 40)).save(tmp_path / name)
+    assert open_picture(tmp_path / "large.png")[1] == (50, 40)
+    for words in ("larger.png: .*2040 pixels", "text.jpg: broken picture: .*; give a whole picture",
+                  "new.jpg: HEIC and AVIF pictures are not read; save it as JPEG or PNG"):
+        with pytest.raises(InputError, match=words) as caught:
+            open_picture(tmp_path / words.split(":")[0])
+        assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["text", "folder", "tiny", "missing", "cut jpeg", "cut png", "bomb"])
-def test_what_is_no_picture_is_refused_in_one_line(kind, runs, tmp_path, monkeypatch):
-    damaged(kind, tmp_path / "photo", monkeypatch)
-    with pytest.raises(u.InputError) as caught:
-        e.draw_photo(runs / "runs/full-seed0/checkpoint.pt", str(tmp_path / "photo"), None, tmp_path, "cpu")
-    text = str(caught.value)
-    assert "photo: " in text and "; give a " in text and "\n" not in text
+def save_photo(path, size=(60, 40)) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (9, 99, 199)).save(path)
+    return str(path)
 
 
-@pytest.mark.parametrize("box", [(-1, 0, 9, 9), (0, 0, 0, 9), (0, 0, 9, -3), (55, 0, 9, 9), (0, 35, 9, 9),
-                                 (0, 0, float("nan"), 9), (0, 0, float("inf"), 9)])
-def test_a_bad_box_is_refused(box):
-    with pytest.raises(u.InputError, match=r"photo.png: --box .* not inside the picture, 60 x 40 px; give"):
-        e.square_around(list(box), (60, 40), "photo.png", 1.5)
+@pytest.mark.parametrize("box, expected, width", [
+    ((10, 20, 20, 8), (5, 9), 30), ((10, 2, 8, 20), (-1, -3), 30),  # around (20, 24) and (14, 12)
+    ((-10, 20, 20, 30), (-10, 15), 30), (None, (10, 0), 40)])  # clipped to 0 20 10 20; the middle
+def test_the_square_is_that_of_training_and_a_box_is_clipped(box, expected, width):
+    corner, side = photographs.square_around(box, (60, 40), "", 1.5)
+    assert side == width and corner.tolist() == list(expected)
+    for outside in ([60, 0, 9, 9], [0, 0, 0, 9], [-9, 0, 9, 9], [0, 0, np.nan, 9]):
+        with pytest.raises(InputError, match=r"a.png: --box .* is outside of the picture, 60 x 40 px; give"):
+            photographs.square_around(outside, (60, 40), "a.png", 1.5)
 
 
-def test_the_square_is_that_of_training():
-    for box, expected in (([10, 20, 20, 8], [5, 9]), ([10, 2, 8, 20], [-1, -3])):  # around (20, 24), (14, 12)
-        corner, width = e.square_around(box, (60, 40), "", 1.5)
-        assert width == 1.5 * 20 and corner.tolist() == expected
-    corner, width = e.square_around(None, (60, 40), "", 1.5)
-    assert width == 40 and corner.tolist() == [10, 0]
+def test_joints_in_space_have_bones_as_in_training():
+    """A pose seen by a camera of known focal length comes back; with another one, only its scale is right."""
+    pose = np.array([(0, 0, 500), (40, -30, 520), (-50, 20, 470), (-60, 60, 440)], float)  # (K, 3) mm
+    uv, depth = 700 * pose[:, :2] / pose[:, 2:] + (319.5, 239.5), pose[:, 2] - 500
+
+    def place(depth, focal, poses):
+        return photographs.place_in_space(uv, depth, focal, (640, 480), META, poses[None])
+
+    found, why = place(depth, 700.0, pose)
+    assert np.allclose(found, pose, atol=1e-6) and why == "bones are as long as in training"
+    other, (a, b) = place(depth, 1400.0, pose)[0], np.transpose(BONES)
+    assert np.isclose(np.square(other[a] - other[b]).sum(), np.square(pose[a] - pose[b]).sum())
+    assert other[0, 2] > 900
+    for depths, poses, words in ((100 * depth, pose, "longer than"), (depth, pose * np.nan, "no bone is")):
+        found, why = place(depths, 700.0, poses)
+        assert np.isfinite(found).all() and words in why
 
 
-def test_millimetres_of_a_photo_come_from_the_bones(tmp_path):
-    save_dataset(tmp_path / "toy")
-    pose = np.load(tmp_path / "toy/keypoints.npy")[:1]
-    np.save(tmp_path / "toy/keypoints.npy", pose.repeat(N, axis=0))
-    state = {"settings": {"source": str(tmp_path / "toy"), "image": SIDE}, "skeleton": META}
-    depth = pose[0, :, 2] - pose[0, 0, 2]
-    scale, why = e.millimetres_per_pixel(pose[0, :, :2] / 2.5 + 7, depth, state)
-    assert scale == pytest.approx(2.5, rel=1e-4) and why == "bones as long as in training"
-    scale, why = e.millimetres_per_pixel(pose[0, :, :2] / 2.5, 100 * depth, state)     # deeper than any hand
-    assert scale > 0 and why == "a guess: the depths alone are too long"
-    half = np.where(np.arange(4)[:, None] == 3, np.nan, pose)              # the last joint is never labelled
-    np.save(tmp_path / "toy/keypoints.npy", np.float32(half.repeat(N, axis=0)))
-    assert e.millimetres_per_pixel(pose[0, :, :2] / 2.5 + 7, depth, state)[0] == pytest.approx(2.5, rel=1e-4)
-    nothing = state | {"skeleton": META | {"bones": []}}
-    assert e.millimetres_per_pixel(pose[0, :, :2], depth, nothing)[0] == 300 / SIDE
-    state["settings"]["source"] = str(tmp_path / "nowhere")
-    scale, why = e.millimetres_per_pixel(pose[0, :, :2], depth, state)
-    assert scale == 300 / SIDE and "no bone labels in" in why and "nowhere" in why
+def test_photographs_from_the_command_line(toy, tmp_path, capsys):
+    """Files and folders: a picture and numbers for each, none overwritten by a namesake."""
+    save_checkpoint(tmp_path / "runs/full-seed0", train_finetune, source=str(toy.folder))
+    one, other = save_photo(tmp_path / "a/me.jpg"), save_photo(tmp_path / "b/me.jpg", (50, 70))
+    (tmp_path / "a/._me.jpg").write_text("left by another system")
+    out = ["--pictures", str(tmp_path / "out")]
+    evaluate.main([str(tmp_path / "runs"), "--image", str(tmp_path / "a"), other, *out])
+    assert "focal length 60 px, assumed; distance: " in capsys.readouterr().out
+    box = ["--box", "5", "5", "20", "20", "--focal", "75"]
+    evaluate.main([str(tmp_path / "runs"), "--image", one, *box, *out])
+    evaluate.main([str(tmp_path / "runs"), "--image", one, *out])  # its own prediction is replaced
+    names = [f"{name}_pose" for name in ("me", "me-2", "me-5-5-20-20")]
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == sorted(2 * names)
+    numbers = json.loads((tmp_path / "out/me-5-5-20-20_pose.json").read_text())
+    assert (numbers["focal_length"], numbers["focal_length_assumed"]) == (75, False)
+    pixels, mm = np.array(numbers["pixels"]), np.array(numbers["millimetres"])  # (K, 2), (K, 3)
+    assert np.allclose(75 * mm[:, :2] / mm[:, 2:] + (29.5, 19.5), pixels, atol=0.1)  # of that camera
+    assert numbers["joints"] == list("abcd")
 
 
-def test_a_photo_from_the_command_line(runs, tmp_path, capsys):
-    save_as("rgb.jpg", tmp_path / "me.jpg")
-    options = ["--image", str(tmp_path / "me.jpg"), "--device", "cpu", "--pictures"]
-    box = ["--box", "5", "5", "20", "20"]
-    assert e.main([str(runs / "runs"), *options, str(tmp_path / "out"), *box]) == 0
-    picture = Image.open(tmp_path / "out/me-5-5-20-20_pose.png")           # of two hands each has its own
-    assert picture.size[0] == e.GAP // 2 + 4 * (e.CELL + e.GAP) // 2
-    assert "assumed for x, y: no perspective; a guess: the depths alone are too long: " in capsys.readouterr().out
-    assert e.main([str(runs / "runs/full-seed0/checkpoint.pt"), *options[:-1]]) == 0
-    (runs / "runs/full-seed0/pictures/me_pose.png").unlink()               # beside the run, not where one stands
-    for more in (["none"], [str(tmp_path), "--table"], [str(tmp_path), "--sweep", "lam"]):
-        with pytest.raises(u.InputError, match="--image makes one picture: leave out"):
-            e.main([str(runs / "runs"), *options, *more])
-    with pytest.raises(u.InputError, match="me.jpg: cannot be made"):                  # a file is no folder
-        e.main([str(runs / "runs"), *options, str(tmp_path / "me.jpg")])
-    with pytest.raises(u.InputError, match="no finished fine-tuning run"):
-        e.main([str(runs / "runs/pretrain-full-seed0"), *options, str(tmp_path)])
+def test_one_bad_photograph_does_not_stop_the_others(toy, tmp_path):
+    save_checkpoint(tmp_path / "runs/full-seed0", train_finetune, source=str(toy.folder))
+    save_photo(tmp_path / "a/good.png")
+    save_photo(tmp_path / "a/tiny.png", (8, 8))
+    (tmp_path / "a/bad.png").write_text("not a picture")
+    flags = ["--image", str(tmp_path / "a"), "--pictures", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="bad.png: .*\n.*tiny.png: 8 x 8 px; give a picture of at least 16"):
+        evaluate.main([str(tmp_path / "runs"), *flags])
+    assert (tmp_path / "out/good_pose.json").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--image", "a.png", "--table"], "--image: leave out"),
+    (["--image", "a.png", "--pictures", "none"], "--image: leave out"),
+    (["--threads", "-1"], "give numbers not below 0"),
+    (["--image", "a.png", "--focal", "nan"], "give numbers not below 0")])
+def test_flags_that_do_not_go_together(flags, words):
+    with pytest.raises(InputError, match=words):
+        evaluate.main(flags)
