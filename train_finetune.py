@@ -7,7 +7,7 @@
 
 The same command again continues a run that was stopped. Writes checkpoint.pt (f^E, f^H) for evaluate.py. The
 result is the last step's weights. The target's labels are never opened (except by the variant `oracle`, which
-trains on them), so that nothing can be chosen on them.
+trains on them), so that no run can select a checkpoint by them.
 """
 
 import copy
@@ -21,30 +21,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import udapose
 from support import rendering
 from support import run as runs
 from support.comparisons import METHODS, DomainDiscriminator, adaptation_loss
 from support.folder import Dataset, compared, same_skeleton, say_if_enlarged, with_root
 from support.run import InputError, Run, autocast, setting
 from support.weights import load_public_weights
-from udapose import (
-    Encoder,
-    KeypointHead,
-    PoseEstimator,
-    attention_loss,
-    cosine_rate,
-    hpe_loss,
-    joint_errors,
-    keypoint_loss,
-    keypoint_loss_expanded,
-    parameter_groups,
-    to_voxels,
-)
+from udapose import Encoder, KeypointHead, PoseEstimator
 
 
 @dataclasses.dataclass
 class Settings:
-    """One setting per line, with its meaning and origin. Defaults are the paper's, where it has them."""
+    """One setting per line, with its meaning and origin. PRESETS change many of these defaults."""
 
     preset: str = "tiny"  # sizes and schedule
     task: str = "hand"  # which embedded benchmark
@@ -54,11 +43,11 @@ class Settings:
     source: str = "datasets/hands/source_train"  # data-set folder with keypoints
     target: str = "auto"  # data-set folder, images only; auto: that of the embedded benchmark
     validation: str = "auto"  # labelled *source* images, to watch the training; "": none; auto: as above
-    labels: int = setting(0, low=0)  # how many of the source's first images have labels; 0: all
+    labels: int = setting(0, low=0)  # use only the first so many labelled source images; 0: all
     lam: float = setting(100.0, low=0)  # lambda_attn of Eq. (7) (paper: 100 hands, 10 humans); 0: no AR
     adapt: str = setting("", choices=("", *METHODS))  # method to compare with, instead of AR
     adapt_weight: float = setting(1.0, low=0)  # its weight (DDC 0.25, DANN 1: papers; DAN 1: public code)
-    sigma: float = setting(2.0, above=0)  # standard deviation of the target Gaussians, voxels (ours)
+    sigma: float = setting(2.0, above=0)  # standard deviation of the true Gaussians, voxels (ours)
     image: int = setting(256, above=0)  # side of the network's crop, px (paper Sec. 7)
     patch: int = setting(16, above=0)  # side of a patch, px (paper: ViT-B/16)
     width: int = setting(768, above=0)  # width of f^E (Table 7)
@@ -71,7 +60,7 @@ class Settings:
     epochs: float = setting(50, above=0)  # passes over the labelled source images (paper Sec. 7)
     warmup: int = setting(500, low=0)  # steps in which the learning rate rises (ViTPose)
     lr: float = setting(5e-4, low=0)  # peak learning rate of AdamW (paper Sec. 7)
-    layer_decay: float = setting(1.0, above=0)  # learning rate of a block over the next one's (ViTPose: 0.75)
+    layer_decay: float = setting(1.0, above=0)  # learning-rate factor per block, inwards (ViTPose: 0.75)
     weight_decay: float = setting(0.1, low=0)  # of AdamW (ViTPose, as its betas 0.9 and 0.999)
     jitter: float = setting(0.2, low=0, below=1)  # brightness, contrast, saturation 1 +- jitter (ours)
     expanded: bool = True  # Eq. (5) without a heatmap (keypoint_loss_expanded); --no-expanded: as written
@@ -79,9 +68,9 @@ class Settings:
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # where to train
     threads: int = setting(0, low=0, high=1024)  # CPU threads of a process; 0: torch's choice
     workers: int = setting(-1, low=-1, high=1024)  # processes that read ahead; -1: 8 on CUDA, none on a CPU
-    precision: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))  # of matrix products
+    precision: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))  # autocast's
     compile: bool = False  # compile the transformer blocks: a minute at the start, faster steps on a GPU
-    deterministic: bool = False  # the same bits each time on a GPU, more slowly; a CPU does without it
+    deterministic: bool = False  # the same bits each time on a GPU, more slowly; a CPU needs no flag
     checkpointing: bool = False  # recompute the encoder's blocks in the backward pass: less memory, slower
     validate_every: int = setting(250, above=0)  # steps between measurements on the validation set
     save_every: int = setting(200, above=0)  # steps between checkpoints, a multiple of --log-every
@@ -90,7 +79,7 @@ class Settings:
 
 TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, head_channels=48, labels=1000, batch=32, epochs=32)
 TINY |= dict(warmup=50, lr=2e-3, sigma=1.8)
-PAPER = dict(validation="", micro_batch=64, save_every=2000)  # 211 MiB per pair of images: 13 GiB
+PAPER = dict(validation="", micro_batch=64, save_every=2000)  # an estimate: 13 GiB
 PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=64, save_every=500),
@@ -99,14 +88,12 @@ PRESETS = {
                                 lam=10.0, epochs=100),
 }
 TASKS = {"hand": {}, "human": dict(source="datasets/bodies/source_train", lam=10.0)}
-VARIANTS = {  # each starts from the pre-training run of its own name, or of that in PRETRAINED_BY
+VARIANTS = {  # without an init, each starts from the pre-training of its own name, or that in PRETRAINED_BY
     "full": {},
     "scratch": dict(init="", lam=0.0),
     "mae": dict(lam=0.0),  # "Ours (MAE)", "w/o FCR, AR"
     "no-ar": dict(lam=0.0),  # "w/o AR": shares the pre-training of "full"
-    "no-fcr": {},
-    "no-xc": {},
-    "source-masks": {},
+    **{"no-fcr": {}, "no-xc": {}, "source-masks": {}},
     "no-fcr-ar": dict(lam=0.0),
     "no-xc-ar": dict(lam=0.0),
     "no-fcr-xc": {},
@@ -124,7 +111,7 @@ VARIANTS = {  # each starts from the pre-training run of its own name, or of tha
 PRETRAINED_BY = {"no-ar": "full", "no-fcr-ar": "no-fcr", "no-xc-ar": "no-xc", "no-fcr-xc": "mae"}
 PRETRAINED_BY |= {"mae-ddc": "mae", "mae-dan": "mae", "mae-dann": "mae"}
 ARCHITECTURE = ("image", "patch", "width", "depth", "heads")  # settings that both stages must share
-SKELETON = ("joints", "bones", "root", "depth_range")  # what a model has to remember of its labels
+SKELETON = ("joints", "bones", "root", "depth_range")  # of the labels, stored in the checkpoint
 
 
 # ==========================================================================================================
@@ -178,7 +165,7 @@ def pose_batch(s: Settings, rows: PoseRows, meta: dict, side: int, device) -> Po
     x_s, _, A = data.augment(rows.source, s.image, device)  # (b, 3, H, W), A (b, 2, 3)
     keypoints, intrinsics = data.to_device(rows.keypoints, device), data.to_device(rows.intrinsics, device)
     uv, depth = data.labels_of(keypoints, intrinsics, A, meta["root"])  # (b, K, 2) px, (b, K) mm from root
-    centres, valid = to_voxels(uv, depth, s.image, meta["depth_range"], side)  # (b, K, 3), (b, K)
+    centres, valid = udapose.to_voxels(uv, depth, s.image, meta["depth_range"], side)  # (b, K, 3), (b, K)
     x_t = None if rows.target is None else data.normalise(data.augment(rows.target, s.image, device)[0])
     return PoseBatch(data.normalise(x_s), centres, valid, x_t)
 
@@ -195,10 +182,10 @@ def pose_losses(s: Settings, model, estimator: PoseEstimator, f_A, batch: PoseBa
     with autocast(device, dtype):
         out = model(batch.x_s, batch.x_t, tokens=bool(s.adapt))  # features (b, C, S, S), a_E (b, L, N)
         heatmaps = None if s.expanded else head.heatmaps(out.features)  # Eq. (4), (b, K, S, S, S)
-    if s.expanded:  # the last convolution of Eq. (4) is folded into Eq. (5); --no-expanded: as printed
-        L_kpt = keypoint_loss_expanded(out.features, head.conv, batch.centres, batch.valid, s.sigma)
+    if s.expanded:  # the same value without storing K S^3 voxels; --no-expanded: as printed
+        L_kpt = udapose.keypoint_loss_expanded(out.features, head.conv, batch.centres, batch.valid, s.sigma)
     else:
-        L_kpt = keypoint_loss(heatmaps, batch.centres, batch.valid, s.sigma)  # Eq. (5)
+        L_kpt = udapose.keypoint_loss(heatmaps, batch.centres, batch.valid, s.sigma)  # Eq. (5)
     if batch.x_t is None:
         return L_kpt, torch.zeros_like(L_kpt)
     if s.adapt:
@@ -206,7 +193,7 @@ def pose_losses(s: Settings, model, estimator: PoseEstimator, f_A, batch: PoseBa
         return L_kpt, adaptation_loss(s.adapt, *tokens, estimator.discriminator, progress)
     with torch.no_grad(), autocast(device, dtype):
         a_A = f_A.attention_maps(batch.x_t)  # (b, L, N), of the same augmented x_t that f^E sees
-    return L_kpt, attention_loss(out.a_E, a_A)  # Eq. (6)
+    return L_kpt, udapose.attention_loss(out.a_E, a_A)  # Eq. (6)
 
 
 def train_pose(s: Settings, run: Run, estimator, f_A, source, target, validation, world: int, device):
@@ -220,22 +207,25 @@ def train_pose(s: Settings, run: Run, estimator, f_A, source, target, validation
         runs.compile_blocks(estimator.encoder.blocks, *([f_A.blocks] if f_A else []))
     model = DistributedDataParallel(estimator) if world > 1 else estimator
     steps = max(1, round(s.epochs * labelled(s, source) / s.batch))
+    if steps < s.warmup and run.rank == 0:
+        print(f"--warmup {s.warmup}: the learning rate never reaches --lr in {steps} steps", flush=True)
     micro = runs.micro_batches(s.batch, s.micro_batch, run.rank, world)
-    stored = data.read_ahead(PoseData(s, source, target), range(start, steps), micro, s.workers, device)
+    reader = PoseData(s, source, target)
+    ahead = data.read_ahead(reader, range(start, steps), micro, s.workers, device)  # len(micro) a step
     progress = runs.Progress("fine-tuning", steps, images=s.batch, start=start, quiet=run.rank > 0)
     window = []  # losses since the last line of the log
     estimator.train()
     for step in range(start, steps):
-        lr = cosine_rate(step, steps, s.warmup, s.lr)
+        lr = udapose.cosine_rate(step, steps, s.warmup, s.lr)
         for group in optimiser.param_groups:
             group["lr"] = lr * group["scale"]
         optimiser.zero_grad()
         losses = torch.zeros(2, device=device)
         for i in range(len(micro)):
-            batch = pose_batch(s, next(stored), source.meta, estimator.head.side, device)
+            batch = pose_batch(s, next(ahead), source.meta, estimator.head.side, device)
             with runs.sync_gradients(model, i == len(micro) - 1):
                 L_kpt, L_attn = pose_losses(s, model, estimator, f_A, batch, run.dtype, step / steps)
-                L_HPE = hpe_loss(L_kpt, L_attn, weight)  # Eq. (7)
+                L_HPE = udapose.hpe_loss(L_kpt, L_attn, weight)  # Eq. (7)
                 scaler.scale(L_HPE / len(micro)).backward()
             losses += torch.stack([L_kpt.detach(), L_attn.detach()]) / len(micro)
         scaler.step(optimiser)
@@ -263,11 +253,12 @@ def validate(s: Settings, estimator: PoseEstimator, dataset: Dataset, run: Run, 
     total = torch.zeros(2, dtype=torch.float64)  # sum and number of the errors
     for rows in data.chunks(len(dataset))[run.rank :: world]:
         predicted, truth = data.predict(estimator, dataset, rows, s.image, device, run.dtype)  # (b, K, 3) mm
-        errors = joint_errors(predicted, truth, dataset.meta["root"])[:, compared(dataset.meta)]  # (b, K) mm
-        errors = errors.double().cpu()
+        errors = udapose.joint_errors(predicted, truth, dataset.meta["root"])  # (b, K) mm
+        errors = errors[:, compared(dataset.meta)].double().cpu()
         total += torch.stack([errors.nansum(), errors.isfinite().sum()])
     estimator.train()
-    error = float(torch.div(*runs.mean_over_processes(total)))
+    total, count = runs.mean_over_processes(total).tolist()
+    error = total / count
     if run.rank == 0:
         print(f"fine-tuning: error on source validation {error:.2f} mm", flush=True)
     return error
@@ -277,7 +268,10 @@ def validate(s: Settings, estimator: PoseEstimator, dataset: Dataset, run: Run, 
 # Set-up
 # ==========================================================================================================
 def build(s: Settings, keypoints: int, rank: int, device) -> tuple[PoseEstimator, Encoder | None]:
-    """f^E with f^H, and the frozen f^A (None without AR): the same pre-trained weights twice, Sec. 3.2."""
+    """f^E with f^H, and the frozen f^A (None without AR): the same pre-trained weights twice, Sec. 3.2.
+
+    f^A is in no checkpoint: a resume builds it from --init again.
+    """
     torch.manual_seed(s.seed)
     try:
         encoder = Encoder((s.image, s.image), s.patch, s.width, s.depth, s.heads)
@@ -297,18 +291,20 @@ def build(s: Settings, keypoints: int, rank: int, device) -> tuple[PoseEstimator
 
 def load_pretrained(s: Settings, encoder: Encoder, rank: int) -> None:
     """Fill f^E from --init: a finished pre-training run of the same architecture, or a public file."""
-    report, path = [f"f^E starts from {s.init}"], Path(s.init) / "checkpoint.pt"
+    report = [f"f^E starts from {s.init}"]
     if Path(s.init).is_file():
         report = load_public_weights(s.init, encoder)
-    elif not path.parent.is_dir():
+    elif not Path(s.init).is_dir():
         raise InputError(f"--init {s.init}: neither a pre-training run (train it first, with the same "
                          "--preset and --seed) nor a file of weights")
     else:
+        path = Path(s.init) / "checkpoint.pt"
         state = runs.read_checkpoint(path)
         if "decoder" not in state or state["step"] != state["steps"]:
             raise InputError(f"--init {s.init}: not a finished pre-training run")
-        other = [f"{k} {state['settings'][k]} there, {getattr(s, k)} here" for k in ARCHITECTURE
-                 if state["settings"][k] != getattr(s, k)]
+        theirs = Settings.__dict__ | state["settings"]  # a setting may be newer than the run
+        pairs = [(k, theirs[k], getattr(s, k)) for k in ARCHITECTURE]
+        other = [f"{k} {there} there, {here} here" for k, there, here in pairs if there != here]
         if other:
             raise InputError(f"--init {s.init}: another architecture: {', '.join(other)}")
         runs.load_parts(path, state, encoder=encoder)
@@ -323,7 +319,9 @@ def optimiser_groups(s: Settings, estimator: PoseEstimator) -> list[dict]:
     parts += [(block, s.layer_decay ** (s.depth + 1 - i)) for i, block in enumerate(encoder.blocks, 1)]
     if estimator.discriminator is not None:
         parts.append((estimator.discriminator, 1.0))
-    groups = [g | {"scale": scale} for part, scale in parts for g in parameter_groups(part, s.weight_decay)]
+    groups = []
+    for part, scale in parts:
+        groups += [group | {"scale": scale} for group in udapose.parameter_groups(part, s.weight_decay)]
     groups.append({"params": [encoder.cls_token], "weight_decay": 0.0, "scale": lowest})
     known = {id(p) for group in groups for p in group["params"]}
     lost = [name for name, p in estimator.named_parameters() if p.requires_grad and id(p) not in known]
@@ -341,6 +339,8 @@ def complete(s: Settings) -> None:
     s.validation = rendering.auto_folder(s.validation, s.source, "source_val")
     s.target = rendering.auto_folder(s.target, s.source, "target_train")
     if s.variant == "oracle":
+        if not s.target:
+            raise InputError("--variant oracle learns the labels of --target: name it")
         s.source = s.target
     if s.adapt and s.lam:
         raise InputError("--adapt takes the place of L_attn in Eq. (7): give --lam 0")
@@ -359,7 +359,7 @@ def check_volume(s: Settings, source: Dataset, side: int) -> None:
     A = data.crop_transform(parameters, source.images.shape[1], source.meta["margin"], s.image)  # (n, 2, 3)
     labels = torch.from_numpy(source.keypoints[rows]), torch.from_numpy(source.intrinsics[rows])
     uv, depth = data.labels_of(*labels, A, source.meta["root"])  # (n, K, 2) px, (n, K) mm from the root
-    if not to_voxels(uv, depth, s.image, source.meta["depth_range"], side)[1].any():
+    if not udapose.to_voxels(uv, depth, s.image, source.meta["depth_range"], side)[1].any():
         raise InputError(f"{source.folder}: the first {len(rows)} images have no joint in the volume, or no "
                          f"label of the root; look at them: python data.py show {source.folder} PICTURE.png")
 
@@ -390,7 +390,8 @@ def main(arguments=None) -> None:
     run = Run(s.out, s, facts | {"world": world}, rank, device)
     train_pose(s, run, estimator, f_A, source, target, validation, world, device)
     if rank == 0:
-        print(f"finished: {run.folder}; now: python evaluate.py {run.folder}", flush=True)
+        tests = "" if rendering.in_benchmark(s.source) else " --source-test FOLDER --target-test FOLDER"
+        print(f"finished: {run.folder}; now: python evaluate.py {run.folder}{tests}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python train_pretrain.py --preset paper-hand --device cuda       the paper's size on one GPU
     torchrun --nproc_per_node 8 train_pretrain.py --preset paper-hand
 
-The same command again continues a run that was stopped. --variant selects a row of the paper's tables; with
---masks, --xc, --mask-ratio and --alpha you make others. Writes checkpoint.pt (f^E, f^D), segmentation.pt
-(f^S) and target_masks.npy.
+The same command again continues a run that was stopped. --variant selects a row of the paper's tables; use
+--masks, --xc, --mask-ratio and --alpha for others. Writes checkpoint.pt (f^E, f^D), segmentation.pt
+(f^S), target_masks.npy, config.json and log.jsonl.
 """
 
 import dataclasses
@@ -20,28 +20,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import udapose
 from support import rendering
 from support import run as runs
 from support.folder import Dataset, check_masks, open_masks, say_if_enlarged
 from support.run import InputError, Run, autocast, setting
-from udapose import (
-    Decoder,
-    Encoder,
-    MaskedAutoencoder,
-    UNet,
-    cosine_rate,
-    foreground_weights,
-    normalise_patches,
-    parameter_groups,
-    patchify,
-    replace_background,
-    weighted_mae_loss,
-)
+from support.weights import load_public_weights
+from udapose import Decoder, Encoder, MaskedAutoencoder, UNet
 
 
 @dataclasses.dataclass
 class Settings:
-    """One setting per line, with its meaning and origin. Defaults are the paper's, where it has them."""
+    """One setting per line, with its meaning and origin. PRESETS change many of these defaults."""
 
     preset: str = "tiny"  # sizes and schedule
     task: str = "hand"  # which embedded benchmark
@@ -50,11 +40,13 @@ class Settings:
     source: str = "datasets/hands/source_train"  # data-set folder with masks
     target: str = "auto"  # data-set folder, images only; "" for none; auto: that of the embedded benchmark
     unconstrained: str = "auto"  # X_C, data-set folder, images only; auto: that of the embedded benchmark
-    target_masks: str = ""  # .npy with masks of the target, to use instead of f^S's (an upper bound, Table 4)
+    target_share: float = setting(0.0, low=0, below=1)  # target images in a batch; 0: as in the union (ours)
+    target_masks: str = ""  # masks to use instead of training f^S: another run's folder, or a .npy file
+    init: str = ""  # start f^E (and f^D, where it fits) from a public weights file
     masks: str = setting("both", choices=("both", "source", "none"))  # where Eq. (2) has weights (Table 4)
     xc: float = setting(0.5, low=0, high=1)  # share of images that get a background from X_C (ours)
     mask_ratio: float = setting(0.75, above=0, below=1)  # masking ratio r (paper Sec. 7, Table 9)
-    alpha: float = setting(4.0, low=0, high=160)  # sharpness of Eq. (2) (paper Sec. 7, Table 9); exp(80) fits
+    alpha: float = setting(4.0, low=0, high=160)  # sharpness of Eq. (2) (Sec. 7, Table 9); 161 overflows
     norm_pix: bool = False  # reconstruct pixels normalised per patch (MAE's option)
     image: int = setting(256, above=0)  # side of the network's crop, px (paper Sec. 7)
     patch: int = setting(16, above=0)  # side of a patch, px (paper: ViT-B/16)
@@ -80,9 +72,9 @@ class Settings:
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # where to train
     threads: int = setting(0, low=0, high=1024)  # CPU threads of a process; 0: torch's choice
     workers: int = setting(-1, low=-1, high=1024)  # processes that read ahead; -1: 8 on CUDA, none on a CPU
-    precision: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))  # of matrix products
+    precision: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))  # autocast's
     compile: bool = False  # compile the transformer blocks: a minute at the start, faster steps on a GPU
-    deterministic: bool = False  # the same bits each time on a GPU, more slowly; a CPU does without it
+    deterministic: bool = False  # the same bits each time on a GPU, more slowly; a CPU needs no flag
     checkpointing: bool = False  # recompute the encoder's blocks in the backward pass: less memory, slower
     save_every: int = setting(200, above=0)  # steps between checkpoints, a multiple of --log-every
     log_every: int = setting(50, above=0)  # steps between lines of log.jsonl
@@ -90,7 +82,7 @@ class Settings:
 
 TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, decoder_width=64, decoder_heads=2, seg_channels=24)
 TINY |= dict(batch=128, epochs=16, lr=1.5e-3, seg_steps=700, seg_batch=32)
-PAPER = dict(unconstrained="datasets/imagenet_val", micro_batch=256, save_every=1000)  # 8 GiB
+PAPER = dict(unconstrained="datasets/imagenet_val", micro_batch=256, save_every=1000)  # estimated: 8 GiB
 PRESETS = {
     "tiny": TINY,
     "small": TINY | dict(epochs=200, seg_steps=2000, seg_batch=48, save_every=500),
@@ -121,16 +113,16 @@ def networks(s: Settings) -> tuple[Encoder, Decoder]:
 # f^S: learned from the source's images and masks only
 # ==========================================================================================================
 class Backgrounds(NamedTuple):
-    """Images from X_C, and the places (c,) of the batch's images whose background they replace."""
+    """Images from X_C for c of a micro-batch's images."""
 
-    places: Tensor
+    places: Tensor  # (c,) which of the images get a new background
     crops: data.StoredCrops
 
 
 def read_backgrounds(rng, own, order, batch: int, share: float, unconstrained, jitter: float, gain=0.0):
-    """Draw an image of X_C for about `share` of a global batch, and read those of its slice `own` in `order`.
+    """Draw an image of X_C for about `share` of the images, and read those of one micro-batch.
 
-    Their colours vary by `jitter` and `gain`. Returns Backgrounds, or None where no image is to change.
+    own: its slice of the global batch. order: how its images are sorted. Colours vary by `jitter` and `gain`.
     """
     swap, rows = rng.random(batch) < share, rng.integers(len(unconstrained), size=batch)
     parameters = data.augmentation(rng, batch, jitter, gain)
@@ -146,7 +138,7 @@ def swap_backgrounds(x: Tensor, foreground: Tensor, backgrounds: Backgrounds | N
     if backgrounds is not None:
         at = data.to_device(backgrounds.places, x.device)
         x_c, _, _ = data.augment(backgrounds.crops, side, x.device)  # (c, 3, H, W)
-        x[at] = replace_background(x[at], foreground[at], x_c)
+        x[at] = udapose.replace_background(x[at], foreground[at], x_c)
     return x
 
 
@@ -171,7 +163,8 @@ def train_segmentation(s: Settings, run: Run, source: Dataset, unconstrained: Da
     """Train f^S with binary cross-entropy. not in the paper: its recipe, which is ours."""
     torch.manual_seed(s.seed)
     net = UNet(s.seg_channels).to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(parameter_groups(net, 1e-4), lr=s.seg_lr, fused=device.type == "cuda")
+    groups = udapose.parameter_groups(net, weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(groups, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     start = run.resume("segmentation.pt", optimiser, scaler, {"segmentation": net}, "segmentation")
     model = DistributedDataParallel(net) if world > 1 else net
@@ -182,7 +175,7 @@ def train_segmentation(s: Settings, run: Run, source: Dataset, unconstrained: Da
     window = []  # losses since the last line of the log
     for done, (stored, x_c) in enumerate(batches, start + 1):
         for group in optimiser.param_groups:
-            group["lr"] = cosine_rate(done - 1, s.seg_steps, 50, s.seg_lr)
+            group["lr"] = udapose.cosine_rate(done - 1, s.seg_steps, 50, s.seg_lr)
         x, foreground, _ = data.augment(stored, s.image, device)  # (b, 3, H, W), (b, 1, H, W)
         x = data.normalise(swap_backgrounds(x, foreground, x_c, s.image))
         optimiser.zero_grad()
@@ -206,8 +199,8 @@ def train_segmentation(s: Settings, run: Run, source: Dataset, unconstrained: Da
 @torch.no_grad()
 def predict_masks(s: Settings, run: Run, net: UNet, target: Dataset, device) -> None:
     """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored target images, once, by rank 0."""
-    path, n, H = run.folder / "target_masks.npy", *target.images.shape[:2]
-    runs.statistics_of_rank_0(net)
+    path = run.folder / "target_masks.npy"
+    n, H = target.images.shape[:2]
     if run.rank == 0 and not path.exists():
         part, failed = path.with_suffix(".part.npy"), 0
         masks = np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
@@ -226,18 +219,18 @@ def predict_masks(s: Settings, run: Run, net: UNet, target: Dataset, device) -> 
         masks.flush()
         part.rename(path)
         print(f"target masks: {100 * failed / n:.1f} % have under 1 % or over 90 % foreground", flush=True)
-    run.remember("target_masks", runs.from_rank_0(runs.file_checksum(path) if run.rank == 0 else None))
+    run.remember("target_masks.npy", runs.from_rank_0(runs.file_checksum(path) if run.rank == 0 else None))
 
 
 # ==========================================================================================================
 # The masked autoencoder
 # ==========================================================================================================
 class Domain(NamedTuple):
-    """A data set of stage 1, its masks (n, H, H) or None, and whether Eq. (2) weights its patches by them."""
+    """A data set of stage 1."""
 
     dataset: Dataset
-    masks: np.ndarray | None
-    weighted: bool
+    masks: np.ndarray | None  # (n, H, H) uint8, for backgrounds from X_C
+    weighted: bool  # whether Eq. (2) uses them, too
 
 
 class PretrainingRows(NamedTuple):
@@ -249,7 +242,7 @@ class PretrainingRows(NamedTuple):
 
 
 class PretrainingBatch(NamedTuple):
-    """One micro-batch on the training device."""
+    """One micro-batch of stage 1 on the training device."""
 
     images: Tensor  # x (b, 3, H, W), normalised
     weights: Tensor  # w (b, N) of Eq. (2), or ones
@@ -257,28 +250,40 @@ class PretrainingBatch(NamedTuple):
 
 
 class PretrainingData(torch.utils.data.Dataset):
-    """[step, slice] reads one micro-batch of stage 1 from the union of the domains.
-
-    not in the paper: the union, in which the larger data set has the larger share of a batch.
-    """
+    """[step, slice] reads one micro-batch of stage 1 from both domains."""
 
     def __init__(self, s: Settings, domains: list[Domain], unconstrained: Dataset | None):
         self.s, self.domains, self.unconstrained = s, domains, unconstrained
+
+    def rows_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each image of global batch `step`: its domain, and its row in that data set.
+
+        not in the paper: the union, in which the larger domain has the larger share; or --target-share.
+        """
+        s, sizes = self.s, [len(domain.dataset) for domain in self.domains]
+        if not s.target_share:
+            rows = data.batch_rows(sum(sizes), s.seed, "pretraining order", step, s.batch)
+            ends = np.cumsum(sizes)
+            which = np.searchsorted(ends, rows, "right")
+            return which, rows - (ends - sizes)[which]
+        which = np.diff(np.floor(np.arange(s.batch + 1) * s.target_share)).astype(int)  # spread evenly
+        rows = np.zeros(s.batch, int)
+        for i, size in enumerate(sizes):
+            here = which == i
+            rows[here] = data.batch_rows(size, s.seed, f"pretraining order {i}", step, int(here.sum()))
+        return which, rows
 
     def __getitem__(self, key: tuple[int, slice]) -> PretrainingRows:
         (step, own), s = key, self.s
         rng = runs.random_generator(s.seed, "pretraining", step)
         parameters = data.augmentation(rng, s.batch, s.jitter)[own]
         noise = rng.random((s.batch, (s.image // s.patch) ** 2), np.float32)[own]
-        ends = np.cumsum([len(domain.dataset) for domain in self.domains])
-        rows = data.batch_rows(int(ends[-1]), s.seed, "pretraining order", step, s.batch)[own]
-        which = np.searchsorted(ends, rows, "right")  # the domain of each row
+        which, rows = (part[own] for part in self.rows_of(step))
         order = np.argsort(which, kind="stable")
         stored = []
         for i, (dataset, masks, _) in enumerate(self.domains):
             here = which == i
-            own_rows = rows[here] - (ends[i] - len(dataset))
-            stored.append(data.read_rows(dataset, own_rows, parameters[here], masks))
+            stored.append(data.read_rows(dataset, rows[here], parameters[here], masks))
         x_c = None
         if s.xc > 0:
             x_c = read_backgrounds(rng, own, order, s.batch, s.xc, self.unconstrained, s.jitter)
@@ -293,7 +298,7 @@ def pretraining_batch(s: Settings, rows: PretrainingRows, domains: list[Domain],
             continue
         x, foreground, _ = data.augment(stored, s.image, device)  # (b_i, 3, H, W), (b_i, 1, H, W)
         foreground = torch.zeros_like(x[:, :1]) if foreground is None else foreground
-        w = foreground_weights(foreground, s.patch, s.alpha)  # Eq. (2), (b_i, N)
+        w = udapose.foreground_weights(foreground, s.patch, s.alpha)  # Eq. (2), (b_i, N)
         images.append(x)
         foregrounds.append(foreground)
         weights.append(w if domain.weighted else torch.ones_like(w))
@@ -305,9 +310,13 @@ def train_autoencoder(s: Settings, run: Run, domains: list[Domain], unconstraine
     """Train f^E and f^D by Eq. (3), Sec. 3.1."""
     torch.manual_seed(s.seed)
     encoder, decoder = networks(s)
+    if s.init:
+        report = load_public_weights(s.init, encoder, decoder)
+        print(*report if run.rank == 0 else [], sep="\n", end="\n" * (run.rank == 0), flush=True)
     encoder.checkpointing = s.checkpointing
     mae = MaskedAutoencoder(encoder, decoder).to(device)
-    optimiser = torch.optim.AdamW(parameter_groups(mae, s.weight_decay), betas=(0.9, 0.95), fused=True)
+    groups = udapose.parameter_groups(mae, s.weight_decay)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     modules = {"encoder": encoder, "decoder": decoder}
     start = run.resume("checkpoint.pt", optimiser, scaler, modules, "pretraining")
@@ -315,29 +324,31 @@ def train_autoencoder(s: Settings, run: Run, domains: list[Domain], unconstraine
         runs.compile_blocks(encoder.blocks, decoder.decoder_blocks)
     model = DistributedDataParallel(mae) if world > 1 else mae
     steps = max(1, round(s.epochs * sum(len(domain.dataset) for domain in domains) / s.batch))
+    if steps < 200 and run.rank == 0:
+        print(f"MAE: only {steps} steps, f^A will hardly be trained; raise --epochs {s.epochs:g}", flush=True)
     micro = runs.micro_batches(s.batch, s.micro_batch, run.rank, world)
     reader = PretrainingData(s, domains, unconstrained)
-    stored = data.read_ahead(reader, range(start, steps), micro, s.workers, device)
+    ahead = data.read_ahead(reader, range(start, steps), micro, s.workers, device)  # len(micro) a step
     progress = runs.Progress("MAE", steps, images=s.batch, start=start, quiet=run.rank > 0)
     window = []  # losses since the last line of the log
     for step in range(start, steps):
-        lr = cosine_rate(step, steps, round(s.warmup * steps), s.lr)
+        lr = udapose.cosine_rate(step, steps, round(s.warmup * steps), s.lr)
         for group in optimiser.param_groups:
             group["lr"] = lr
         optimiser.zero_grad()
         losses = torch.zeros(2, device=device)
         for i in range(len(micro)):
-            batch = pretraining_batch(s, next(stored), domains, device)
+            batch = pretraining_batch(s, next(ahead), domains, device)
             with runs.sync_gradients(model, i == len(micro) - 1):
                 with autocast(device, run.dtype):
                     predicted, m = model(batch.images, batch.noise, s.mask_ratio)  # (b, N, P*P*3), (b, N)
-                patches = patchify(batch.images, s.patch)  # (b, N, P*P*3)
+                patches = udapose.patchify(batch.images, s.patch)  # (b, N, P*P*3)
                 if s.norm_pix:
-                    patches = normalise_patches(patches)
-                L_WMAE = weighted_mae_loss(predicted, patches, batch.weights, m)  # Eq. (3)
+                    patches = udapose.normalise_patches(patches)
+                L_WMAE = udapose.weighted_mae_loss(predicted, patches, batch.weights, m)  # Eq. (3)
                 scaler.scale(L_WMAE / len(micro)).backward()
             error = (predicted.detach().float() - patches).square().mean(dim=-1)  # (b, N)
-            pixel = (error * m).sum() / m.sum()  # to compare with MAE's own logs
+            pixel = (error * m).sum() / m.sum()  # the mean over masked pixels, which MAE logs
             losses += torch.stack([L_WMAE.detach(), pixel]) / len(micro)
         scaler.step(optimiser)
         scaler.update()
@@ -356,11 +367,13 @@ def train_autoencoder(s: Settings, run: Run, domains: list[Domain], unconstraine
 # Set-up
 # ==========================================================================================================
 def complete(s: Settings, world: int) -> bool:
-    """Fill in settings that follow from others, refuse what does not fit, return whether f^S is needed."""
+    """Fill in settings that follow from others, refuse what does not fit. Returns whether f^S is needed."""
     s.out = s.out or f"runs/{runs.run_group(s.preset, s.task)}/pretrain-{s.variant}-seed{s.seed}"
     if s.target not in ("", "auto") and VARIANTS[s.variant].get("target") == "":
         raise InputError(f"--target {s.target}: variant {s.variant} has no target")
     s.target = rendering.auto_folder(s.target, s.source, "target_train")
+    if (s.target_masks or s.target_share) and not s.target:
+        raise InputError("--target-masks and --target-share need a --target")
     needs_f_S = bool(s.target) and not s.target_masks and (s.masks == "both" or s.xc > 0)
     s.unconstrained = rendering.auto_folder(s.unconstrained, s.source, "unconstrained")
     if not (s.xc > 0 or needs_f_S):
@@ -389,21 +402,24 @@ def main(arguments=None) -> None:
     runs.configure_torch(s.threads, s.deterministic)
     needs_f_S = complete(s, world)
 
-    # the target's labels and true masks are never opened
     rendering.ensure_benchmark([s.source, s.target, s.unconstrained], rank)
     use_masks = s.masks != "none" or s.xc > 0
     source = Dataset(s.source, *(["masks"] if use_masks else []))
-    target = Dataset(s.target) if s.target else None
+    target = Dataset(s.target) if s.target else None  # its labels and true masks are never opened
     unconstrained = Dataset(s.unconstrained) if s.unconstrained else None
     if use_masks:
         check_masks(source.masks, source.folder / "masks.npy", "give --masks none --xc 0")
     sets = {"source": source, "target": target, "unconstrained": unconstrained}
     facts = {f"{name}'s data": dataset.fingerprint for name, dataset in sets.items() if dataset is not None}
     target_masks = None
+    if s.init:
+        facts["init"] = runs.file_checksum(s.init)
     if s.target_masks:
-        target_masks = open_masks(s.target_masks, target)
-        check_masks(target_masks, s.target_masks, "leave out --target-masks")
-        facts["target_masks"] = runs.file_checksum(s.target_masks)
+        path = runs.masks_of(s.target_masks, target.fingerprint)
+        target_masks = open_masks(path, target)
+        if str(path) == s.target_masks:  # a file of the user's; f^S itself may be unsure
+            check_masks(target_masks, path, "leave out --target-masks")
+        facts["target_masks"] = runs.file_checksum(path)
     if rank == 0:
         say_if_enlarged(sets.values(), s.image)
     run = Run(s.out, s, facts | {"world": world}, rank, device)

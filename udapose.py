@@ -14,7 +14,7 @@ a frozen copy of the pre-trained encoder.
     Eq. (4)  3D heatmaps                               KeypointHead
     Eq. (5)  heatmap regression                        keypoint_loss, keypoint_loss_expanded
     Eq. (6)  attention regularisation                  attention_loss, class_attention
-    Eq. (7)  the sum of both                           hpe_loss
+    Eq. (7)  the weighted sum of both                  hpe_loss
 
 Letters in the shape comments:
     B images in a batch        N patches of an image       V visible patches, (1 - r) N
@@ -23,7 +23,7 @@ Letters in the shape comments:
     H, W image side in px      P side of a patch in px     C channels of the layer at hand
     r share of patches masked  D' width of a token in f^D  H^, H predicted and true heatmaps, Eq. (5)
 Pixels and voxels have their centres at integers. The camera frame: x right, y down, z forward, millimetres.
-`not in the paper:` marks every decision that the paper leaves open, with the reason.
+`not in the paper:` marks what the paper leaves open, with the reason; in the settings, `(ours)` does.
 """
 
 import math
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# not in the paper: ImageNet's statistics, as MAE, DeiT and ViTPose use them, so that their weights fit.
+# not in the paper: ImageNet's statistics, with which MAE, DeiT and ViTPose normalised their input.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LN_EPS = 1e-6  # not in the paper: MAE's value
 
@@ -43,7 +43,7 @@ LN_EPS = 1e-6  # not in the paper: MAE's value
 # Sec. 3.1  The transformer block and the encoder f^E (Tables 5, 7, 8). f^A is a frozen copy of it.
 # ==========================================================================================================
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Cut images (B, C, H, W) into N = (H/P)(W/P) patches (B, N, P*P*C). Rows come first, channels last."""
+    """Cut images (B, C, H, W) into N = (H/P)(W/P) patches (B, N, P*P*C), row by row; channels last."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // patch, patch, W // patch, patch)  # (B, C, H/P, P, W/P, P)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)  # (B, N, P*P*C)
@@ -83,8 +83,8 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention as it is usually written: the output (B, M, T, d) and the matrix A (B, M, T, T).
 
-    A has a row for each query and a column for each key. This is the readable twin of
-    F.scaled_dot_product_attention, which never returns A.
+    A has a row for each query and a column for each key. F.scaled_dot_product_attention computes the same
+    output, but never returns A.
     """
     scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)  # (B, M, T, T)
     A = scores.softmax(dim=-1)
@@ -92,10 +92,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The output (B, M, T, d) of `plain_attention`, computed by the faster of its two forms.
+    """The output (B, M, T, d) of `plain_attention`, by the fused kernel where that is faster.
 
-    The fused form never stores A. On a CPU in bfloat16 its backward pass is 2 to 5 times slower than the
-    plain one (tests/benchmark.py measures it).
+    It never stores A. On a CPU in bfloat16 its backward pass is 2 to 5 times slower than the plain one.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return plain_attention(q, k, v)[0]
@@ -105,9 +104,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
     """a_cls of one block, Sec. 3.2 and Table 8: how much the class token attends to each patch, (B, N).
 
-    q (B, M, >= 1, d) and k (B, M, 1 + N, d) have the class token first. Only its row of A is computed, in
-    float32. The row is averaged over the heads, because Table 8 prints one per block. The attention to itself
-    is dropped and the rest is not scaled up again ("excluding the j-th element").
+    q and k (B, M, 1 + N, d) have the class token first. Only its row of A is computed, in float32. The row is
+    averaged over the heads, because Table 8 prints one per block. The class token's attention to itself is
+    dropped, and the rest is not normalised again ("excluding the j-th element").
     """
     with torch.autocast(q.device.type, enabled=False):  # autocast would compute it in bfloat16
         scores = q[:, :, :1].float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, M, 1, 1+N)
@@ -115,7 +114,11 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Project patches (B, N, P*P*3) to tokens (B, N, D). Stored as a convolution, like public weights."""
+    """Project patches (B, N, P*P*3) to tokens (B, N, D).
+
+    The weights are a convolution's, so that public files load. They are applied as a linear layer, so that
+    masked patches can be dropped first.
+    """
 
     def __init__(self, patch: int, width: int):
         super().__init__()
@@ -180,13 +183,13 @@ class Block(nn.Module):
         return x, class_attention(q, k) if attention else None
 
     def only_class_attention(self, x: Tensor) -> Tensor:
-        """a_cls (B, N) without the rest of the block. The attention maps need no more of the last block."""
+        """a_cls (B, N) without the rest of the block: all that `attention_maps` needs of the last one."""
         q, k, _ = self.attn.split(self.norm1(x))
         return class_attention(q, k)
 
 
 def initialise_transformer(module: nn.Module) -> None:
-    """Initialise linear layers and the flattened patch kernel Xavier-uniform, biases 0.
+    """Initialise linear layers (bias 0) and the flattened patch kernel Xavier-uniform.
 
     not in the paper: MAE's initialisation.
     """
@@ -199,7 +202,7 @@ def initialise_transformer(module: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """f^E, and the frozen f^A: a ViT of `depth` blocks on images (H, W), with class token, final LayerNorm.
+    """f^E, and the frozen f^A: a ViT of `depth` blocks with a class token and a final LayerNorm.
 
     Parameters have the names of MAE and timm, so that public weights load. Raises ValueError if the image is
     not divisible by the patch, or if `forward` gets images of another size.
@@ -216,7 +219,7 @@ class Encoder(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(self.grid, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LN_EPS)  # not in the paper: as in every pre-norm transformer
-        self.checkpointing = False  # True: recompute blocks in the backward pass, for a third of the memory
+        self.checkpointing = False  # True: recompute blocks in the backward pass, to save memory
         initialise_transformer(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -236,20 +239,20 @@ class Encoder(nn.Module):
         """Normalised images (B, 3, H, W) to tokens (B, 1 + V, D): F_MAE with `visible`, F_img without."""
         x = self.embed(images, visible)
         for block in self.blocks:
-            x, _ = self.run(block, x)
+            x, _ = self.apply_block(block, x)
         return self.norm(x)
 
-    def run(self, block: Block, x: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+    def apply_block(self, block: Block, x: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """block(x, attention). With `checkpointing`, only x is kept for the backward pass."""
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(x, attention)
-        return checkpoint(block, x, attention, use_reentrant=False)
+        return checkpoint(block, x, attention, use_reentrant=False, preserve_rng_state=False)
 
     def attention_maps(self, images: Tensor) -> Tensor:
         """a_cls of every block on the unmasked images, Table 8: (B, L, N)."""
         x, maps = self.embed(images), []
         for block in self.blocks[:-1]:
-            x, row = self.run(block, x, attention=True)
+            x, row = self.apply_block(block, x, attention=True)
             maps.append(row)
         maps.append(self.blocks[-1].only_class_attention(x))
         return torch.stack(maps, dim=1)  # (B, L, N)
@@ -277,9 +280,7 @@ def random_masking(noise: Tensor, r: float) -> tuple[Tensor, Tensor, Tensor]:
 class Decoder(nn.Module):
     """f^D, Table 5 L17-L22: project, insert mask tokens, restore the order, one block, predict pixels."""
 
-    def __init__(
-        self, grid: tuple[int, int], patch: int, encoder_width: int, width: int, depth: int, heads: int
-    ):
+    def __init__(self, grid: tuple, patch: int, encoder_width: int, width: int, depth: int, heads: int):
         super().__init__()
         self.decoder_embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))  # one for all m_i of Sec. 3.1, as in MAE
@@ -313,13 +314,9 @@ class MaskedAutoencoder(nn.Module):
         """Images (B, 3, H, W) and noise (B, N) to predicted patches x^ (B, N, P*P*3) and mask m^b (B, N)."""
         visible, restore, m = random_masking(noise, r)
         latent = self.encoder(images, visible)  # (B, 1 + V, D)
-        if (
-            latent.shape[1] != 1 + visible.shape[1]
-        ):  # surplus tokens would pass for patches and shift them all
-            raise ValueError(
-                f"the encoder returned {latent.shape[1]} tokens for the class token and {visible.shape[1]} "
-                "visible patches; it must drop all others"
-            )
+        if latent.shape[1] != 1 + visible.shape[1]:  # surplus tokens would be taken for patches
+            raise ValueError(f"the encoder returned {latent.shape[1]} tokens for the class token and "
+                             f"{visible.shape[1]} visible patches; it must drop all others")
         return self.decoder(latent, restore), m
 
 
@@ -356,7 +353,7 @@ def replace_background(images: Tensor, masks: Tensor, unconstrained: Tensor) -> 
     """Keep the foreground of x and take the background from x_c, Sec. 3.1, data augmentation.
 
     images, unconstrained (B, 3, H, W); masks (B, 1, H, W) in 0..1. not in the paper: the soft mask is cut at
-    0.5. With under 1 % or over 90 % foreground f^S may have failed, and the image stays as it is.
+    0.5. An image with under 1 % or over 90 % foreground stays as it is, because f^S probably failed on it.
     """
     hard = masks >= 0.5  # (B, 1, H, W) True = foreground
     share = hard.float().mean(dim=(1, 2, 3))[:, None, None, None]  # (B, 1, 1, 1)
@@ -390,9 +387,8 @@ class UNet(nn.Module):
     def __init__(self, channels: int = 64):
         super().__init__()
         c = channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, c, 7, stride=2, padding=3), nn.BatchNorm2d(c), nn.ReLU()
-        )  # L1-L2
+        first = nn.Conv2d(3, c, 7, stride=2, padding=3)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(c), nn.ReLU())  # L1-L2
         self.down = nn.ModuleList(self.double(c, c) for _ in range(5))
         self.up = nn.ModuleList(self.double(2 * c, c) for _ in range(4))
         self.last = self.double(c, c)
@@ -423,9 +419,10 @@ class UNet(nn.Module):
 class KeypointHead(nn.Module):
     """Eq. (4), Sec. 3.2:  H^ = Conv(Deconv(Deconv(F_img))), tokens (B, 1 + N, D) to heatmaps (B, K, S, S, S).
 
-    Table 7: drop the class token and put the rest back into an image. Twice, in this printed order: a 4 x 4
-    deconvolution of stride 2, ReLU, BatchNorm. So S = 4 sqrt(N). A 1 x 1 convolution then gives K S channels,
-    which are S depths per keypoint: index order (K, Z, Y, X). Raises ValueError if the grid is not square.
+    Table 7: drop the class token and put the rest back into an image. Two stages of a 4 x 4 deconvolution of
+    stride 2, ReLU, BatchNorm, in the printed order, give S = 4 sqrt(N). A 1 x 1 convolution gives K S
+    channels, which are S depths per keypoint: index order (K, Z, Y, X). Raises ValueError if the grid is not
+    square.
     """
 
     def __init__(self, grid: tuple[int, int], width: int, channels: int, keypoints: int):
@@ -443,7 +440,7 @@ class KeypointHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def features(self, tokens: Tensor) -> Tensor:
-        """All but the last convolution: (B, 1 + N, D) to (B, C, S, S). Eq. (5) can be computed from here."""
+        """All but the last convolution: (B, 1 + N, D) to (B, C, S, S), for `keypoint_loss_expanded`."""
         x = tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)  # (B, D, sqrt N, sqrt N), Table 7 L16-L17
         x = self.norm1(F.relu(self.deconv1(x)))  # (B, C, S/2, S/2), L18
         return self.norm2(F.relu(self.deconv2(x)))  # (B, C, S, S), L19
@@ -466,9 +463,9 @@ class PoseOutput(NamedTuple):
 
 
 class PoseEstimator(nn.Module):
-    """f^E and f^H in one forward pass, as training and DistributedDataParallel need it.
+    """f^E and f^H (but its last convolution, see Eq. (5)) in one pass, as DistributedDataParallel needs it.
 
-    `discriminator` belongs to DANN, a method that the paper compares with; it is trained with them.
+    `discriminator` belongs to DANN, a method that the paper compares with. It is trained jointly with them.
     """
 
     def __init__(self, encoder: Encoder, head: KeypointHead, discriminator: nn.Module | None = None):
@@ -476,7 +473,7 @@ class PoseEstimator(nn.Module):
         self.encoder, self.head, self.discriminator = encoder, head, discriminator
 
     def forward(self, source: Tensor, target: Tensor | None = None, tokens: bool = False) -> PoseOutput:
-        """Source images (B, 3, H, W) to head features; target images to attention maps or, if asked, tokens."""
+        """Source images (B, 3, H, W) to head features; target images to attention maps, or tokens."""
         source_tokens = self.encoder(source)  # (B, 1 + N, D)
         features = self.head.features(source_tokens)  # (B, C, S, S)
         target_tokens = self.encoder(target) if target is not None and tokens else None
@@ -492,12 +489,12 @@ class PoseEstimator(nn.Module):
 # Sec. 3.2  Ground-truth heatmaps and the losses, Eq. (5) to Eq. (7)
 # ==========================================================================================================
 def gaussian_1d(centres: Tensor, side: int, sigma: float) -> Tensor:
-    """exp(-(i - c)² / 2 sigma²) at voxels i = 0..S-1 for centres c (B, K): (B, K, S), peak 1, not rounded."""
+    """exp(-(i - c)² / 2 sigma²) at voxels i = 0..S-1 for (fractional) centres c (B, K): (B, K, S)."""
     voxels = torch.arange(side, device=centres.device, dtype=torch.float32)
     return torch.exp(-(voxels - centres.float()[..., None]).square() / (2 * sigma**2))
 
 
-def target_heatmaps(centres: Tensor, side: int, sigma: float) -> Tensor:
+def true_heatmaps(centres: Tensor, side: int, sigma: float) -> Tensor:
     """H of Sec. 3.2: a Gaussian of peak 1 around each centre (B, K, 3), x y z in voxels: (B, K, S, S, S)."""
     x, y, z = (gaussian_1d(centres[..., axis], side, sigma) for axis in range(3))  # 3 x (B, K, S)
     return torch.einsum("bkz,bky,bkx->bkzyx", z, y, x)  # a Gaussian is separable
@@ -510,18 +507,16 @@ def keypoint_loss(predicted: Tensor, centres: Tensor, valid: Tensor, sigma: floa
     labelled or outside the volume. The norm is a sum, as printed: a mean over voxels would be negligible next
     to 100 L_attn.
     """
-    H = target_heatmaps(centres, predicted.shape[-1], sigma)
+    H = true_heatmaps(centres, predicted.shape[-1], sigma)
     error = (predicted.float() - H).square().sum(dim=(2, 3, 4))  # (B, K)
     return (valid * error).sum(dim=1).mean(dim=0)  # Eq. (5)
 
 
-def keypoint_loss_expanded(
-    features: Tensor, conv: nn.Conv2d, centres: Tensor, valid: Tensor, sigma: float
-) -> Tensor:
+def keypoint_loss_expanded(features: Tensor, conv: nn.Conv2d, centres: Tensor, valid: Tensor, sigma: float):
     """Eq. (5) without a heatmap: the value of keypoint_loss(conv(features), ..) without its memory.
 
-    H^ = W F + b is linear in the head's features F (B, C, S, S), where W and b are the weights and the bias of
-    its last convolution, and the Gaussian H = z y x is a product. Therefore, with 1 a plane of ones,
+    H^ = W F + b is linear in the head's features F (B, C, S, S), where W and b are weights and bias of its
+    last convolution, and the Gaussian H = z y x is a product. Therefore, with 1 a plane of ones,
         ||H^ - H||² = ||W F + b||² - 2 <W F + b, H> + ||H||²,    ||H||² = |z|² |y|² |x|²,
         ||W F + b||² = trace(W (F F^T) W^T) + 2 (b^T W) (F 1) + S² |b|²,
         <W F + b, H> = sum_c (z^T W)_c (F (y x))_c + (b^T z) sum(y) sum(x),
@@ -540,8 +535,8 @@ def keypoint_loss_expanded(
         under_blob = plane @ Fm.transpose(1, 2)  # (B, K, C) = F (y x)
         at_depth = torch.einsum("bkz,kzc->bkc", z, W)  # (B, K, C) = z^T W
         inner = (under_blob * at_depth).sum(-1) + (z * b).sum(-1) * y.sum(-1) * x.sum(-1)  # (B, K)
-        norm_target = z.square().sum(-1) * y.square().sum(-1) * x.square().sum(-1)  # (B, K)
-        return (valid * (norm_predicted - 2 * inner + norm_target)).sum(1).mean(0)  # Eq. (5)
+        norm_true = z.square().sum(-1) * y.square().sum(-1) * x.square().sum(-1)  # (B, K)
+        return (valid * (norm_predicted - 2 * inner + norm_true)).sum(1).mean(0)  # Eq. (5)
 
 
 def attention_loss(a_E: Tensor, a_A: Tensor) -> Tensor:
@@ -568,9 +563,9 @@ def cosine_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters with and without weight decay. Offsets, scales (1-D, as in MAE) and tokens have none."""
-    decay = [p for n, p in module.named_parameters() if p.ndim > 1 and not n.endswith("_token")]
-    plain = [p for n, p in module.named_parameters() if p.ndim <= 1 or n.endswith("_token")]
+    """Parameters with and without weight decay. Biases, scales (1-D, as in MAE) and tokens have none."""
+    decay = [p for n, p in module.named_parameters() if p.ndim > 1 and not n.endswith(("_token", "_tokens"))]
+    plain = [p for n, p in module.named_parameters() if p.ndim <= 1 or n.endswith(("_token", "_tokens"))]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
@@ -579,7 +574,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 # ==========================================================================================================
 def project(keypoints: Tensor, intrinsics: Tensor) -> Tensor:
     """Points (B, K, 3) mm, camera, and intrinsics (B, 3, 3) to pixels (B, K, 2): u = fx x/z + cx, v alike."""
-    with torch.autocast(keypoints.device.type, enabled=False):  # pixels need more than bfloat16's 3 digits
+    with torch.autocast(keypoints.device.type, enabled=False):  # bfloat16 has too few digits for pixels
         uvw = keypoints @ intrinsics.transpose(1, 2)  # (B, K, 3)
     return uvw[..., :2] / uvw[..., 2:]  # (B, K, 2) px
 
@@ -587,7 +582,7 @@ def project(keypoints: Tensor, intrinsics: Tensor) -> Tensor:
 def back_project(uv: Tensor, z: Tensor, intrinsics: Tensor) -> Tensor:
     """Invert `project`: pixels uv (B, K, 2) at depths z (B, K) mm to points (B, K, 3) mm, camera."""
     homogeneous = torch.cat([uv, torch.ones_like(uv[..., :1])], dim=-1)  # (B, K, 3) u v 1
-    with torch.autocast(uv.device.type, enabled=False):  # pixels need more than bfloat16's 3 digits
+    with torch.autocast(uv.device.type, enabled=False):  # bfloat16 has too few digits for pixels
         rays = homogeneous @ torch.linalg.inv_ex(intrinsics)[0].transpose(1, 2)  # (B, K, 3) x/z y/z 1
     return rays * z[..., None]  # (B, K, 3) mm, camera
 
@@ -597,9 +592,9 @@ def to_voxels(uv: Tensor, depth: Tensor, image: int, depth_range: float, side: i
 
     The volume spans the crop, and depth_range mm around the root. Also returns valid (B, K): 1 = inside the
     volume, 0 = outside or not labelled (NaN); the centre of such a joint is set to 0. not in the paper: a
-    joint outside is left out of Eq. (5), because the peak of what remains of its Gaussian is not the joint.
+    joint outside is left out of Eq. (5), because a clipped Gaussian peaks at the border, not at the joint.
     """
-    xy = (uv + 0.5) * side / image - 0.5  # pixel and voxel centres are integers
+    xy = (uv + 0.5) * side / image - 0.5  # centres are integers, so scale about the outer edge
     z = (depth / depth_range + 0.5) * side - 0.5
     centres = torch.cat([xy, z[..., None]], dim=-1)  # (B, K, 3)
     valid = ((centres >= -0.5) & (centres <= side - 0.5)).all(dim=-1)  # False if a coordinate is NaN
@@ -615,7 +610,7 @@ def decode_heatmaps(heatmaps: Tensor, refine: bool = True) -> Tensor:
     """Heatmaps (B, K, Z, Y, X) to centres (B, K, 3), x y z in voxels: the largest voxel, refined.
 
     not in the paper. The sums of its 3³ window along two axes are a 1D profile of the third. Where that is a
-    Gaussian, its logarithm is a parabola, whose vertex is the centre: exact for `target_heatmaps`, whatever sigma.
+    Gaussian, its logarithm is a parabola, whose vertex is the centre: exact for `true_heatmaps`.
     """
     B, K, S = heatmaps.shape[:3]
     best = heatmaps.flatten(2).max(dim=-1).indices  # (B, K); faster than argmax, see tests/benchmark.py
@@ -646,8 +641,8 @@ def joint_errors(predicted: Tensor, truth: Tensor, root: int) -> Tensor:
 def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> Tensor:
     """Move predicted (B, K, 3) onto truth by the best rotation, shift and, unless rigid, scale (Sec. 4.1).
 
-    Joints without a label (NaN) do not count. A reflection is no rotation: where the best orthogonal matrix
-    is one, the axis of the smallest singular value is flipped. not in the paper, which says "rigidly": scale.
+    Joints without a label (NaN) do not count. If the best orthogonal matrix is a reflection, its weakest axis
+    is flipped. not in the paper, which says "rigidly": the scale.
     """
     valid = (truth.isfinite() & predicted.isfinite()).all(-1, keepdim=True)  # (B, K, 1)
     count = valid.sum(1, keepdim=True).clamp(min=1)
@@ -660,4 +655,4 @@ def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> T
     R = U @ (sign[..., None] * Vt)  # row vectors: p R = t
     size = p.square().sum(dim=(1, 2)).clamp(min=1e-12)
     scale = torch.ones_like(size) if rigid else (s * sign).sum(1) / size
-    return (predicted - p_mean) @ R * scale[:, None, None] + t_mean
+    return ((predicted - p_mean) @ R) * scale[:, None, None] + t_mean

@@ -2,7 +2,7 @@
 
 All three bring the features of the two domains closer. The paper does not say on which feature; we use the
 mean patch token phi (B, D) of f^E, without an adaptation layer or bottleneck, at this one layer. The loss
-takes the place of L_attn in Eq. 7, so everything else stays equal.
+takes the place of L_attn in Eq. (7), so everything else stays equal.
 
     s, t  source and target        B  images of each domain in a batch        D  width of a token
 """

@@ -11,6 +11,7 @@ import fcntl
 import inspect
 import json
 import math
+import operator
 import os
 import re
 import signal
@@ -44,7 +45,7 @@ def run_script(main) -> None:
     can abort the interpreter while it shuts down.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    status, text = 1, ""
+    leave, status, text = os._exit if "RANK" in os.environ else sys.exit, 1, ""
     try:
         status = main() or 0
         if several_processes():
@@ -52,29 +53,23 @@ def run_script(main) -> None:
     except InputError as error:
         status, text = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
-        status, text = (
-            2,
-            f"error: the GPU is out of memory ({first_line(error)}); lower --micro-batch",
-        )
-    except OSError as error:
+        status, text = 2, f"error: the GPU is out of memory ({first_line(error)}); lower --micro-batch"
+    except OSError as error:  # if there is no room for what is printed, there is none at the exit either
+        leave = os._exit
         status, text = 2, f"error: {error.filename or 'standard output'}: {error.strerror or error}"
     except (KeyboardInterrupt, SystemExit) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else error.code
         if status in (130, 143):
             text = "stopped; the same command continues from the last checkpoint"
     except RuntimeError as error:
-        if not (
-            several_processes() and (isinstance(error, distributed.DistError) or "gloo" in str(error).lower())
-        ):
+        lost = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+        if not (lost and several_processes()):
             raise
-        text = (
-            f"error: another process of this run was lost ({first_line(error)}); run the same command again"
-        )
+        text = f"error: another process of this run was lost ({first_line(error)}); run the command again"
     with contextlib.suppress(OSError):
         if text:
             print(text, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    leave = os._exit if "RANK" in os.environ or isinstance(sys.exc_info()[1], OSError) else sys.exit
+        sys.stdout.flush()  # os._exit does not
     leave(status)
 
 
@@ -88,11 +83,8 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
         raise InputError("--device cuda: torch finds no CUDA device; choose --device cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
-    missing = [
-        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
-    ]
-    if missing:
-        raise InputError(f"WORLD_SIZE is set but {missing[0]} is not: start several processes with torchrun")
+    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ):
+        raise InputError(f"WORLD_SIZE is set but {min(missing)} is not: start processes with torchrun")
     local = int(os.environ["LOCAL_RANK"])
     if cuda and local >= torch.cuda.device_count():
         raise InputError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs here")
@@ -144,12 +136,6 @@ def statistics_of_rank_0(module: nn.Module) -> None:
         distributed.broadcast(buffer, 0)
 
 
-def wait_for_all() -> None:
-    """Return once every process has reached this line."""
-    if several_processes():
-        distributed.all_reduce(torch.zeros(1))
-
-
 def sync_gradients(model: nn.Module, now: bool):
     """Context of a backward pass: gradients travel between processes with the last micro-batch only."""
     return contextlib.nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
@@ -193,15 +179,14 @@ def configure_torch(threads: int = 0, deterministic: bool = False) -> None:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products. "auto": bfloat16 if the hardware has it, else float16 (CUDA) or float32."""
+    """The type of matrix products. "auto": bfloat16 if the hardware has it, else float16 (CUDA), float32."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    checks = [
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    return torch.bfloat16 if any(check and check() for check in checks) else torch.float32
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    fast = any(getattr(torch.cpu, name, bool)() for name in names)  # bool() is False
+    return torch.bfloat16 if fast else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -231,22 +216,20 @@ def setting(default, *, above=None, low=None, below=None, high=None, choices=Non
 
 
 def check_bounds(field: dataclasses.Field, value) -> None:
-    """InputError if a setting is out of the bounds that its field declares, or not finite."""
-    flag, bounds = f"--{field.name.replace('_', '-')} {value}", field.metadata
-    if "choices" in bounds and value not in bounds["choices"]:
+    """InputError if a setting is out of the bounds that its field declares."""
+    flag, bounds = f"--{field.name.replace('_', '-')} {value}", dict(field.metadata)
+    if value not in bounds.get("choices", [value]):
         raise InputError(f"{flag}: choose {', '.join(filter(None, bounds['choices']))}")
-    words = {"above": "above", "low": "not below", "below": "below", "high": "not above"}
-    fits = {
-        "above": lambda b: value > b,
-        "low": lambda b: value >= b,
-        "below": lambda b: value < b,
-        "high": lambda b: value <= b,
-    }
-    asked = " and ".join(f"{words[name]} {bounds[name]:g}" for name in words if name in bounds)
-    if not all(fits[name](bounds[name]) for name in words if name in bounds):  # NaN fits no bound
-        raise InputError(f"{flag}: give a number {asked}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{flag}: give a finite number")
+    if isinstance(value, (str, bool)):
+        return
+    if not {"below", "high"} & set(bounds):
+        bounds["high"] = 1e6  # no setting makes sense beyond it, and some would overflow
+    kinds = {"above": (operator.gt, "above"), "low": (operator.ge, "not below"),
+             "below": (operator.lt, "below"), "high": (operator.le, "not above")}
+    asked = [(*kinds[name], bound) for name, bound in bounds.items()]
+    if not all(fits(value, bound) for fits, _, bound in asked):  # NaN fits no bound
+        words = " and ".join(f"{text} {bound:g}" for _, text, bound in asked)
+        raise InputError(f"{flag}: give a number {words}")
 
 
 def run_group(preset: str, task: str = "hand") -> str:
@@ -276,14 +259,11 @@ def parse_settings(cls, doc: str, presets: dict, variants: dict, arguments=None,
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(arguments))
     preset, variant = given.get("preset", cls.preset), given.get("variant", cls.variant)
-    chosen = {
-        "preset": preset,
-        "variant": variant,
-        "task": presets[preset].get("task", given.get("task", cls.task)),
-    }
-    if given.get("task", chosen["task"]) != chosen["task"]:
-        raise InputError(f"--task {given['task']}: preset {preset} is for {chosen['task']}")
-    settings = cls(**(tasks[chosen["task"]] | presets[preset] | variants[variant] | given | chosen))
+    task = presets[preset].get("task", given.get("task", cls.task))
+    chosen = {"preset": preset, "variant": variant, "task": task}
+    if given.get("task", task) != task:
+        raise InputError(f"--task {given['task']}: preset {preset} is for {task}")
+    settings = cls(**(tasks[task] | presets[preset] | variants[variant] | given | chosen))
     for field in dataclasses.fields(cls):
         check_bounds(field, getattr(settings, field.name))
     return settings
@@ -370,10 +350,8 @@ def load_parts(path: str | Path, state: dict, **modules: nn.Module) -> None:
         wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         for key in [*wanted, *found]:
             if found.get(key) != wanted.get(key):
-                raise InputError(
-                    f"{path}: {name}.{key} is {found.get(key, 'missing')} in the file and "
-                    f"{wanted.get(key, 'absent')} here: another architecture"
-                )
+                there, here = found.get(key, "missing"), wanted.get(key, "absent")
+                raise InputError(f"{path}: another architecture: {name}.{key} is {there}, and {here} here")
         require_finite(f"{path}: {name}", state[name])
         module.load_state_dict(state[name])
 
@@ -394,16 +372,7 @@ class Progress:
     `total` counts `unit`s; `images` is the number of images in each.
     """
 
-    def __init__(
-        self,
-        name: str,
-        total: int,
-        unit: str = "steps",
-        images: int = 1,
-        start: int = 0,
-        quiet: bool = False,
-        every: float = 10,
-    ):
+    def __init__(self, name: str, total: int, unit="steps", images=1, start=0, quiet=False, every=10.0):
         self.name, self.total, self.unit, self.images, self.start = name, total, unit, images, start
         self.quiet, self.every = quiet, every
         self.begin = self.shown = time.perf_counter()
@@ -417,11 +386,8 @@ class Progress:
         rate = (done - self.start) / (now - self.begin + 1e-9)
         left = int((self.total - done) / rate) if rate else 0
         text = "".join(f" | {name} {value:.4g}" for name, value in (values or {}).items())
-        print(
-            f"{self.name}: {done}/{self.total} {self.unit}{text} | {rate * self.images:.0f} images/s | "
-            f"{left // 60}:{left % 60:02d} left",
-            flush=True,
-        )
+        print(f"{self.name}: {done}/{self.total} {self.unit}{text} | {rate * self.images:.0f} images/s | "
+              f"{left // 60}:{left % 60:02d} left", flush=True)
 
 
 def mean_losses(window: list[Tensor], done: int, *names: str) -> dict[str, float]:
@@ -433,10 +399,8 @@ def mean_losses(window: list[Tensor], done: int, *names: str) -> dict[str, float
     for step, values in enumerate(losses.tolist(), done - len(window) + 1):
         for name, value in zip(names, values, strict=True):
             if not math.isfinite(value):
-                raise InputError(
-                    f"{name} is {value} at step {step}; the last checkpoint is intact. "
-                    "Lower the learning rate, or use --precision float32, with another --out"
-                )
+                raise InputError(f"{name} is {value} at step {step}; the last checkpoint is intact. Lower "
+                                 "the learning rate, or use --precision float32, with another --out")
     return dict(zip(names, losses.mean(dim=0).tolist(), strict=True))
 
 
@@ -460,16 +424,11 @@ class Run:
     def __init__(self, folder: str | Path, settings, facts: dict, rank: int, device: torch.device):
         self.folder, self.rank, self.begin, self.lock = Path(folder), rank, time.perf_counter(), None
         self.settings = dataclasses.asdict(settings)
-        facts = facts | {
-            "machine": machine(device),
-            "torch": torch.__version__,
-            "threads": 0 if device.type == "cuda" else torch.get_num_threads(),
-        }
-        config = {
-            "settings": self.settings,
-            "facts": facts,
-            "precision": str(choose_dtype(settings.precision, device)).removeprefix("torch."),
-        }
+        self.defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+        facts = facts | {"machine": machine(device), "torch": torch.__version__,
+                         "threads": 0 if device.type == "cuda" else torch.get_num_threads()}
+        precision = str(choose_dtype(settings.precision, device)).removeprefix("torch.")
+        config = {"settings": self.settings, "facts": facts, "precision": precision}
         problem = None
         if rank == 0:
             try:
@@ -481,6 +440,8 @@ class Run:
         from_rank_0(problem)
         self.config = from_rank_0(read_json(self.folder / "config.json") if rank == 0 else None)
         self.dtype = getattr(torch, self.config["precision"])  # a resume keeps the first choice
+        if rank == 0:
+            print(f"{self.folder}: {self.config['precision']} on {facts['machine']}", flush=True)
 
     def claim(self, config: dict) -> None:
         """Lock the folder, and compare its config.json with this run's, or write it."""
@@ -490,37 +451,27 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{self.folder}: another process trains here; give another --out") from error
+        for part in self.folder.glob("*.pt.*.part"):  # left by a kill in the middle of a save
+            part.unlink()
         path, config = self.folder / "config.json", json.loads(json.dumps(config))
         if not any(self.folder.glob("*.pt")):  # nothing is lost by beginning again
             return write_json(path, config)
-        old = read_json(path)
-        if not isinstance(old, dict) or not all(
-            isinstance(old.get(key), dict) for key in ("settings", "facts")
-        ):
-            raise InputError(f"{path}: not the config.json of a run; remove {self.folder}")
-        fields = {"settings": self.MAY_DIFFER, "facts": self.NOTED}
-        pairs = [
-            (key, old[part].get(key), value)
-            for part, free in fields.items()
-            for key, value in config[part].items()
-            if key not in free
-        ]
-        changed = [f"{key}: {before} there, {now} now" for key, before, now in pairs if before != now]
-        if changed:
-            raise InputError(
-                f"{self.folder}: this run was made with other settings ({'; '.join(changed[:4])}); "
-                "use those, or give another --out"
-            )
-        for key in sorted(self.NOTED):
-            if old["facts"].get(key) != config["facts"][key]:
-                print(
-                    f"{key} was {old['facts'].get(key)} and is {config['facts'][key]}: the run continues, but "
-                    "not bit for bit as it would have",
-                    flush=True,
-                )
+        try:
+            old, now = ({**self.defaults, **c["settings"], **c["facts"]} for c in (read_json(path), config))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: not the config.json of a run; remove {self.folder}") from error
+        changed = {key: f"{key}: {old.get(key)} there, {value} now" for key, value in now.items()
+                   if key not in self.MAY_DIFFER and old.get(key) != value}
+        if others := [text for key, text in changed.items() if key not in self.NOTED]:
+            raise InputError(f"{self.folder}: this run was made with other settings "
+                             f"({'; '.join(others[:4])}); use those, or give another --out")
+        for text in changed.values():
+            print(f"{text}: the run continues, but not bit for bit as it would have", flush=True)
 
     def remember(self, name: str, value) -> None:
-        """Add a fact that is known only later, such as a checksum of the target's masks, to config.json."""
+        """Add a fact that is known only later to config.json: the checksum of the target's masks."""
+        if self.config["facts"].get(name, value) != value:
+            raise InputError(f"{self.folder}/{name}: not what this run wrote; remove it to make it again")
         self.config["facts"][name] = value
         if self.rank == 0:
             self.still_ours()
@@ -530,13 +481,9 @@ class Run:
         """InputError if the folder was removed, and perhaps made again by another run, meanwhile."""
         path = self.folder / "lock"
         if not path.exists() or path.stat().st_ino != os.fstat(self.lock.fileno()).st_ino:
-            raise InputError(
-                f"{self.folder}: was removed or replaced while this run used it; nothing is written"
-            )
+            raise InputError(f"{self.folder}: was removed or replaced during this run; nothing is written")
 
-    def save(
-        self, name: str, step: int, steps: int, optimiser, scaler, modules: dict[str, nn.Module], **values
-    ):
+    def save(self, name: str, step: int, steps: int, optimiser, scaler, modules: dict, **values) -> None:
         """Save settings, step, weights, optimiser, scaler. Refuses weights that are not finite."""
         if self.rank:
             return
@@ -544,16 +491,9 @@ class Run:
         for key, tensors in weights.items():
             require_finite(f"step {step}: not saved, the last checkpoint is intact: {key}", tensors)
         self.still_ours()
-        state = {
-            "settings": self.settings,
-            "step": step,
-            "steps": steps,
-            "optimiser": optimiser.state_dict(),
-            "scaler": scaler.state_dict(),
-            "seconds": time.perf_counter() - self.begin,
-            **weights,
-            **values,
-        }
+        state = {"settings": self.settings, "step": step, "steps": steps, **weights, **values}
+        state |= {"optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
+        state["seconds"] = time.perf_counter() - self.begin
         write_atomically(self.folder / name, lambda path: torch.save(state, path))
 
     def resume(self, name: str, optimiser, scaler, modules: dict[str, nn.Module], stage: str) -> int:
@@ -566,16 +506,15 @@ class Run:
         if from_rank_0(path.exists()):
             state = read_checkpoint(path)
             free = {key: None for key in self.MAY_DIFFER}
-            if state["settings"] | free != self.settings | free:
-                raise InputError(
-                    f"{path}: from a run with other settings than {self.folder}/config.json; remove it"
-                )
+            if self.defaults | state["settings"] | free != self.settings | free:
+                raise InputError(f"{path}: made with other settings than those in config.json; remove it")
             load_parts(path, state, **modules)
             load_optimiser(path, optimiser, state["optimiser"])
             scaler.load_state_dict(state["scaler"])
             step, seconds = state["step"], state["seconds"]
-            if self.rank == 0 and step < state["steps"]:
-                print(f"{path}: continues after step {step}", flush=True)
+            if self.rank == 0:
+                what = "already finished" if step == state["steps"] else f"continues after step {step}"
+                print(f"{path}: {what}", flush=True)
         log = self.folder / "log.jsonl"
         if self.rank == 0 and log.exists():
             lines = log.read_text().rpartition("\n")[0].splitlines()  # a kill can cut the last line
@@ -587,8 +526,12 @@ class Run:
     def log(self, **values) -> None:
         """Append a line to log.jsonl."""
         if self.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+            self.still_ours()
+            try:
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise InputError(f"{self.folder}/log.jsonl: not written ({error.strerror})") from error
 
 
 def load_optimiser(path: str | Path, optimiser, state: dict) -> None:
@@ -599,3 +542,13 @@ def load_optimiser(path: str | Path, optimiser, state: dict) -> None:
     if wrong or len(moments) not in (0, len(parameters)):
         raise InputError(f"{path}: its optimiser state belongs to another model; remove it")
     optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def masks_of(place: str, fingerprint: str) -> Path:
+    """The file that --target-masks names: a .npy file, or that of a run with a target of this fingerprint."""
+    path = Path(place)
+    if not path.is_dir():
+        return path
+    if read_json(path / "config.json")["facts"].get("target's data") != fingerprint:
+        raise InputError(f"--target-masks {place}: the masks of this run belong to other target images")
+    return path / "target_masks.npy"

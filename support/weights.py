@@ -1,6 +1,6 @@
 """Load public ViT weights into f^E and f^D: what `--init FILE` does in both training scripts.
 
-Our modules have the tensor names and shapes of MAE and timm; the names of Hugging Face and ViTPose are translated.
+Our modules have the tensor names and shapes of MAE and timm. Those of Hugging Face and ViTPose are adapted.
 A file says neither how many heads its network has nor how its images were normalised, so neither is checked.
 ViTPose pads its images by 2 px before it cuts patches. We do not, which amounts to a crop moved by 2 px.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from support.run import InputError, file_checksum, first_line, require_finite, torch_load
 from udapose import Decoder, Encoder, sincos_positions
 
-READ = "only plain ViTs are read, as saved by MAE, timm, DeiT, ViTPose or Hugging Face (ViT, DeiT, MAE, ViTPose)"
+READ = "plain ViTs are read as MAE, timm, DeiT, ViTPose and Hugging Face (ViT, DeiT, MAE, ViTPose) save them"
 WRAPPERS = re.compile(
     r"^((module|_orig_mod|model|encoder|backbone|teacher|vit|deit|embeddings)\.|decoder\.(?=decoder_|mask_))+"
 )
@@ -37,7 +37,8 @@ RENAMED = {  # pattern in the names of Hugging Face or ViTPose: name in MAE and 
 # A NumPy scalar, such as the best loss so far, is a type and a few bytes. Reading one executes nothing.
 SCALAR = np.float64(0).__reduce__()[0]
 NUMBERS = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"]
-NUMPY_SCALARS = [np.dtype, *NUMBERS, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
+NAMES = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2
+NUMPY_SCALARS = [np.dtype, *NUMBERS, *NAMES]
 
 
 def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | None = None) -> list[str]:
@@ -45,11 +46,10 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
 
     Raises InputError, in one line, if the file cannot be read or does not fit f^E. Then nothing was changed.
     """
-    found = read_tensors(path)
-    for_decoder, notes_decoder = {}, []
+    tensors, notes, for_decoder = read_tensors(path), [], {}
     try:
-        tensors, notes = plain_names(found, encoder.width)
-        for_encoder, notes_encoder = fit(encoder, tensors, encoder.grid, ("cls_token", "pos_embed", "norm."))
+        tensors = plain_names(tensors, encoder.width, notes)
+        for_encoder = fit(encoder, tensors, encoder.grid, ("cls_token", "pos_embed", "norm."), notes)
         for key in tensors:
             if key.startswith("blocks.") and key not in for_encoder:
                 raise ValueError(f"{key} has no place here: the file is deeper, or has another kind of block")
@@ -57,9 +57,9 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
         raise InputError(f"{path}: {error}; {READ}") from error
     if decoder is not None:
         try:
-            for_decoder, notes_decoder = fit(decoder, tensors, encoder.grid, ("decoder_pos_embed",))
+            for_decoder = fit(decoder, tensors, encoder.grid, ("decoder_pos_embed",), notes)
         except ValueError as error:
-            notes_decoder = [f"f^D keeps its initial values: {error}"]
+            notes.append(f"f^D keeps its initial values: {error}")
     require_finite(f"{path}: f^E", for_encoder)
     require_finite(f"{path}: f^D", for_decoder)
     encoder.load_state_dict(for_encoder, strict=False)
@@ -70,17 +70,16 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
     missing = [key for key in encoder.state_dict() if key not in used]
     surplus = sorted({key.split(".")[0] for key in tensors if key not in used})
     if missing:
-        notes_decoder.append(f"not in the file, left at their initial values: {', '.join(missing)}")
+        notes.append(f"not in the file, left at their initial values: {', '.join(missing)}")
     if "cls_token" in missing:
-        notes_decoder.append("no class token: attention maps, Eq. (6), are meaningless")
+        notes.append("no class token: attention maps, Eq. (6), are meaningless")
     if surplus:
-        notes_decoder.append(f"left in the file, no such part here: {', '.join(surplus)}")
+        notes.append(f"left in the file, no such part here: {', '.join(surplus)}")
     return [
         f"used {len(used)} of {len(tensors)} tensors of {path} (CRC-32 {file_checksum(path)})",
-        f"heads: {encoder.blocks[0].attn.heads}, images normalised by ImageNet's mean and standard deviation: "
-        "the file says neither (a ViT has width / 64 heads; Google's own ViTs expect 0.5 and 0.5)",
-        *notes, *notes_encoder, *notes_decoder,
-    ]
+        f"heads: {encoder.blocks[0].attn.heads}, which such a file does not say (a ViT has width / 64)",
+        "images: normalised like ImageNet, which it does not say either (Google's own ViTs expect 0.5, 0.5)",
+    ] + notes
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -103,18 +102,20 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: cannot be read safely as weights: {why}; {READ}") from error
     if isinstance(state, dict) and {"optimiser", "settings"} <= state.keys():
         raise InputError(f"{path}: the checkpoint of a run, not a file of weights; give the run's folder")
-    for key in ("model", "state_dict", "teacher", "encoder"):  # a teacher next to its student is what DINO publishes
+    for key in ("model", "state_dict", "teacher", "encoder"):  # DINO: a teacher next to its student
         if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = {f"teacher.{name}" if key == "teacher" else name: value for name, value in state[key].items()}
-    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+            prefix = "teacher." if key == "teacher" else ""
+            state = {f"{prefix}{name}": value for name, value in state[key].items()}
+    items = state.items() if isinstance(state, dict) else ()
+    tensors = {str(name): value for name, value in items if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"{path}: contains no named tensors; {READ}")
     return tensors
 
 
-def plain_names(tensors: dict[str, Tensor], width: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Translate names to those of MAE and timm, and join what these keep in one tensor. Also return notes."""
-    plain, notes = {}, []
+def plain_names(tensors: dict[str, Tensor], width: int, notes: list[str]) -> dict[str, Tensor]:
+    """Translate names to those of MAE and timm, and join what these keep in one tensor. Append to `notes`."""
+    plain = {}
     if any(key.startswith("teacher.") for key in tensors):
         tensors = {key: tensor for key, tensor in tensors.items() if key.startswith("teacher.")}
         notes.append("student and teacher: the teacher's weights are used")
@@ -132,61 +133,68 @@ def plain_names(tensors: dict[str, Tensor], width: int) -> tuple[dict[str, Tenso
             plain[name.replace(".query.", ".qkv.")] = torch.cat([plain.pop(part) for part in parts])
 
     experts = {name: plain.pop(name) for name in list(plain) if ".mlp.experts." in name}
-    for name, expert in experts.items():  # ViTPose+: some of the rows of fc2 are in an expert for each data set
-        shared = plain.get(fc2 := name.replace(".experts.0.", ".fc2."))
-        if shared is not None and shared.shape[0] + expert.shape[0] == width:
-            plain[fc2] = torch.cat([shared, expert])
+    use = "not used, fc2 is complete"
+    for name, expert in experts.items():  # ViTPose+: the last rows of fc2 are in one expert per data set
+        fc2 = name.replace(".experts.0.", ".fc2.")
+        if fc2 in plain and plain[fc2].shape[0] + expert.shape[0] == width:
+            plain[fc2], use = torch.cat([plain[fc2], expert]), "the first (COCO) completes fc2"
     if experts:
-        notes.append("ViTPose+: of its experts, the first (COCO) is used, or none if fc2 has one already")
-    return plain, notes
+        notes.append(f"experts of ViTPose+: {use}")
+    return plain
 
 
-def fit(module: nn.Module, tensors: dict[str, Tensor], grid: tuple[int, int], optional: tuple[str, ...]):
-    """Return the tensors for a module, in float32 and with positions for its grid of patches, and notes.
+def fit(module: nn.Module, tensors: dict, grid: tuple[int, int], optional: tuple, notes: list[str]) -> dict:
+    """Return the tensors for a module, in float32 and with positions for its grid of patches.
 
-    Raises ValueError at the first one that is missing and not optional, or has another shape.
+    Raises ValueError at the first tensor that has another shape, or that is missing and not optional.
     """
-    fitting, notes = {}, []
+    fitting, how = {}, []
     for key, own in module.state_dict().items():
         if key not in tensors and key.startswith(optional):
             continue
         if key not in tensors:
-            raise ValueError(f"there is no {key} {tuple(own.shape)}; its names begin {', '.join(list(tensors)[:3])}")
+            names = ", ".join(list(tensors)[:3])
+            raise ValueError(f"there is no {key} {tuple(own.shape)} in the file, which begins with {names}")
         tensor = tensors[key]
         if not tensor.is_floating_point():
             raise ValueError(f"{key} is {tensor.dtype} in the file")
         if key.endswith("pos_embed"):
-            tensor, how = fit_positions(tensor, grid, own.shape[2], "cls_token" in tensors)
-            notes.append(f"{key}: {how}")
+            tensor, origin = fit_positions(tensor, grid, own.shape[2], "cls_token" in tensors)
+            how.append(f"{key}: {origin}")
         if tensor.shape != own.shape:
             raise ValueError(f"{key} is {tuple(tensor.shape)} in the file and {tuple(own.shape)} here")
         fitting[key] = tensor.float()
-    return fitting, notes
+    notes += how
+    return fitting
 
 
-def fit_positions(positions: Tensor, grid: tuple[int, int], width: int, class_token: bool) -> tuple[Tensor, str]:
-    """Return positions (1, 1 + N, D) for `grid`, and how they were made from those of the file, (1, n + N', D).
+def fit_positions(positions: Tensor, grid: tuple[int, int], width: int, class_token: bool):
+    """Return positions (1, 1 + N, D) for `grid`, and how they were made from the file's (1, n + N', D).
 
-    n is the number of places before the patches: none, the class token's, or also DeiT's distillation token's.
-    The file's grid is square or upright 4:3, as for the 256 x 192 px crops of ViTPose. Sines and cosines are
-    computed again, learned positions resampled as timm does.
+    n counts the places before the patches: none, the class token, or also DeiT's distillation token. The grid
+    of the file is square or upright 4:3, as for ViTPose's crops of 256 x 192 px. Sines and cosines are
+    computed again; learned positions are resampled as timm does.
     """
     if positions.ndim != 3 or len(positions) != 1 or positions.shape[2] != width:
-        raise ValueError(f"pos_embed is {tuple(positions.shape)} in the file; our width is {width}")
+        raise ValueError(f"pos_embed is {tuple(positions.shape)} in the file, the width here is {width}")
     count = positions.shape[1]
-    for rows, columns, n in ((k * a, k * b, n) for a, b in ((1, 1), (4, 3)) for n in (1, 0, 2) for k in range(1, 129)):
-        if rows * columns + n == count:  # squares first: 49 is 7 x 7, and not 1 + 8 x 6
-            break
-    else:
-        raise ValueError(f"pos_embed: {count} positions are neither a square nor an upright 4:3 grid of patches")
+    sizes = [(k * a, k * b, n) for a, b in ((1, 1), (4, 3)) for n in range(3) for k in range(1, 129)]
+    sizes = [(rows, columns, n) for rows, columns, n in sizes if rows * columns + n == count]
+    if not sizes:
+        raise ValueError(f"pos_embed: {count} positions are neither a square nor an upright 4:3 grid")
+    rows, columns, n = sizes[0]  # squares first: 49 is 7 x 7, not 1 + 8 x 6
     patches = positions[:, n:].float()  # (1, N', D)
     first = torch.cat([positions[:, :n].float(), torch.zeros(1, 1, width)], dim=1)[:, :1]  # (1, 1, D)
+    sines = sincos_positions((rows, columns), width)
     rounding = max(1e-4, torch.finfo(positions.dtype).eps)
-    if torch.allclose(torch.cat([first, patches], 1), sincos_positions((rows, columns), width), atol=rounding):
-        return sincos_positions(grid, width), f"sines and cosines, computed again for {grid} patches"
+    if torch.allclose(torch.cat([first, patches], dim=1), sines, rtol=0, atol=rounding):
+        return sincos_positions(grid, width), f"sines and cosines, computed for {grid[0]} x {grid[1]} patches"
     if not class_token:  # ViTPose adds the class token's position to every patch
         patches, first = patches + first, torch.zeros_like(first)
-    image = patches.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)  # (1, D, H', W')
-    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)  # (1, D, H, W)
-    how = f"learned, resampled from {(rows, columns)} to {grid} patches, {n} places before them in the file"
-    return torch.cat([first, image.flatten(2).transpose(1, 2)], dim=1), how
+    how = f"learned, {n} + {rows} x {columns} positions"
+    if grid != (rows, columns):
+        image = patches.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)  # (1, D, H', W')
+        image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)  # (1, D, H, W)
+        patches = image.flatten(2).transpose(1, 2)  # (1, N, D)
+        how += f", resampled to {grid[0]} x {grid[1]}"
+    return torch.cat([first, patches], dim=1), how

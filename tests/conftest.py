@@ -1,14 +1,134 @@
-"""Every test finds the project's files, computes on one thread and draws the same numbers in any order."""
+"""Fixtures and helpers of the tests that train: a tiny data set, and one run of each stage.
+
+Every test finds the project's files, computes on one thread and draws the same numbers in any order.
+"""
+
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it computes
+
+import train_finetune  # noqa: E402
+import train_pretrain  # noqa: E402
+from support import rendering  # noqa: E402
+from support import run as runs  # noqa: E402
+from support.folder import HAND, write_folder  # noqa: E402
+
+TINY = "--image 48 --width 16 --depth 2 --heads 2 --threads 1 --device cpu --precision float32".split()
+TINY += "--log-every 2 --save-every 4".split()
+DECODER = "--decoder-width 16 --decoder-heads 2 --batch 16".split()
+SEGMENTATION = "--seg-channels 4 --seg-steps 6 --seg-batch 8".split()
+HEAD = "--head-channels 8 --labels 24 --batch 8 --warmup 2 --validate-every 4".split()
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+def write_set(folder: Path, domain: str | None, count: int) -> None:
+    """A data set of `count` rendered hands, or of X_C (domain None), 60 px."""
+    rng = runs.random_generator(0, folder.name)
+    arrays = {"images": rendering.render_unconstrained(rng, count, 60)}
+    if domain:
+        arrays = rendering.render("hands", rng, domain, count, 60)
+    skeleton = {key: value for key, value in HAND.items() if key != "box"}
+    write_folder(folder, {"name": folder.name, "margin": 1.25, **skeleton}, count, [arrays])
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory) -> Path:
+    """48 source, 40 target and 16 X_C images, and two test sets."""
+    root = tmp_path_factory.mktemp("sets")
+    write_set(root / "source", "source", 48)
+    write_set(root / "target", "target", 40)
+    write_set(root / "xc", None, 16)
+    write_set(root / "source_test", "source", 12)
+    write_set(root / "target_test", "target", 12)
+    return root
+
+
+def pretraining(sets: Path, out: Path, *more: str) -> list[str]:
+    """Arguments of train_pretrain.py: 6 steps of f^S, 7 of the masked autoencoder."""
+    folders = ["--source", f"{sets}/source", "--target", f"{sets}/target", "--unconstrained", f"{sets}/xc"]
+    return [*TINY, *DECODER, *SEGMENTATION, *folders, "--epochs", "1.3", "--out", str(out), *more]
+
+
+def finetuning(sets: Path, out: Path, init: Path | str, *more: str) -> list[str]:
+    """Arguments of train_finetune.py: 6 steps."""
+    folders = ["--source", f"{sets}/source", "--target", f"{sets}/target"]
+    folders += ["--validation", f"{sets}/source_test"]
+    return [*TINY, *HEAD, *folders, "--epochs", "2", "--out", str(out), "--init", str(init), *more]
+
+
+def pretrain(sets: Path, out: Path, *more: str) -> None:
+    """Run stage 1."""
+    train_pretrain.main(pretraining(sets, out, *more))
+
+
+def finetune(sets: Path, out: Path, init: Path | str, *more: str) -> None:
+    """Run stage 2."""
+    train_finetune.main(finetuning(sets, out, init, *more))
+
+
+@pytest.fixture(scope="session")
+def pretrained(sets, tmp_path_factory) -> Path:
+    """A finished run of stage 1. Tests that write to it work on a copy."""
+    run = tmp_path_factory.mktemp("runs") / "pretrained"
+    pretrain(sets, run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def finetuned(sets, pretrained) -> Path:
+    """A finished run of stage 2, from `pretrained`."""
+    run = pretrained.parent / "finetuned"
+    finetune(sets, run, pretrained)
+    return run
+
+
+def checkpoint(run: Path, name: str = "checkpoint.pt") -> dict:
+    """The checkpoint of a run."""
+    return runs.read_checkpoint(run / name)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All weights of a run."""
+    state = checkpoint(run)
+    parts = [name for name in ("encoder", "decoder", "head", "discriminator") if name in state]
+    return {f"{part}.{key}": tensor for part in parts for key, tensor in state[part].items()}
+
+
+def log(run: Path) -> list[dict]:
+    """The lines of log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether all weights are bitwise equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def same_up_to_sums(a: dict, b: dict) -> bool:
+    """Whether weights are equal up to the order of sums.
+
+    The bias of a key cancels in the softmax. Its gradient is rounding noise, which Adam scales to full steps.
+    """
+    return all(torch.allclose(a[key], b[key], atol=2e-4) for key in a if not key.endswith("qkv.bias"))
+
+
+def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a script as two processes on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(script), *arguments], capture_output=True, text=True, timeout=300, env=threads
+    )

@@ -1,10 +1,11 @@
-"""Eq. (1) to Eq. (7), one section each:
+"""Eq. (1) to Eq. (7) of the paper. A good file to read next to udapose.py. Each equation has one section:
 
-    NAME_by_loops   the paper's formula, number by number, as slow and plain as it is printed
-    check_eqN(f)    AssertionError where f is not Eq. (N)
-    WRONG_N         variants that are easy to write by mistake: check_eqN has to reject every one of them
-    then            the function of udapose.py passes, a case worked by hand, a property
+NAME_by_loops   the formula, number by number, as slow and plain as it is printed
+check_eqN(f)    AssertionError if f is not Eq. (N)
+WRONG_N         variants that are easy to write by mistake; check_eqN must reject every one of them
+tests           the function of udapose.py passes, the wrong variants do not; a case by hand; a property
 """
+
 import copy
 import math
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import udapose as u
+import udapose
 
 close = torch.testing.assert_close
 
@@ -22,16 +23,20 @@ def each(variants: dict):
 
 
 def rejected(check, wrong) -> None:
-    """Only an AssertionError counts: a variant that crashes would show nothing about the check."""
-    with pytest.raises(AssertionError): check(wrong)
+    """The check must fail for `wrong` by an AssertionError. A variant that crashes would prove nothing."""
+    with pytest.raises(AssertionError):
+        check(wrong)
 
 
 def randomised(module: torch.nn.Module, std: float = 0.5) -> torch.nn.Module:
-    """Random weights, biases and statistics, in double: fresh layers hide mistakes behind zeros and ones."""
-    for p in module.parameters(): torch.nn.init.normal_(p, std=std)
+    """Random weights, biases and statistics, in double. The zeros and ones of fresh layers hide mistakes."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=std)
     for name, b in module.named_buffers():
-        if name.endswith("running_mean"): b.normal_()
-        if name.endswith("running_var"): b.uniform_(0.5, 2.0)
+        if name.endswith("running_mean"):
+            b.normal_()
+        if name.endswith("running_var"):
+            b.uniform_(0.5, 2.0)
     return module.double()
 
 
@@ -45,7 +50,7 @@ def norm_by_loops(norm, token):
 
 
 def block_by_loops(block, tokens):
-    """Eq. (1) on the tokens (T, D) of one image. The qkv layer holds q of every head, then k, then v."""
+    """Eq. (1) on the tokens (T, D) of one image. The qkv layer gives q of every head, then k, then v."""
     (T, D), M = tokens.shape, block.attn.heads
     d = D // M
     qkv = [block.attn.qkv.weight @ norm_by_loops(block.norm1, t) + block.attn.qkv.bias for t in tokens]
@@ -54,7 +59,7 @@ def block_by_loops(block, tokens):
         heads = []
         for h in range(M):
             first = [part * D + h * d for part in range(3)]
-            q, k, v = ([qkv[j][at:at + d] for j in range(T)] for at in first)
+            q, k, v = ([qkv[j][at : at + d] for j in range(T)] for at in first)
             e = [math.exp(q[i] @ k[j] / math.sqrt(d)) for j in range(T)]
             heads.append(sum(e[j] / sum(e) * v[j] for j in range(T)))
         F_prime = tokens[i] + block.attn.proj.weight @ torch.cat(heads) + block.attn.proj.bias
@@ -66,20 +71,23 @@ def block_by_loops(block, tokens):
 
 @torch.no_grad()
 def check_eq1(forward):
-    block, x = randomised(u.Block(8, 2)), torch.randn(2, 5, 8).double()
+    block, x = randomised(udapose.Block(8, 2)), torch.randn(2, 5, 8).double()
     close(forward(block, x), torch.stack([block_by_loops(block, tokens) for tokens in x]))
 
 
-def block_with(attention=lambda q, k, v: u.plain_attention(q, k, v)[0], activation=F.gelu):
+def block_with(attention=lambda q, k, v: udapose.plain_attention(q, k, v)[0], activation=F.gelu):
     """A block of the same weights with another attention(q, k, v) on (B, M, T, d), or another activation."""
+
     def forward(block, x):
         y = attention(*block.attn.split(block.norm1(x)))
         x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
         return x + block.mlp.fc2(activation(block.mlp.fc1(block.norm2(x))))
+
     return forward
 
 
-def mhsa(block, x): return block.attn(x)[0]
+def mhsa(block, x):
+    return block.attn(x)[0]
 
 
 WRONG_1 = {
@@ -93,32 +101,37 @@ WRONG_1 = {
     "scores not divided": block_with(lambda q, k, v: (q @ k.mT).softmax(-1) @ v),
     "scores divided by d": block_with(lambda q, k, v: (q @ k.mT / q.shape[-1]).softmax(-1) @ v),
     "softmax over queries": block_with(lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-2) @ v),
-    "q and k exchanged": block_with(lambda q, k, v: u.plain_attention(k, q, v)[0]),
-    "heads exchanged": block_with(lambda q, k, v: u.plain_attention(q, k, v)[0].flip(1)),
+    "q and k exchanged": block_with(lambda q, k, v: udapose.plain_attention(k, q, v)[0]),
+    "heads exchanged": block_with(lambda q, k, v: udapose.plain_attention(q, k, v)[0].flip(1)),
     "ReLU for GELU": block_with(activation=F.relu),
 }
 
 
-def test_eq1_block(): check_eq1(lambda block, x: block(x)[0])
+def test_eq1_block():
+    check_eq1(lambda block, x: block(x)[0])
 
 
-def test_eq1_readable_attention(): check_eq1(block_with())
+def test_eq1_readable_attention():
+    check_eq1(block_with())
 
 
 @each(WRONG_1)
-def test_eq1_rejects(wrong): rejected(check_eq1, wrong)
+def test_eq1_rejects(wrong):
+    rejected(check_eq1, wrong)
 
 
 @torch.no_grad()
 def test_eq1_by_hand():
-    """Eq. (1) with q = k = 0, so that attention is the mean; v and projection identity; FFN (10, 20)."""
-    block = u.Block(2, 1)
-    for p in block.parameters(): p.zero_()
-    block.norm1.weight.fill_(1), block.norm2.weight.fill_(1)
+    """Eq. (1) with q = k = 0, so attention is the mean. v and projection are identities, FFN is (10, 20)."""
+    block = udapose.Block(2, 1)
+    for p in block.parameters():
+        p.zero_()
+    block.norm1.weight.fill_(1)
+    block.norm2.weight.fill_(1)
     block.attn.qkv.weight[4:] = torch.eye(2)
     block.attn.proj.weight.copy_(torch.eye(2))
     block.mlp.fc2.bias.copy_(torch.tensor([10.0, 20.0]))
-    # LN gives (1, -1), (1, -1), (-1, 1), of which the mean is (1/3, -1/3)
+    # LN gives (1, -1), (1, -1), (-1, 1); their mean is (1/3, -1/3)
     x = torch.tensor([[[3.0, 1.0], [5.0, 1.0], [1.0, 3.0]]])
     expected = torch.tensor([[[13 + 1 / 3, 21 - 1 / 3], [15 + 1 / 3, 21 - 1 / 3], [11 + 1 / 3, 23 - 1 / 3]]])
     close(block(x)[0], expected, atol=1e-5, rtol=0)
@@ -126,8 +139,8 @@ def test_eq1_by_hand():
 
 @torch.no_grad()
 def test_eq1_permuted_tokens_give_permuted_tokens():
-    """Eq. (1) knows no positions and no other image of the batch."""
-    block, x, order = randomised(u.Block(8, 2)), torch.randn(3, 7, 8).double(), torch.randperm(7)
+    """Eq. (1) depends neither on positions nor on the other images of the batch."""
+    block, x, order = randomised(udapose.Block(8, 2)), torch.randn(3, 7, 8).double(), torch.randperm(7)
     close(block(x[:, order])[0], block(x)[0][:, order])
     close(block(x[1:2])[0], block(x)[0][1:2])
 
@@ -139,20 +152,25 @@ def weights_by_loops(masks, P, alpha):
     B, _, H, W = masks.shape
     result = []
     for s in masks[:, 0].tolist():
-        w_star = [sum(s[P * i + a][P * j + b] for a in range(P) for b in range(P)) / P ** 2
-                  for i in range(H // P) for j in range(W // P)]
+        patches = [(i, j) for i in range(H // P) for j in range(W // P)]
+        inside = [(a, b) for a in range(P) for b in range(P)]
+        w_star = [sum(s[P * i + a][P * j + b] for a, b in inside) / P**2 for i, j in patches]
         w_hat = [math.exp(alpha * (w - 0.5)) for w in w_star]
         result.append([len(w_hat) * w / sum(w_hat) for w in w_hat])
     return torch.tensor(result)
 
 
 def check_eq2(function):
-    masks = torch.rand(3, 1, 4, 6) * torch.tensor([1.0, 0.3, 0.0]).view(3, 1, 1, 1)   # the last mask is empty
-    for alpha in (0.0, 2.0, 4.0): close(function(masks, 2, alpha), weights_by_loops(masks, 2, alpha))
+    masks = torch.rand(3, 1, 4, 6) * torch.tensor([1.0, 0.3, 0.0]).view(3, 1, 1, 1)  # the last mask is empty
+    for alpha in (0.0, 2.0, 4.0):
+        close(function(masks, 2, alpha), weights_by_loops(masks, 2, alpha))
 
 
-def eq2_with(pool=F.avg_pool2d, w_hat=lambda w, alpha: torch.exp(alpha * (w - 0.5)),
-             w=lambda w_hat: w_hat.shape[1] * w_hat / w_hat.sum(1, keepdim=True)):
+def eq2_with(
+    pool=F.avg_pool2d,
+    w_hat=lambda w, alpha: torch.exp(alpha * (w - 0.5)),
+    w=lambda w_hat: w_hat.shape[1] * w_hat / w_hat.sum(1, keepdim=True),
+):
     return lambda masks, P, alpha: w(w_hat(pool(masks, P, P).flatten(1), alpha))
 
 
@@ -173,31 +191,33 @@ WRONG_2 = {
 }
 
 
-def test_eq2_weights(): check_eq2(u.foreground_weights)
+def test_eq2_weights():
+    check_eq2(udapose.foreground_weights)
 
 
 @each(WRONG_2)
-def test_eq2_rejects(wrong): rejected(check_eq2, wrong)
+def test_eq2_rejects(wrong):
+    rejected(check_eq2, wrong)
 
 
 def test_eq2_without_its_half_is_the_same():
-    """Eq. (2): exp(-alpha / 2) stands above and below the fraction, so dropping the -0.5 is not an error."""
+    """Eq. (2): exp(-alpha / 2) is in numerator and denominator, so dropping the -0.5 is not an error."""
     check_eq2(eq2_with(w_hat=lambda w, alpha: torch.exp(alpha * w)))
 
 
 def test_eq2_by_hand():
-    """Eq. (2): a patch half foreground, an empty one, alpha = 2 ln 3: ŵ is 3 to 1, w = 2 * (3/4, 1/4)."""
+    """Eq. (2): one patch is half foreground, one empty; alpha = 2 ln 3. ŵ is 3 to 1, w = 2 * (3/4, 1/4)."""
     masks = torch.tensor([[[[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]])
-    close(u.foreground_weights(masks, 2, 2 * math.log(3)), torch.tensor([[1.5, 0.5]]))
+    close(udapose.foreground_weights(masks, 2, 2 * math.log(3)), torch.tensor([[1.5, 0.5]]))
 
 
 def test_eq2_mean_is_1_and_more_foreground_weighs_more():
-    w = u.foreground_weights(torch.rand(4, 1, 8, 8), 2, 4.0)
+    w = udapose.foreground_weights(torch.rand(4, 1, 8, 8), 2, 4.0)
     close(w.mean(1), torch.ones(4))
     ramp = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
-    assert (u.foreground_weights(ramp, 1, 4.0).diff() > 0).all()
+    assert (udapose.foreground_weights(ramp, 1, 4.0).diff() > 0).all()
     for mask in (torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)):
-        close(u.foreground_weights(mask, 2, 4.0), torch.ones(1, 4))
+        close(udapose.foreground_weights(mask, 2, 4.0), torch.ones(1, 4))
 
 
 # ==========================================================================================================
@@ -240,26 +260,28 @@ WRONG_3 = {
 }
 
 
-def test_eq3_loss(): check_eq3(u.weighted_mae_loss)
+def test_eq3_loss():
+    check_eq3(udapose.weighted_mae_loss)
 
 
 @each(WRONG_3)
-def test_eq3_rejects(wrong): rejected(check_eq3, wrong)
+def test_eq3_rejects(wrong):
+    rejected(check_eq3, wrong)
 
 
 def test_eq3_by_hand():
-    """Eq. (3): N = 2; squared norms 1 + 4 = 5 and 9; weights 0.5, 1.5; first patch masked: 0.5 * 5 / 2."""
+    """Eq. (3): N = 2, squared norms 1 + 4 = 5 and 9, weights 0.5 and 1.5. First patch masked: 0.5 * 5 / 2."""
     predicted, patches = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]), torch.zeros(1, 2, 2)
     w = torch.tensor([[0.5, 1.5]])
-    assert u.weighted_mae_loss(predicted, patches, w, torch.tensor([[1.0, 0.0]])).item() == 1.25
-    assert u.weighted_mae_loss(predicted, patches, w, torch.ones(1, 2)).item() == 8.0        # + 1.5 * 9 / 2
+    assert udapose.weighted_mae_loss(predicted, patches, w, torch.tensor([[1.0, 0.0]])).item() == 1.25
+    assert udapose.weighted_mae_loss(predicted, patches, w, torch.ones(1, 2)).item() == 8.0  # + 1.5 * 9 / 2
 
 
 def test_eq3_gradient_reaches_masked_patches_only():
     """Eq. (3): dL/dx^ = 2 w m (x^ - x) / (N B), which is 0 on the visible patches."""
     predicted, patches, w, m = reconstruction()
     predicted.requires_grad_()
-    u.weighted_mae_loss(predicted, patches, w, m).backward()
+    udapose.weighted_mae_loss(predicted, patches, w, m).backward()
     close(predicted.grad, 2 * (w * m)[..., None] * (predicted.detach() - patches) / 12)
     assert (predicted.grad[m == 0] == 0).all() and (predicted.grad[m == 1] != 0).all()
 
@@ -268,7 +290,7 @@ def test_eq3_gradient_reaches_masked_patches_only():
 # Eq. (4)  H^ = Conv(Deconv(Deconv(F_img))), with ReLU and BatchNorm after each deconvolution (Table 7)
 # ==========================================================================================================
 def deconv_by_loops(layer, image):
-    """Deconvolution of (C, h, w), 4 x 4, stride 2, padding 1: a pixel lays its kernel on the larger image."""
+    """Deconvolution of (C, h, w), 4 x 4, stride 2, padding 1: a pixel adds its kernel to the larger image."""
     (_, h, w), out = image.shape, len(layer.bias)
     larger = layer.bias.view(out, 1, 1).expand(out, 2 * h, 2 * w).clone()
     for i in range(h):
@@ -286,30 +308,38 @@ def head_by_loops(head, tokens):
     rows, columns = head.grid
     x = torch.zeros(tokens.shape[1], rows, columns, dtype=tokens.dtype)
     for r in range(rows):
-        for c in range(columns): x[:, r, c] = tokens[1 + r * columns + c]    # the class token is left out
+        for c in range(columns):
+            x[:, r, c] = tokens[1 + r * columns + c]  # the class token is left out
     for deconv, norm in ((head.deconv1, head.norm1), (head.deconv2, head.norm2)):
         x = deconv_by_loops(deconv, x).clamp(min=0)
         for c in range(len(x)):
             x[c] = (x[c] - norm.running_mean[c]) / torch.sqrt(norm.running_var[c] + norm.eps) * norm.weight[c]
             x[c] += norm.bias[c]
     S = head.side
-    return torch.stack([torch.stack([
-        sum(head.conv.weight[k * S + z, c, 0, 0] * x[c] for c in range(len(x))) + head.conv.bias[k * S + z]
-        for z in range(S)]) for k in range(head.keypoints)])
+    H = torch.zeros(head.keypoints, S, S, S, dtype=tokens.dtype)
+    for k in range(head.keypoints):
+        for z in range(S):
+            layer = k * S + z
+            weighted = sum(head.conv.weight[layer, c, 0, 0] * x[c] for c in range(len(x)))
+            H[k, z] = weighted + head.conv.bias[layer]
+    return H
 
 
 @torch.no_grad()
 def check_eq4(forward):
-    head, tokens = randomised(u.KeypointHead((2, 2), 3, 2, 3)).eval(), torch.randn(2, 5, 3).double()
+    head, tokens = randomised(udapose.KeypointHead((2, 2), 3, 2, 3)).eval(), torch.randn(2, 5, 3).double()
     close(forward(head, tokens), torch.stack([head_by_loops(head, t) for t in tokens]))
 
 
-def head_with(image=lambda t, grid: t[:, 1:].transpose(1, 2).unflatten(2, grid),
-              stage=lambda x, deconv, norm: norm(F.relu(deconv(x))),
-              volume=lambda x, K, S: x.unflatten(1, (K, S))):
+def head_with(
+    image=lambda t, grid: t[:, 1:].transpose(1, 2).unflatten(2, grid),
+    stage=lambda x, deconv, norm: norm(F.relu(deconv(x))),
+    volume=lambda x, K, S: x.unflatten(1, (K, S)),
+):
     def forward(head, tokens):
         x = stage(image(tokens, head.grid), head.deconv1, head.norm1)
         return volume(head.conv(stage(x, head.deconv2, head.norm2)), head.keypoints, head.side)
+
     return forward
 
 
@@ -335,40 +365,46 @@ WRONG_4 = {
 }
 
 
-def test_eq4_head(): check_eq4(lambda head, tokens: head(tokens))
+def test_eq4_head():
+    check_eq4(lambda head, tokens: head(tokens))
 
 
 @each(WRONG_4)
-def test_eq4_rejects(wrong): rejected(check_eq4, wrong)
+def test_eq4_rejects(wrong):
+    rejected(check_eq4, wrong)
 
 
 @torch.no_grad()
 def test_eq4_by_hand():
-    """Eq. (4): the token of row 1, column 0 is 1. Deconv 1 (all ones) lights rows 1-3, columns 0-2 of 4 x 4;
-    deconv 2 (one tap) moves (i, j) to (2i, 2j); conv gives depth z of keypoint k the value 10 k + z + 1."""
-    head = u.KeypointHead((2, 2), 1, 1, 2).eval()
+    """Eq. (4): the token of row 1, column 0 is 1. Deconv 1 (all ones) sets rows 1-3, columns 0-2 of 4 x 4.
+    Deconv 2 (one tap) moves (i, j) to (2i, 2j). Conv gives depth z of keypoint k the value 10 k + z + 1."""
+    head = udapose.KeypointHead((2, 2), 1, 1, 2).eval()
     head.deconv1.weight.fill_(1)
     head.deconv2.weight.zero_()[0, 0, 1, 1] = 1
-    for norm in (head.norm1, head.norm2): norm.running_var.fill_(1 - norm.eps)
+    for norm in (head.norm1, head.norm2):
+        norm.running_var.fill_(1 - norm.eps)
     for k in range(2):
-        for z in range(8): head.conv.weight[8 * k + z] = 10 * k + z + 1
+        for z in range(8):
+            head.conv.weight[8 * k + z] = 10 * k + z + 1
     expected = torch.zeros(1, 2, 8, 8, 8)
     for k in range(2):
         for z in range(8):
             for y in (2, 4, 6):
-                for x in (0, 2, 4): expected[0, k, z, y, x] = 10 * k + z + 1
-    tokens = torch.tensor([[[100.0], [0.0], [0.0], [1.0], [0.0]]])         # class token 100: no trace of it
+                for x in (0, 2, 4):
+                    expected[0, k, z, y, x] = 10 * k + z + 1
+    tokens = torch.tensor([[[100.0], [0.0], [0.0], [1.0], [0.0]]])  # class token 100: no trace of it
     close(head(tokens), expected)
 
 
 def test_eq4_gradient_does_not_reach_the_class_token():
-    head, tokens = randomised(u.KeypointHead((2, 2), 3, 2, 3)), torch.randn(2, 5, 3, dtype=torch.double)
+    head, tokens = randomised(udapose.KeypointHead((2, 2), 3, 2, 3)), torch.randn(2, 5, 3, dtype=torch.double)
     head(tokens.requires_grad_()).square().sum().backward()
     assert (tokens.grad[:, 0] == 0).all() and (tokens.grad[:, 1:].abs().sum(-1) > 0).all()
 
 
 def test_eq4_refuses_a_grid_that_is_not_square():
-    with pytest.raises(u.InputError, match="square.*4 x 6"): u.KeypointHead((4, 6), 8, 8, 3)
+    with pytest.raises(ValueError, match="square.*4 x 6"):
+        udapose.KeypointHead((4, 6), 8, 8, 3)
 
 
 # ==========================================================================================================
@@ -384,7 +420,7 @@ def kpt_by_loops(predicted, centres, valid, sigma):
                 for y in range(S):
                     for x in range(S):
                         square = (x - x0) ** 2 + (y - y0) ** 2 + (z - z0) ** 2
-                        H = math.exp(-square / (2 * sigma ** 2))
+                        H = math.exp(-square / (2 * sigma**2))
                         total += valid[b, k].item() * (predicted[b, k, z, y, x].item() - H) ** 2
     return torch.tensor(total / B)
 
@@ -407,12 +443,16 @@ def expanded(predicted, centres, valid, sigma):
     """The fast form on features that are the heatmaps themselves; the convolution changes nothing."""
     channels = predicted.shape[1] * predicted.shape[2]
     identity = torch.nn.Conv2d(channels, channels, 1)
-    with torch.no_grad(): torch.nn.init.dirac_(identity.weight), identity.bias.zero_()
-    return u.keypoint_loss_expanded(predicted.flatten(1, 2), identity, centres, valid, sigma)
+    with torch.no_grad():
+        torch.nn.init.dirac_(identity.weight)
+        identity.bias.zero_()
+    return udapose.keypoint_loss_expanded(predicted.flatten(1, 2), identity, centres, valid, sigma)
 
 
-def eq5_with(loss=lambda error, valid: (valid * error.square().sum((2, 3, 4))).sum(1).mean(),
-             blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma)):
+def eq5_with(
+    loss=lambda error, valid: (valid * error.square().sum((2, 3, 4))).sum(1).mean(),
+    blob=lambda c, S, sigma: udapose.true_heatmaps(c, S, sigma),
+):
     return lambda p, c, valid, sigma: loss(p - blob(c, p.shape[-1], sigma), valid)
 
 
@@ -425,30 +465,36 @@ WRONG_5 = {
     "half of it": eq5_with(lambda e, v: (v * e.square().sum((2, 3, 4))).sum(1).mean() / 2),
     "valid forgotten": eq5_with(lambda e, v: e.square().sum((2, 3, 4)).sum(1).mean()),
     "valid inverted": eq5_with(lambda e, v: ((1 - v) * e.square().sum((2, 3, 4))).sum(1).mean()),
-    "blob at z y x": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c.flip(-1), S, sigma)),
-    "x and y exchanged": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma).mT),
-    "2 of 2 sigma² missing": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c, S, sigma / 2 ** 0.5)),
-    "centres rounded": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c.round(), S, sigma)),
-    "blob of sum 1": eq5_with(blob=lambda c, S, sigma: (H := u.target_heatmaps(c, S, sigma)) / H.sum(
-        (2, 3, 4), keepdim=True)),
-    "blob shifted by half a voxel": eq5_with(blob=lambda c, S, sigma: u.target_heatmaps(c + 0.5, S, sigma)),
+    "blob at z y x": eq5_with(blob=lambda c, S, sigma: udapose.true_heatmaps(c.flip(-1), S, sigma)),
+    "x and y exchanged": eq5_with(blob=lambda c, S, sigma: udapose.true_heatmaps(c, S, sigma).mT),
+    "2 of 2 sigma² missing": eq5_with(blob=lambda c, S, sigma: udapose.true_heatmaps(c, S, sigma / 2**0.5)),
+    "centres rounded": eq5_with(blob=lambda c, S, sigma: udapose.true_heatmaps(c.round(), S, sigma)),
+    "blob of sum 1": eq5_with(
+        blob=lambda c, S, sigma: (H := udapose.true_heatmaps(c, S, sigma)) / H.sum((2, 3, 4), keepdim=True)
+    ),
+    "blob shifted by half a voxel": eq5_with(
+        blob=lambda c, S, sigma: udapose.true_heatmaps(c + 0.5, S, sigma)
+    ),
 }
 
 
-def test_eq5_loss(): check_eq5(u.keypoint_loss)
+def test_eq5_loss():
+    check_eq5(udapose.keypoint_loss)
 
 
-def test_eq5_expanded(): check_eq5(expanded)
+def test_eq5_expanded():
+    check_eq5(expanded)
 
 
 @each(WRONG_5)
-def test_eq5_rejects(wrong): rejected(check_eq5, wrong)
+def test_eq5_rejects(wrong):
+    rejected(check_eq5, wrong)
 
 
-@pytest.mark.parametrize("loss", [u.keypoint_loss, expanded])
+@pytest.mark.parametrize("loss", [udapose.keypoint_loss, expanded])
 def test_eq5_by_hand(loss):
-    """Eq. (5): S = 2, centre at voxel (0, 0, 0), a sigma with which a step halves it: H = (1/2)^(x + y + z).
-    Against 0: (1 + 1/4)^3. Against 1: 0 + 3 * (1/2)² + 3 * (3/4)² + (7/8)²."""
+    """Eq. (5): S = 2, centre at voxel (0, 0, 0), sigma such that a step halves H: H = (1/2)^(x + y + z).
+    H^ = 0 costs (1 + 1/4)^3. H^ = 1 costs 0 + 3 * (1/2)² + 3 * (3/4)² + (7/8)²."""
     sigma = math.sqrt(1 / (2 * math.log(2)))
     zero, one = torch.zeros(1, 1, 3), torch.ones(1, 1)
     close(loss(torch.zeros(1, 1, 2, 2, 2), zero, one, sigma), torch.tensor(1.953125), atol=1e-5, rtol=0)
@@ -456,13 +502,13 @@ def test_eq5_by_hand(loss):
 
 
 def test_eq5_gradient_reaches_valid_keypoints_only():
-    """Eq. (5): dL/dH^ = 2 valid (H^ - H) / B; a joint without a label teaches nothing."""
+    """Eq. (5): dL/dH^ = 2 valid (H^ - H) / B. A joint without a label has no gradient."""
     predicted, centres, valid, sigma = pose()
-    u.keypoint_loss(predicted.requires_grad_(), centres, valid, sigma).backward()
-    difference = predicted.detach() - u.target_heatmaps(centres, 6, sigma)
+    udapose.keypoint_loss(predicted.requires_grad_(), centres, valid, sigma).backward()
+    difference = predicted.detach() - udapose.true_heatmaps(centres, 6, sigma)
     close(predicted.grad, 2 * valid[..., None, None, None] * difference / 2)
     assert (predicted.grad[valid == 0] == 0).all()
-    assert u.keypoint_loss(u.target_heatmaps(centres, 6, sigma), centres, valid, sigma) == 0
+    assert udapose.keypoint_loss(udapose.true_heatmaps(centres, 6, sigma), centres, valid, sigma) == 0
 
 
 # ==========================================================================================================
@@ -476,7 +522,8 @@ def class_rows_by_loops(q, k):
         for h in range(M):
             scores = [sum(q[b, h, 0, c] * k[b, h, j, c] for c in range(d)) / math.sqrt(d) for j in range(T)]
             e = [math.exp(score) for score in scores]
-            for j in range(1, T): rows[b, j - 1] += e[j] / sum(e) / M
+            for j in range(1, T):
+                rows[b, j - 1] += e[j] / sum(e) / M
     return rows
 
 
@@ -485,7 +532,8 @@ def check_class_attention(function):
     close(function(q, k), class_rows_by_loops(q, k))
 
 
-def matrix(q, k): return u.plain_attention(q, k, k)[1]
+def matrix(q, k):
+    return udapose.plain_attention(q, k, k)[1]
 
 
 WRONG_MAPS = {
@@ -529,52 +577,57 @@ WRONG_6 = {
 }
 
 
-def test_eq6_class_attention(): check_class_attention(u.class_attention)
+def test_eq6_class_attention():
+    check_class_attention(udapose.class_attention)
 
 
 @each(WRONG_MAPS)
-def test_eq6_rejects_maps(wrong): rejected(check_class_attention, wrong)
+def test_eq6_rejects_maps(wrong):
+    rejected(check_class_attention, wrong)
 
 
-def test_eq6_loss(): check_eq6(u.attention_loss)
+def test_eq6_loss():
+    check_eq6(udapose.attention_loss)
 
 
 @each(WRONG_6)
-def test_eq6_rejects(wrong): rejected(check_eq6, wrong)
+def test_eq6_rejects(wrong):
+    rejected(check_eq6, wrong)
 
 
 def test_eq6_by_hand():
-    """Eq. (6): d = 4, so scores are halved: q k / 2 = 0, ln 2, ln 5; softmax 1/8, 2/8, 5/8; the first goes.
+    """Eq. (6): d = 4, so scores are halved: q k / 2 = 0, ln 2, ln 5. Softmax 1/8, 2/8, 5/8, of which the
+    first is dropped.
     The losses of two blocks: |0.5 - 0.25| + |0 - 0.25| and |1 - 0| + 0."""
     q = torch.tensor([2.0, 0, 0, 0]).expand(1, 1, 3, 4)
     k = torch.tensor([[0.0, 0, 0, 0], [math.log(2), 0, 0, 0], [math.log(5), 0, 0, 0]])[None, None]
-    close(u.class_attention(q, k), torch.tensor([[0.25, 0.625]]))
+    close(udapose.class_attention(q, k), torch.tensor([[0.25, 0.625]]))
     a_E, a_A = torch.tensor([[[0.5, 0.0], [1.0, 0.0]]]), torch.tensor([[[0.25, 0.25], [0.0, 0.0]]])
-    assert u.attention_loss(a_E, a_A).item() == 1.5
+    assert udapose.attention_loss(a_E, a_A).item() == 1.5
 
 
 def test_eq3_gradient_reaches_the_class_token():
-    """Its output is dropped by f^D, but patches attend to it in the blocks of f^E and f^D: that trains it."""
-    encoder = u.Encoder((8, 8), 4, 8, 2, 2)
+    """f^D drops its output. What trains it is the patches' attention to it in the blocks of f^E and f^D."""
+    encoder = udapose.Encoder((8, 8), 4, 8, 2, 2)
     images = torch.randn(3, 3, 8, 8)
-    mae = u.MaskedAutoencoder(encoder, u.Decoder(encoder.grid, 4, 8, 8, 1, 2))
+    mae = udapose.MaskedAutoencoder(encoder, udapose.Decoder(encoder.grid, 4, 8, 8, 1, 2))
     predicted, m = mae(images, torch.rand(3, 4), 0.5)
-    u.weighted_mae_loss(predicted, u.patchify(images, 4), torch.ones(3, 4), m).backward()
+    udapose.weighted_mae_loss(predicted, udapose.patchify(images, 4), torch.ones(3, 4), m).backward()
     gradients = {name: p.grad.abs().sum() for name, p in encoder.named_parameters()}
     assert gradients["cls_token"] > 0 and all(size > 0 for size in gradients.values())
 
 
 def test_eq6_gradient_reaches_queries_and_keys_only():
-    """Eq. (6) regularises f^E up to q and k of its last block: v, projection, FFN, norm, f^H get none."""
-    encoder = u.Encoder((8, 8), 4, 8, 2, 2)
-    model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
-    _, a_E, *_ = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8))
-    u.attention_loss(a_E, torch.rand(2, 2, 4)).backward()
+    """Eq. (6) reaches f^E up to q and k of its last block, but not v, projection, FFN, norm or f^H."""
+    encoder = udapose.Encoder((8, 8), 4, 8, 2, 2)
+    model = udapose.PoseEstimator(encoder, udapose.KeypointHead(encoder.grid, 8, 4, 2)).eval()
+    out = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8))
+    udapose.attention_loss(out.a_E, torch.rand(2, 2, 4)).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {n for n in reached if not n.startswith("encoder.")} == set()
-    assert {n.removeprefix("encoder.blocks.1.") for n in reached if ".blocks.1." in n} == {
-        "norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias"}
-    assert (encoder.blocks[1].attn.qkv.weight.grad[16:] == 0).all()                      # the rows of v
+    in_last_block = {n.removeprefix("encoder.blocks.1.") for n in reached if ".blocks.1." in n}
+    assert in_last_block == {"norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias"}
+    assert (encoder.blocks[1].attn.qkv.weight.grad[16:] == 0).all()  # the rows of v
     assert all(f"encoder.blocks.0.{n}" in reached for n, _ in encoder.blocks[0].named_parameters())
     assert {"encoder.cls_token", "encoder.patch_embed.proj.weight"} <= reached
     assert not any(n.startswith("encoder.norm") for n in reached)
@@ -598,29 +651,34 @@ WRONG_7 = {
 }
 
 
-def test_eq7_sum(): check_eq7(u.hpe_loss)
+def test_eq7_sum():
+    check_eq7(udapose.hpe_loss)
 
 
 @each(WRONG_7)
-def test_eq7_rejects(wrong): rejected(check_eq7, wrong)
+def test_eq7_rejects(wrong):
+    rejected(check_eq7, wrong)
 
 
-def test_eq7_by_hand(): assert u.hpe_loss(torch.tensor(3.0), torch.tensor(0.5), 100).item() == 53
+def test_eq7_by_hand():
+    assert udapose.hpe_loss(torch.tensor(3.0), torch.tensor(0.5), 100).item() == 53
 
 
 def test_eq7_gradient_is_that_of_both_terms():
     """Eq. (7): the gradient is that of the keypoints plus lambda times that of the attention."""
-    encoder = u.Encoder((8, 8), 4, 8, 2, 2)
-    model = u.PoseEstimator(encoder, u.KeypointHead(encoder.grid, 8, 4, 2)).eval()
-    for p in model.head.parameters(): torch.nn.init.normal_(p)             # 0.001 would hardly reach f^E
+    encoder = udapose.Encoder((8, 8), 4, 8, 2, 2)
+    model = udapose.PoseEstimator(encoder, udapose.KeypointHead(encoder.grid, 8, 4, 2)).eval()
+    for p in model.head.parameters():
+        torch.nn.init.normal_(p)  # with the initial 0.001, the gradient would hardly reach f^E
     source, target, a_A = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.rand(2, 2, 4)
     centres, valid = torch.rand(2, 2, 3) * 7, torch.ones(2, 2)
 
     def gradients(loss):
-        features, a_E, *_ = model(source, target)
-        L_kpt = u.keypoint_loss_expanded(features, model.head.conv, centres, valid, 1.0)
-        values = torch.autograd.grad(loss(L_kpt, u.attention_loss(a_E, a_A)), list(model.parameters()),
-                                     allow_unused=True, materialize_grads=True)
-        return torch.cat([v.flatten() for v in values])
-    both = gradients(lambda k, a: u.hpe_loss(k, a, 10.0))
+        model.zero_grad()
+        out = model(source, target)
+        L_kpt = udapose.keypoint_loss_expanded(out.features, model.head.conv, centres, valid, 1.0)
+        loss(L_kpt, udapose.attention_loss(out.a_E, a_A)).backward()
+        return torch.cat([(0 * p if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+    both = gradients(lambda k, a: udapose.hpe_loss(k, a, 10.0))
     close(both, gradients(lambda k, a: k) + 10 * gradients(lambda k, a: a), rtol=1e-4, atol=1e-3)
