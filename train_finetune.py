@@ -88,7 +88,7 @@ PRESETS = {
                                 lam=10.0, epochs=100),
 }
 TASKS = {"hand": {}, "human": dict(source="datasets/bodies/source_train", lam=10.0)}
-VARIANTS = {  # without an init, each starts from the pre-training of its own name, or that in PRETRAINED_BY
+VARIANTS = {  # init "auto" means the pre-training run of the same name, or the one in PRETRAINED_BY
     "full": {},
     "scratch": dict(init="", lam=0.0),
     "mae": dict(lam=0.0),  # "Ours (MAE)", "w/o FCR, AR"
