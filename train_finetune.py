@@ -24,7 +24,7 @@ import data
 import udapose
 from support import rendering
 from support import run as runs
-from support.comparisons import METHODS, DomainDiscriminator, adaptation_loss
+from support.comparisons import METHODS, DomainDiscriminator, adaptation_loss, teacher_labels, update_teacher
 from support.folder import Dataset, compared, same_skeleton, say_if_enlarged, with_root
 from support.run import InputError, Run, autocast, setting
 from support.weights import load_public_weights
@@ -45,8 +45,10 @@ class Settings:
     validation: str = "auto"  # labelled *source* images, to watch the training; "": none; auto: as above
     labels: int = setting(0, low=0)  # use only the first so many labelled source images; 0: all
     lam: float = setting(100.0, low=0)  # lambda_attn of Eq. (7) (paper: 100 hands, 10 humans); 0: no AR
-    adapt: str = setting("", choices=("", *METHODS))  # method to compare with, instead of AR
-    adapt_weight: float = setting(1.0, low=0)  # its weight (DDC 0.25, DANN 1: papers; DAN 1: public code)
+    adapt: str = setting("", choices=("", *METHODS, "mt"))  # method to compare with; adds its loss
+    adapt_weight: float = setting(1.0, low=0)  # its weight (DDC 0.25, DANN 1: papers; DAN, mt: public code)
+    adapt_start: float = setting(0.0, low=0, high=1)  # share of the steps before its loss sets in
+    mt_decay: float = setting(0.999, low=0, below=1)  # decay of the mean teacher's moving average
     sigma: float = setting(2.0, above=0)  # standard deviation of the true Gaussians, voxels (ours)
     image: int = setting(256, above=0)  # side of the network's crop, px (paper Sec. 7)
     patch: int = setting(16, above=0)  # side of a patch, px (paper: ViT-B/16)
@@ -78,7 +80,7 @@ class Settings:
 
 
 TINY = dict(image=48, patch=8, width=96, depth=4, heads=3, head_channels=48, labels=1000, batch=32, epochs=32)
-TINY |= dict(warmup=50, lr=2e-3, sigma=1.8)
+TINY |= dict(warmup=50, lr=2e-3, sigma=1.8, mt_decay=0.98)
 PAPER = dict(validation="", micro_batch=64, save_every=2000)  # an estimate: 13 GiB
 PRESETS = {
     "tiny": TINY,
@@ -88,6 +90,7 @@ PRESETS = {
                                 lam=10.0, epochs=100),
 }
 TASKS = {"hand": {}, "human": dict(source="datasets/bodies/source_train", lam=10.0)}
+MEAN_TEACHER = dict(adapt="mt", adapt_start=0.57)  # 40 of 70 epochs, as in public code for 2D poses
 VARIANTS = {  # init "auto" means the pre-training run of the same name, or the one in PRETRAINED_BY
     "full": {},
     "scratch": dict(init="", lam=0.0),
@@ -107,9 +110,12 @@ VARIANTS = {  # init "auto" means the pre-training run of the same name, or the 
     "mae-ddc": dict(lam=0.0, adapt="ddc", adapt_weight=0.25),  # from MAE weights
     "mae-dan": dict(lam=0.0, adapt="dan"),
     "mae-dann": dict(lam=0.0, adapt="dann"),
+    "mt": MEAN_TEACHER | dict(init="", lam=0.0),
+    "mae-mt": MEAN_TEACHER | dict(lam=0.0),
+    "full-mt": MEAN_TEACHER,  # and AR
 }
 PRETRAINED_BY = {"no-ar": "full", "no-fcr-ar": "no-fcr", "no-xc-ar": "no-xc", "no-fcr-xc": "mae"}
-PRETRAINED_BY |= {"mae-ddc": "mae", "mae-dan": "mae", "mae-dann": "mae"}
+PRETRAINED_BY |= {"mae-ddc": "mae", "mae-dan": "mae", "mae-dann": "mae", "mae-mt": "mae", "full-mt": "full"}
 ARCHITECTURE = ("image", "patch", "width", "depth", "heads")  # settings that both stages must share
 SKELETON = ("joints", "bones", "root", "depth_range")  # of the labels, stored in the checkpoint
 
@@ -133,6 +139,8 @@ class PoseBatch(NamedTuple):
     centres: Tensor  # (b, K, 3), x y z in voxels
     valid: Tensor  # (b, K), 1 = the joint counts in Eq. (5)
     x_t: Tensor | None  # (b, 3, H, W), target images, normalised
+    x_plain: Tensor | None  # (b, 3, H, W), the same images without augmentation, for the mean teacher
+    A_t: Tensor | None  # (b, 2, 3), pixels of x_plain to pixels of x_t
 
 
 class PoseData(torch.utils.data.Dataset):
@@ -166,42 +174,62 @@ def pose_batch(s: Settings, rows: PoseRows, meta: dict, side: int, device) -> Po
     keypoints, intrinsics = data.to_device(rows.keypoints, device), data.to_device(rows.intrinsics, device)
     uv, depth = data.labels_of(keypoints, intrinsics, A, meta["root"])  # (b, K, 2) px, (b, K) mm from root
     centres, valid = udapose.to_voxels(uv, depth, s.image, meta["depth_range"], side)  # (b, K, 3), (b, K)
-    x_t = None if rows.target is None else data.normalise(data.augment(rows.target, s.image, device)[0])
-    return PoseBatch(data.normalise(x_s), centres, valid, x_t)
+    x_t = x_plain = A_t = None
+    if rows.target is not None:
+        x_t = data.normalise(data.augment(rows.target, s.image, device)[0])
+    if s.adapt == "mt":
+        plain = rows.target._replace(parameters=torch.from_numpy(data.no_augmentation(len(x_s))))
+        x_plain = data.normalise(data.augment(plain, s.image, device)[0])
+        parameters = data.to_device(rows.target.parameters, device)
+        A_t = data.crop_transform(parameters, s.image, 1.0, s.image)  # x_plain taken as the stored crop
+    return PoseBatch(data.normalise(x_s), centres, valid, x_t, x_plain, A_t)
 
 
 # ==========================================================================================================
 # One step, and the loop
 # ==========================================================================================================
-def pose_losses(s: Settings, model, estimator: PoseEstimator, f_A, batch: PoseBatch, dtype, progress: float):
-    """L_kpt of Eq. (5) and L_attn of Eq. (6). With --adapt, the loss of that method replaces L_attn.
+def heatmap_loss(s: Settings, head: KeypointHead, features: Tensor, centres: Tensor, valid: Tensor, dtype):
+    """Eq. (5) from the head's features (b, C, S, S). centres (b, K, 3) in voxels, valid (b, K)."""
+    if s.expanded:  # the same value without storing K S^3 voxels; --no-expanded: as printed
+        return udapose.keypoint_loss_expanded(features, head.conv, centres, valid, s.sigma)
+    with autocast(features.device, dtype):
+        heatmaps = head.heatmaps(features)  # Eq. (4), (b, K, S, S, S)
+    return udapose.keypoint_loss(heatmaps, centres, valid, s.sigma)
 
-    model: the estimator, or DistributedDataParallel around it. progress: share of the training done (DANN).
+
+def pose_losses(s: Settings, model, estimator, f_A, teacher, batch: PoseBatch, dtype, progress: float):
+    """L_kpt of Eq. (5), L_attn of Eq. (6), and the loss of --adapt; 0 for a term that this run does not have.
+
+    model: the estimator, or DistributedDataParallel around it. progress: share of the training done.
     """
     head, device = estimator.head, batch.x_s.device
-    with autocast(device, dtype):
-        out = model(batch.x_s, batch.x_t, tokens=bool(s.adapt))  # features (b, C, S, S), a_E (b, L, N)
-        heatmaps = None if s.expanded else head.heatmaps(out.features)  # Eq. (4), (b, K, S, S, S)
-    if s.expanded:  # the same value without storing K S^3 voxels; --no-expanded: as printed
-        L_kpt = udapose.keypoint_loss_expanded(out.features, head.conv, batch.centres, batch.valid, s.sigma)
-    else:
-        L_kpt = udapose.keypoint_loss(heatmaps, batch.centres, batch.valid, s.sigma)  # Eq. (5)
-    if batch.x_t is None:
-        return L_kpt, torch.zeros_like(L_kpt)
-    if s.adapt:
+    adapt = s.adapt if progress >= s.adapt_start else ""
+    with autocast(device, dtype):  # features (b, C, S, S), a_E (b, L, N), tokens (b, 1 + N, D)
+        out = model(batch.x_s, batch.x_t, attention=s.lam > 0, tokens=bool(adapt), joint=adapt == "mt")
+    L_kpt = heatmap_loss(s, head, out.features, batch.centres, batch.valid, dtype)  # Eq. (5)
+    L_attn = L_adapt = torch.zeros_like(L_kpt)
+    if s.lam:
+        with torch.no_grad(), autocast(device, dtype):
+            a_A = f_A.attention_maps(batch.x_t)  # (b, L, N), of the same augmented x_t that f^E sees
+        L_attn = udapose.attention_loss(out.a_E, a_A)  # Eq. (6)
+    if adapt == "mt":
+        with autocast(device, dtype):
+            centres, valid = teacher_labels(teacher, batch.x_plain, batch.A_t)  # (b, K, 3), (b, K)
+        L_adapt = heatmap_loss(s, head, out.target_features, centres, valid, dtype)
+    elif adapt:
         tokens = out.source_tokens, out.target_tokens  # 2 x (b, 1 + N, D)
-        return L_kpt, adaptation_loss(s.adapt, *tokens, estimator.discriminator, progress)
-    with torch.no_grad(), autocast(device, dtype):
-        a_A = f_A.attention_maps(batch.x_t)  # (b, L, N), of the same augmented x_t that f^E sees
-    return L_kpt, udapose.attention_loss(out.a_E, a_A)  # Eq. (6)
+        L_adapt = adaptation_loss(adapt, *tokens, estimator.discriminator, progress)
+    return L_kpt, L_attn, L_adapt
 
 
 def train_pose(s: Settings, run: Run, estimator, f_A, source, target, validation, world: int, device):
     """Train f^E and f^H by Eq. (7), Sec. 3.2."""
-    second, weight = (f"L_{s.adapt}", s.adapt_weight) if s.adapt else ("L_attn", s.lam)
     optimiser = torch.optim.AdamW(optimiser_groups(s, estimator), betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     modules = dict(estimator.named_children())  # f^E, f^H and, for DANN, its discriminator
+    teacher = copy.deepcopy(estimator).eval().requires_grad_(False) if s.adapt == "mt" else None
+    if teacher is not None:  # the result is the teacher; a resume needs both
+        modules = {f"student_{name}": part for name, part in modules.items()} | dict(teacher.named_children())
     start = run.resume("checkpoint.pt", optimiser, scaler, modules, "finetuning")
     if s.compile:
         runs.compile_blocks(estimator.encoder.blocks, *([f_A.blocks] if f_A else []))
@@ -213,32 +241,37 @@ def train_pose(s: Settings, run: Run, estimator, f_A, source, target, validation
     reader = PoseData(s, source, target)
     ahead = data.read_ahead(reader, range(start, steps), micro, s.workers, device)  # len(micro) a step
     progress = runs.Progress("fine-tuning", steps, images=s.batch, start=start, quiet=run.rank > 0)
+    terms_of_run = {"L_kpt": True, "L_attn": s.lam > 0, f"L_{s.adapt}": bool(s.adapt)}
     window = []  # losses since the last line of the log
-    estimator.train()
     for step in range(start, steps):
+        estimator.train()
         lr = udapose.cosine_rate(step, steps, s.warmup, s.lr)
         for group in optimiser.param_groups:
             group["lr"] = lr * group["scale"]
         optimiser.zero_grad()
-        losses = torch.zeros(2, device=device)
+        losses = torch.zeros(3, device=device)
         for i in range(len(micro)):
             batch = pose_batch(s, next(ahead), source.meta, estimator.head.side, device)
             with runs.sync_gradients(model, i == len(micro) - 1):
-                L_kpt, L_attn = pose_losses(s, model, estimator, f_A, batch, run.dtype, step / steps)
-                L_HPE = udapose.hpe_loss(L_kpt, L_attn, weight)  # Eq. (7)
-                scaler.scale(L_HPE / len(micro)).backward()
-            losses += torch.stack([L_kpt.detach(), L_attn.detach()]) / len(micro)
+                terms = pose_losses(s, model, estimator, f_A, teacher, batch, run.dtype, step / steps)
+                L_kpt, L_attn, L_adapt = terms
+                L_HPE = udapose.hpe_loss(L_kpt, L_attn, s.lam)  # Eq. (7)
+                scaler.scale((L_HPE + s.adapt_weight * L_adapt) / len(micro)).backward()
+            losses += torch.stack(terms).detach() / len(micro)
         scaler.step(optimiser)
         scaler.update()
+        if teacher is not None:  # until the teacher is needed, it is a copy of the student
+            update_teacher(teacher, estimator, s.mt_decay if step / steps >= s.adapt_start else 0.0)
         window.append(losses)
         done = step + 1
         if done % s.log_every == 0 or done == steps:
-            means = runs.mean_losses(window, done, "L_kpt", second)
+            means = runs.mean_losses(window, done, *terms_of_run)
+            means = {name: mean for name, mean in means.items() if terms_of_run[name]}
             run.log(stage="finetuning", step=done, lr=lr, **means)
             progress.show(done, means, final=done == steps)
             window.clear()
         if validation is not None and (done % s.validate_every == 0 or done == steps):
-            error = validate(s, estimator, validation, run, world, device)
+            error = validate(s, teacher or estimator, validation, run, world, device)
             run.log(stage="finetuning", step=done, source_val_epe=error)
         if done % s.save_every == 0 or done == steps:
             skeleton = {key: source.meta[key] for key in SKELETON}
@@ -256,7 +289,6 @@ def validate(s: Settings, estimator: PoseEstimator, dataset: Dataset, run: Run, 
         errors = udapose.joint_errors(predicted, truth, dataset.meta["root"])  # (b, K) mm
         errors = errors[:, compared(dataset.meta)].double().cpu()
         total += torch.stack([errors.nansum(), errors.isfinite().sum()])
-    estimator.train()
     total, count = runs.mean_over_processes(total).tolist()
     error = total / count
     if run.rank == 0:
@@ -342,8 +374,6 @@ def complete(s: Settings) -> None:
         if not s.target:
             raise InputError("--variant oracle learns the labels of --target: name it")
         s.source = s.target
-    if s.adapt and s.lam:
-        raise InputError("--adapt takes the place of L_attn in Eq. (7): give --lam 0")
     if s.lam and not s.init:
         raise InputError("--lam > 0 needs a pre-trained f^A: give --init, or --lam 0")
     if (s.lam or s.adapt) and not s.target:

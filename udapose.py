@@ -458,8 +458,9 @@ class PoseOutput(NamedTuple):
 
     features: Tensor  # (B, C, S, S), the head's features of the source images
     source_tokens: Tensor  # (B, 1 + N, D)
-    target_tokens: Tensor | None  # (B, 1 + N, D)
     a_E: Tensor | None  # (B, L, N), attention maps of f^E on the target images
+    target_tokens: Tensor | None  # (B, 1 + N, D)
+    target_features: Tensor | None  # (B, C, S, S)
 
 
 class PoseEstimator(nn.Module):
@@ -472,13 +473,19 @@ class PoseEstimator(nn.Module):
         super().__init__()
         self.encoder, self.head, self.discriminator = encoder, head, discriminator
 
-    def forward(self, source: Tensor, target: Tensor | None = None, tokens: bool = False) -> PoseOutput:
-        """Source images (B, 3, H, W) to head features; target images to attention maps, or tokens."""
+    def forward(self, source: Tensor, target=None, attention=False, tokens=False, joint=False) -> PoseOutput:
+        """Source images (B, 3, H, W) to head features; target images to what is asked for.
+
+        attention: a_E. tokens: target_tokens. joint: target_features, from one batch of both domains, so that
+        BatchNorm in f^H normalises by the same statistics of the mixture in training and in evaluation.
+        """
         source_tokens = self.encoder(source)  # (B, 1 + N, D)
-        features = self.head.features(source_tokens)  # (B, C, S, S)
-        target_tokens = self.encoder(target) if target is not None and tokens else None
-        a_E = self.encoder.attention_maps(target) if target is not None and not tokens else None
-        return PoseOutput(features, source_tokens, target_tokens, a_E)
+        target_tokens = self.encoder(target) if tokens or joint else None
+        a_E = self.encoder.attention_maps(target) if attention else None
+        if not joint:
+            return PoseOutput(self.head.features(source_tokens), source_tokens, a_E, target_tokens, None)
+        features = self.head.features(torch.cat([source_tokens, target_tokens]))  # (2B, C, S, S)
+        return PoseOutput(features[: len(source)], source_tokens, a_E, target_tokens, features[len(source) :])
 
     def centres(self, images: Tensor) -> Tensor:
         """Predict: images (B, 3, H, W) to keypoints (B, K, 3), x y z in voxels of a volume of `head.side`."""

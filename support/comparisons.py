@@ -1,8 +1,8 @@
-"""The methods that Table 1 compares with: DDC, DAN and DANN, on our backbone (`train_finetune.py --adapt`).
+"""Methods to compare with, on our backbone (`train_finetune.py --adapt`). Each adds one loss to Eq. (7).
 
-All three bring the features of the two domains closer. The paper does not say on which feature; we use the
-mean patch token phi (B, D) of f^E, without an adaptation layer or bottleneck, at this one layer. The loss
-takes the place of L_attn in Eq. (7), so everything else stays equal.
+DDC, DAN and DANN, from Table 1, bring the features of the two domains closer. The paper does not say on which
+feature; we use the mean patch token phi (B, D) of f^E, without an adaptation layer or bottleneck, at this one
+layer. The mean teacher is not in the paper; it is the standard method for 2D poses.
 
     s, t  source and target        B  images of each domain in a batch        D  width of a token
 """
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import transform_points
 from support.run import rank_and_world
+from udapose import PoseEstimator, decode_heatmaps, from_voxels, to_voxels
 
 
 def adaptation_loss(method: str, source_tokens: Tensor, target_tokens: Tensor,
@@ -114,3 +116,33 @@ def dann_ramp(progress: float) -> float:
 
 
 METHODS = {"ddc": ddc_loss, "dan": dan_loss, "dann": dann_loss}
+
+
+# ==========================================================================================================
+# Mean teacher (our backbone), after the 2D recipe of Kim et al. (ECCV 2022), without style transfer and
+# occlusion. Its loss is Eq. (5) on the student's target heatmaps, with the teacher's centres as labels.
+# ==========================================================================================================
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """Move each weight and running statistic of the teacher to  decay * teacher + (1 - decay) * student."""
+    for old, new in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - decay)
+        else:  # BatchNorm's counter
+            old.copy_(new)
+
+
+@torch.no_grad()
+def teacher_labels(teacher: PoseEstimator, x_plain: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels for the student's crops: centres (B, K, 3) in voxels, and valid (B, K), 1 = the joint counts.
+
+    The teacher sees crops x_plain (B, 3, H, W) without augmentation. A (B, 2, 3) maps their pixels to those
+    of the student's crops; it leaves the depth as it is. A joint counts if its peak is above the median of
+    the batch, and if its centre lies in the student's volume.
+    """
+    side, image, depth_range = teacher.head.side, x_plain.shape[-1], 1.0  # depth in units of the volume
+    heatmaps = teacher.head(teacher.encoder(x_plain)).float()  # (B, K, S, S, S)
+    peaks = heatmaps.amax(dim=(2, 3, 4))  # (B, K)
+    uv, depth = from_voxels(decode_heatmaps(heatmaps), image, depth_range, side)  # (B, K, 2) px, (B, K)
+    centres, inside = to_voxels(transform_points(A, uv), depth, image, depth_range, side)
+    return centres, inside * (peaks > peaks.median())

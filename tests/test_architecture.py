@@ -196,7 +196,7 @@ def test_pose_estimator_sends_each_domain_its_own_way():
     encoder = udapose.Encoder((16, 16), 4, 16, 2, 2)
     model = udapose.PoseEstimator(encoder, lively(udapose.KeypointHead((4, 4), 16, 8, 3))).eval()
     source, target = torch.randn(2, 3, 16, 16), torch.randn(3, 3, 16, 16)
-    out = model(source, target)
+    out = model(source, target, attention=True)
     close(out.features, model.head.features(encoder(source)))
     close(out.a_E, encoder.attention_maps(target))
     assert out.target_tokens is None and model(source).a_E is None

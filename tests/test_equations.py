@@ -675,7 +675,7 @@ def test_eq7_gradient_is_that_of_both_terms():
 
     def gradients(loss):
         model.zero_grad()
-        out = model(source, target)
+        out = model(source, target, attention=True)
         L_kpt = udapose.keypoint_loss_expanded(out.features, model.head.conv, centres, valid, 1.0)
         loss(L_kpt, udapose.attention_loss(out.a_E, a_A)).backward()
         return torch.cat([(0 * p if p.grad is None else p.grad).flatten() for p in model.parameters()])

@@ -1,0 +1,192 @@
+"""The mean teacher: its moving average, its labels on the student's crops, its loss; then the variants."""
+
+import copy
+import functools
+import gc
+
+import pytest
+import torch
+from conftest import checkpoint, finetune, log, same
+from test_comparisons import settings
+
+import data
+import train_finetune
+import udapose
+from support.comparisons import teacher_labels, update_teacher
+from support.run import Run, load_parts
+
+close = torch.testing.assert_close
+IMAGE, S, K = 16, 16, 3
+
+
+def small_estimator() -> udapose.PoseEstimator:
+    encoder = udapose.Encoder((IMAGE, IMAGE), 4, 8, 2, 2)
+    return udapose.PoseEstimator(encoder, udapose.KeypointHead(encoder.grid, 8, 4, K))
+
+
+class Answers:
+    """A teacher whose head answers with given heatmaps."""
+
+    side = S
+
+    def __init__(self, heatmaps):
+        self.heatmaps, self.head = heatmaps, self
+
+    def encoder(self, images):
+        return images
+
+    def __call__(self, tokens):
+        return self.heatmaps
+
+
+# ==========================================================================================================
+# The moving average
+# ==========================================================================================================
+def test_average_has_the_closed_form_and_covers_running_statistics():
+    """After n updates with a constant student: teacher = 0.999^n start + (1 - 0.999^n) student."""
+    teacher, student = torch.nn.BatchNorm1d(2).double(), torch.nn.BatchNorm1d(2).double()
+    for tensor in (student.weight.data, student.running_mean, student.running_var):
+        tensor.fill_(5.0)
+    student.num_batches_tracked += 7
+    for _ in range(50):
+        update_teacher(teacher, student, 0.999)
+    old = 0.999**50
+    close(teacher.weight.detach(), torch.full((2,), old + 5 * (1 - old)).double())
+    close(teacher.running_mean, torch.full((2,), 5 * (1 - old)).double())
+    close(teacher.running_var, torch.full((2,), old + 5 * (1 - old)).double())
+    assert teacher.num_batches_tracked == 7 and (student.weight == 5).all()
+    update_teacher(teacher, student, 0.0)
+    assert same(teacher.state_dict(), student.state_dict())
+
+
+# ==========================================================================================================
+# Labels and loss
+# ==========================================================================================================
+def test_centres_move_as_the_image_does():
+    """Bright pixels of the plain crop, warped to the student's crop by `augment`, lie at the moved labels."""
+    side = 48
+    uv = torch.tensor([[[20.0, 25.0], [28.0, 22.0], [24.0, 30.0]]])
+    stored = torch.zeros(1, 60, 60, 3, dtype=torch.uint8)  # margin 1.25: stored pixel = plain pixel + 6
+    for u, v in uv[0].int().tolist():
+        stored[0, v + 6, u + 6] = 255
+    parameters = torch.from_numpy(data.no_augmentation(1))
+    parameters[0, :4] = torch.tensor([0.4, 0.05, -0.08, 1.1])  # rotation, shift, scale
+    seen, _, _ = data.augment(data.StoredCrops(stored, None, parameters, 1.25), side, torch.device("cpu"))
+    depth = torch.tensor([[-0.3, 0.0, 0.2]])
+    centres, inside = udapose.to_voxels(uv, depth, side, 1.0, S)
+    assert inside.all()
+    teacher = Answers(udapose.true_heatmaps(centres, S, 1.0))
+    A = data.crop_transform(parameters, side, 1.0, side)
+    moved, _ = teacher_labels(teacher, torch.zeros(1, 3, side, side), A)
+    at, deep = udapose.from_voxels(moved, side, 1.0, S)
+    for u, v in at[0].round().int().tolist():
+        assert seen[0, 0, v - 1 : v + 2, u - 1 : u + 2].sum() > 0.8, "no bright pixel at the moved centre"
+    close(at, data.transform_points(A, uv), atol=0.02, rtol=0)
+    close(deep, depth, atol=1e-3, rtol=0)
+    assert (at - uv).abs().max() > 3  # without A they would be elsewhere
+
+
+def test_half_of_the_joints_count_and_none_outside():
+    """Peaks above the median of the batch count, unless the student's crop does not show the joint."""
+    centres = torch.full((4, K, 3), 7.0)
+    heights = torch.arange(1.0, 13.0).view(4, K, 1, 1, 1)
+    teacher = Answers(heights * udapose.true_heatmaps(centres, S, 1.0))
+    images = torch.zeros(4, 3, IMAGE, IMAGE)
+    still = torch.eye(2, 3).expand(4, 2, 3).clone()
+    close(teacher_labels(teacher, images, still)[1].flatten(), torch.tensor([0.0] * 6 + [1.0] * 6))
+    still[3, 0, 2] = 100.0  # the last crop is shifted out of sight
+    wanted = torch.tensor([0.0] * 6 + [1.0] * 3 + [0.0] * 3)
+    close(teacher_labels(teacher, images, still)[1].flatten(), wanted)
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_the_loss_is_0_where_the_student_agrees(expanded):
+    """Zero at the moved Gaussian itself; Eq. (5) elsewhere."""
+    s = settings("--variant", "mt", "--expanded" if expanded else "--no-expanded", "--sigma", "1.5")
+    head = udapose.KeypointHead((4, 4), 8, K * S, K)
+    head.conv.weight.data = torch.eye(K * S).view(K * S, K * S, 1, 1)  # the features are the heatmaps
+    head.conv.bias.data.zero_()
+    centres, valid = 4 + 8 * torch.rand(2, K, 3), torch.ones(2, K)
+    features = udapose.true_heatmaps(centres, S, 1.5).flatten(1, 2)  # (B, K S, S, S)
+    fixed = dict(valid=valid, dtype=torch.float32)
+    loss_at = functools.partial(train_finetune.heatmap_loss, s, head, features, **fixed)
+    loss = [loss_at(centres), loss_at(centres + 1)]
+    wanted = udapose.keypoint_loss(features.unflatten(1, (K, S)), centres + 1, valid, 1.5)
+    close(torch.stack(loss).detach(), torch.stack([torch.tensor(0.0), wanted]), atol=1e-3, rtol=1e-5)
+
+
+def test_both_domains_pass_the_head_in_one_batch():
+    """BatchNorm normalises by the statistics of the mixture; two passes would give other features."""
+    torch.manual_seed(0)
+    model = small_estimator()
+    source, target = torch.randn(4, 3, IMAGE, IMAGE), 3 * torch.randn(4, 3, IMAGE, IMAGE)
+    out = copy.deepcopy(model)(source, target, attention=True, tokens=True, joint=True)
+    tokens = torch.cat([out.source_tokens, out.target_tokens])
+    close(torch.cat([out.features, out.target_features]), copy.deepcopy(model).head.features(tokens))
+    close(out.a_E, model.encoder.attention_maps(target))
+    assert not torch.allclose(out.features, model(source).features, atol=0.1)
+
+
+# ==========================================================================================================
+# In the fine-tuning
+# ==========================================================================================================
+@pytest.mark.parametrize("variant", ["mt", "full-mt"])
+def test_variant_trains_and_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch, variant):
+    """The loss sets in at its share of the steps. The result is the teacher; the student is kept as well."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    init = "" if variant == "mt" else pretrained
+    judged, predict = [], data.predict
+    monkeypatch.setattr(data, "predict", lambda model, *more: judged.append(model) or predict(model, *more))
+    finetune(sets, whole, init, "--variant", variant, "--log-every", "1")
+    save = Run.save
+
+    def save_and_stop(self, name, step, *values, **more):
+        save(self, name, step, *values, **more)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(sets, run, init, "--variant", variant, "--log-every", "1")
+    gc.collect()  # the stopped run's lock goes with it
+    finetune(sets, run, init, "--variant", variant, "--log-every", "1")
+    state, again = checkpoint(whole), checkpoint(run)
+    parts = "encoder", "head", "student_encoder", "student_head"
+    assert all(same(state[part], again[part]) for part in parts) and log(whole) == log(run)
+    steps = [line for line in log(whole) if "L_kpt" in line]
+    assert [line["step"] for line in steps if line["L_mt"]] == [5, 6]  # of 6; 0.57 * 6 = 3.4 are over
+    assert all(("L_attn" in line) == (variant == "full-mt") for line in steps)
+    assert not same(state["encoder"], state["student_encoder"])
+    load_parts(whole, state, encoder=judged[-1].encoder, head=judged[-1].head)  # raises if they do not fit
+    assert not any(p.requires_grad for model in judged for p in model.parameters())  # the teacher was judged
+
+
+def test_until_its_start_it_is_scratch(sets, tmp_path):
+    """Without the second phase, teacher and student are what scratch gives."""
+    finetune(sets, tmp_path / "a", "", "--variant", "scratch")
+    finetune(sets, tmp_path / "b", "", "--variant", "mt", "--adapt-start", "1")
+    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    assert all(same(a[part], b[name]) for part in ("encoder", "head") for name in (part, f"student_{part}"))
+
+
+def test_the_teacher_gets_no_gradient(sets, tmp_path, monkeypatch):
+    """Without the average it never moves. The average is a copy until the start."""
+    seen = []
+
+    def watch(teacher, student, decay):
+        assert all(p.grad is None for p in teacher.parameters())
+        seen.append((decay, copy.deepcopy(teacher.state_dict())))
+
+    monkeypatch.setattr(train_finetune, "update_teacher", watch)
+    finetune(sets, tmp_path / "run", "", "--variant", "mt", "--mt-decay", "0.9")
+    assert [decay for decay, _ in seen] == [0, 0, 0, 0, 0.9, 0.9]
+    assert all(same(state, seen[0][1]) for _, state in seen)
+
+
+def test_variants():
+    for name, init, lam in (("mt", "", 0), ("mae-mt", "mae", 0), ("full-mt", "full", 100)):
+        s = settings("--variant", name, "--seed", "3", "--preset", "small")
+        assert (s.init, s.lam) == (init and f"runs/small/pretrain-{init}-seed3", lam)
+        assert (s.adapt, s.adapt_start, s.mt_decay) == ("mt", 0.57, 0.98)
+    assert settings("--variant", "full-mt", "--preset", "paper-hand").mt_decay == 0.999
