@@ -20,8 +20,10 @@ A target needs images.npy and meta.json only; training never opens its other fil
 `margin` times the field of view that a network sees, so that most of a rotated or shifted crop is real.
 Beyond it, edge pixels repeat.
 
-The way of an image: `read_rows` reads stored crops and the augmentation drawn for them, in a worker process;
-`augment` warps them to the network's crop and jitters their colours, on the training device; `normalise`.
+The way of an image: in a worker process, a script's reader draws rows and augmentations of a step, and
+`read_rows` reads the stored crops. On the training device, `augment` warps them to the network's crop and
+jitters their colours, and `normalise` follows. For the labels, `labels_of` returns pixels and depths of that
+crop, and `udapose.to_voxels` their place in the heatmaps. `predict` goes the way back.
 """
 
 import argparse
@@ -84,14 +86,16 @@ def read_rows(dataset: Dataset, rows: np.ndarray, parameters: np.ndarray, masks=
 def read_ahead(batches, steps: range, micro: list[slice], workers: int, device: torch.device):
     """Iterate over batches[step, slice] for every step and micro-batch, read ahead by worker processes.
 
-    batches: a map-style torch data set. workers: -1 means 8 on CUDA and none on a CPU, where they would
-    compete with training for the cores. On CUDA, tensors arrive in pinned memory, so that copies do not wait.
+    batches: a map-style torch data set; an item is one micro-batch as stored. micro: the slices of the global
+    batch (that of all processes) which this process takes one after the other. workers: -1 means 8 on CUDA
+    and none on a CPU, where they would compete with training for the cores. On CUDA, tensors arrive in pinned
+    memory, so that copies do not wait.
     """
     cuda = device.type == "cuda"
     workers = (8 if cuda else 0) if workers < 0 else workers
     keys = [(step, own) for step in steps for own in micro]
     options = dict(num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_ctrl_c)
-    options["multiprocessing_context"] = "fork" if workers else None  # pickling would copy the masks
+    options["multiprocessing_context"] = "fork" if workers else None  # "spawn" would pickle masks
     return iter(torch.utils.data.DataLoader(batches, sampler=keys, batch_size=None, **options))
 
 
@@ -156,10 +160,10 @@ def warp(images: Tensor, A: Tensor, side: int) -> Tensor:
     H = images.shape[-1]
     (a, b, c), (d, e, f) = (row.unbind(1) for row in A.unbind(1))  # u' = a u + b v + c, v' = d u + e v + f
     back = torch.stack([e, -d, -b, a], dim=1) / (a * e - b * d)[:, None]
-    back = back.view(-1, 2, 2)  # (B, 2, 2) crop px -> stored px: the inverse, transposed
+    back = back.view(-1, 2, 2)  # (B, 2, 2) inverse of A[:, :, :2], transposed: crop px -> stored px
     crop = torch.arange(side, device=A.device, dtype=A.dtype)  # (side,) px
-    along_u = (crop - c[:, None])[..., None] * back[:, :1]  # (B, side, 2) stored px, part of each column
-    along_v = (crop - f[:, None])[..., None] * back[:, 1:]  # (B, side, 2) stored px, part of each row
+    along_u = (crop - c[:, None])[..., None] * back[:, :1]  # (B, side, 2) stored px that a column adds
+    along_v = (crop - f[:, None])[..., None] * back[:, 1:]  # (B, side, 2) stored px that a row adds
     # grid_sample counts -1 .. 1 from the outer edge of the first pixel to that of the last one
     along_u, along_v = (2 * along_u + 1) / H - 1, 2 * along_v / H
     grid = along_u[:, None] + along_v[:, :, None]  # (B, side, side, 2)
@@ -194,7 +198,7 @@ def augment(stored: StoredCrops, side: int, device: torch.device) -> tuple[Tenso
 
 @lru_cache
 def image_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1, 3, 1, 1) of the encoder's input. Kept: copies to a GPU wait."""
+    """Mean and standard deviation (1, 3, 1, 1) of the encoder's input. Cached: copying to a GPU waits."""
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return mean, std
 
@@ -326,7 +330,7 @@ def check(folder: str) -> None:
 
 
 def describe_labels(poses: np.ndarray, meta: dict) -> str:
-    """In words, what betrays another unit, or labels of poses (n, K, 3) mm from which nothing is learned."""
+    """One line on poses (n, K, 3) mm that shows a wrong unit, and how many labels are of no use."""
     parent, child = np.array(meta["bones"], int).reshape(-1, 2).T
     bones = np.linalg.norm(poses[:, child] - poses[:, parent], axis=-1)  # (n, bones) mm
     known = np.isfinite(poses).all(-1)  # (n, K)
@@ -365,12 +369,13 @@ def main(arguments=None) -> None:
         own[name] = ([], {}, path.read_text()[3:].partition("\n")[0])
         if name in given[:1]:  # only the reader that is asked for is imported
             reader = importlib.import_module(f"support.readers.{path.stem}")
-            parameters = [p for p in inspect.signature(reader.read).parameters.values() if p.name != "root"]
+            signature = inspect.signature(reader.read, eval_str=True)
+            parameters = [p for p in signature.parameters.values() if p.name != "root"]
             choices = {p.name: get_args(p.annotation) for p in parameters}  # of a Literal
             options = {p.name: p.default for p in parameters}
             own[name] = (["root", "out"], options | {"side": 320, "workers": 0}, reader.__doc__)
     for name, (places, flags, about) in own.items():
-        line = about.partition("\n")[0]
+        line = about.partition("\n")[0].replace("%", "%%")
         sub = commands.add_parser(name, help=line, description=about, formatter_class=shape)
         for place in places:
             sub.add_argument(place, metavar=place.upper())

@@ -40,17 +40,17 @@ class Sample(NamedTuple):
     image: str  # picture file, or video file if `frame` is given
     keypoints: np.ndarray | None = None  # (K, 3) mm, camera; NaN: not labelled. None: no labels at all
     intrinsics: np.ndarray | None = None  # (3, 3) px of the whole picture, pixel centres at integers
-    mask: str | None = None  # picture file, or .mat file (then `mask_key` says what in it)
+    mask: str | None = None  # picture file, or .mat file with `mask_key`; all samples have one, or none
     foreground: tuple = (128, 255)  # grey values, palette indices or labels in this closed range
     uv: np.ndarray | None = None  # (K, 2) px: the publisher's own 2D labels, if there are any
     size: tuple | None = None  # (width, height) px, if the publisher fixes it
     frame: int | None = None  # number of the frame in the video `image`, from 0
-    mask_key: str | int | None = None  # .mat v5: name of the variable; v7.3: index into the cell 'Masks'
+    mask_key: str | int | None = None  # str: variable of a .mat v5; int: index into cell 'Masks' of a v7.3
     left: bool = False  # a left hand: picture, mask, labels and camera are mirrored to a right one
     distortion: np.ndarray | None = None  # (5,) k1 k2 p1 p2 k3, OpenCV's formula; undone in the crop
     tolerance: float | np.ndarray = 2.0  # px that projected keypoints may be away from `uv`; or (K,)
     around: np.ndarray | None = None  # (n, 3) mm, camera: what the crop has to show besides
-    fault: str | None = None  # "kind: why" if the reader could not read this sample's labels
+    fault: str | None = None  # "kind: why" if this sample's labels are damaged: it is left out and counted
 
     def __str__(self) -> str:
         return self.image if self.frame is None else f"{self.image} frame {self.frame}"
@@ -356,6 +356,8 @@ def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, wo
     shards, rows, skipped, layout = [], 0, [], {}
     progress = Progress(folder.name, total, unit="images", every=5)
     with claimed(part):
+        if any(part.glob("*.npz")):
+            print(f"{part}: continues; if you changed the reader, remove this folder first", flush=True)
         for path, count, new, arrays in in_order(make_shard, tasks, workers or CORES):
             layout = layout or arrays
             if arrays and arrays != layout:
@@ -441,7 +443,7 @@ def in_order(function, tasks: Iterable, workers: int):
     if workers == 1:
         yield from map(function, tasks)
         return
-    spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+    spawn = multiprocessing.get_context("spawn")  # torch's operations can hang in a forked worker
     pool, waiting = concurrent.futures.ProcessPoolExecutor(workers, spawn, quiet_worker), collections.deque()
     try:
         for task in tasks:

@@ -109,9 +109,10 @@ def test_impossible_values_are_refused(line, message, tmp_path):
 def test_a_new_reader_is_a_new_file(tmp_path, monkeypatch, capsys):
     """A fork adds support/readers/NAME.py; its options become flags, a bool one that can be switched off."""
     (tmp_path / "mine.py").write_text(
-        '"""Mine: two photographs."""\nfrom support.convert import Sample\n'
+        '"""Mine: 50 % of two photographs."""\nfrom __future__ import annotations\n'
+        "from typing import Literal\nfrom support.convert import Sample\n"
         "from support.readers.imagenet import SKELETON\n"
-        "def read(root, flip: bool = True, often: int = 2):\n"
+        "def read(root, flip: bool = True, often: int = 2, split: Literal['a', 'b'] = 'a'):\n"
         "    return often, iter([Sample(f'{flip}.png')] * often)\n")
     monkeypatch.setattr(data, "READERS", tmp_path)
     monkeypatch.setattr(support.readers, "__path__", [*support.readers.__path__, str(tmp_path)])
@@ -120,9 +121,10 @@ def test_a_new_reader_is_a_new_file(tmp_path, monkeypatch, capsys):
         data.main(["mine", str(tmp_path), str(tmp_path / name), "--side", "16", "--workers", "1", *flags])
         images = Dataset(tmp_path / name).images
         assert len(images) == (3 if flags else 2) and (images[..., 2] == blue).all()
-    with pytest.raises(SystemExit):
-        data.main(["-h"])
-    assert "Mine: two photographs." in capsys.readouterr().out
+    for flags, words in ((["-h"], "Mine: 50 % of two photographs."), (["mine", "-h"], "--split {a,b}")):
+        with pytest.raises(SystemExit):
+            data.main(flags)
+        assert words in capsys.readouterr().out
 
 
 # ==== Videos ==============================================================================================
@@ -448,7 +450,7 @@ def build_small(folder: Path, workers: int = 1, work=small_work, jobs=range(60))
     build_dataset(folder, META, jobs, 120, work, workers)
 
 
-def test_killed_at_random_the_result_is_the_same(tmp_path):
+def test_killed_at_random_the_result_is_the_same(tmp_path, capsys):
     """kill -9 with one worker and with two, then the same command to the end. KILLS=10 does it ten times."""
     noise = np.random.default_rng(0).integers(0, 255, (450, 450, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
@@ -475,6 +477,7 @@ def test_killed_at_random_the_result_is_the_same(tmp_path):
     assert kills <= len(done[-1]) < 20  # of 20 shards
     for out in ("set", "whole"):
         data.main(words(out, "1"))
+        assert ("set.part: continues" in capsys.readouterr().out) == (out == "set")
     first, second = contents(tmp_path / "set"), contents(tmp_path / "whole")
     assert not (tmp_path / "set.part").exists() and first.pop("images.npy") == second.pop("images.npy")
     assert json.loads(first["meta.json"]) | {"origin": ""} == json.loads(second["meta.json"]) | {"origin": ""}

@@ -7,6 +7,7 @@ A reader's file is named as its command (with a leading underscore if that begin
     read(root, ..) its options have defaults and become flags; a Literal lists the choices of a flag
 
 `read` returns the number of samples (or an upper bound) and a generator of `support.convert.Sample`. It
-refuses a wrong layout before the first sample. The generator opens label files one sequence at a time, and
-never a picture.
+refuses a wrong layout before the first sample. The generator runs in one process before the workers do, so it
+opens as little as it can. It does not yield what the publisher left unlabelled; a sample with damaged labels
+gets a `fault`. The options `split` and `stride` have this meaning everywhere; `side` and `workers` are taken.
 """
