@@ -7,6 +7,7 @@
     python evaluate.py --table --paper                the paper's tables, with its numbers beside ours
     python evaluate.py --sweep lam                    error against a setting, as tables and a chart
     python evaluate.py --image PHOTO                  predict the pose in a photograph
+    python evaluate.py runs/tiny/probe-seed0 --ttt 20 test-time training on 100 target images
     torchrun --nproc_per_node 8 evaluate.py           share large test sets among processes
 
 Errors are EPE (hands) or MPJPE (humans), Sec. 4.1: the mean distance of a joint in mm with the roots aligned,
@@ -30,7 +31,7 @@ import data
 import train_finetune
 import train_pretrain
 import udapose
-from support import photographs, pictures, run, tables
+from support import photographs, pictures, run, tables, test_time
 from support.convert import crop_square
 from support.folder import HAND, HUMAN, HUMAN_JOINTS, Dataset, compared, same_skeleton, with_root
 from support.readers.formats import open_picture
@@ -507,6 +508,29 @@ def draw_all(paths: list[Path], results: list[dict], tests: dict, wanted: list[i
 
 
 # ==========================================================================================================
+# Test-time training
+# ==========================================================================================================
+def show_adapted(paths: list[Path], dataset: Dataset, a: argparse.Namespace, device) -> None:
+    """Print the error on target images over the steps of test-time training, for each run."""
+    measured = {}
+    for path in paths:
+        estimator, state = load_estimator(path, device)
+        before = pretraining_of(path, base_result(path, state, "finetuning"))
+        if before is None:
+            raise InputError(f"{path.parent}: --ttt needs f^D of its pre-training run")
+        if not state["settings"].get("freeze"):
+            say(f"{path.parent}: f^E was trained after f^D, which no longer fits; train it with --freeze")
+        old = run.read_checkpoint(before)
+        mae, s = load_autoencoder(before, old, device), old["settings"]
+        mae.encoder = estimator.encoder  # one f^E for f^D and f^H
+        say(f"adapting {path.parent}")
+        how = a.images, a.ttt, a.ttt_mode, device
+        measured[path.parent] = test_time.measure(estimator, mae, s, dataset, *how)
+    print(f"\nerror in mm on {a.images} images of {dataset.folder}, {a.ttt_mode}\n")
+    print(tables.show_table(test_time.table(measured), a.markdown))
+
+
+# ==========================================================================================================
 # Your own photographs
 # ==========================================================================================================
 @torch.no_grad()
@@ -636,6 +660,10 @@ def parse_arguments(arguments) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", default=[], help="target test images to draw [first, middle, last]")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute [auto]")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's choice [0]")
+    add("--ttt", type=int, metavar="STEPS", help="test-time training of probe runs, this many steps")
+    add("--ttt-mode", default="reset", choices=("reset", "online"),
+        help="adapt to each image alone, or keep the weights for the next one [reset]")
+    add("--images", type=int, default=100, metavar="N", help="with --ttt: so many target images [100]")
     add("--image", nargs="+", metavar="PHOTO", help="predict the pose in photographs, or in folders of "
         "them, with the first finished run that is named. Mirror photographs of left hands first")
     add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"),
@@ -672,6 +700,11 @@ def main(arguments=None) -> None:
     for path in runs:
         by_task.setdefault(runs[path]["settings"].get("task", "hand"), []).append(path)
     tests = {task: open_tests(paths, runs, a) for task, paths in by_task.items()}
+    if a.ttt is not None:
+        for task, paths in by_task.items():
+            posed = [path for path in paths if "skeleton" in runs[path]]
+            show_adapted(posed, tests[task]["target"], a, device)
+        return
     results = {}
     for task, paths in by_task.items():
         known = {}  # pre-training runs, measured once

@@ -43,6 +43,7 @@ class Settings:
     source: str = "datasets/hands/source_train"  # data-set folder with keypoints
     target: str = "auto"  # data-set folder, images only; auto: that of the embedded benchmark
     validation: str = "auto"  # labelled *source* images, to watch the training; "": none; auto: as above
+    freeze: bool = False  # train f^H alone, on a frozen f^E
     labels: int = setting(0, low=0)  # use only the first so many labelled source images; 0: all
     lam: float = setting(100.0, low=0)  # lambda_attn of Eq. (7) (paper: 100 hands, 10 humans); 0: no AR
     adapt: str = setting("", choices=("", *METHODS, "mt"))  # method to compare with; adds its loss
@@ -103,6 +104,7 @@ VARIANTS = {  # init "auto" means the pre-training run of the same name, or the 
     "source-only": dict(lam=0.0),
     "source-only-mae": dict(lam=0.0),
     "source-only-no-xc": dict(lam=0.0),
+    "probe": dict(lam=0.0, freeze=True),  # for evaluate.py --ttt: f^D of the pre-training still fits f^E
     "oracle": dict(init="", lam=0.0, validation=""),  # the labelled target as source: a lower bound
     "ddc": dict(init="", lam=0.0, adapt="ddc", adapt_weight=0.25),  # from scratch
     "dan": dict(init="", lam=0.0, adapt="dan"),
@@ -116,6 +118,7 @@ VARIANTS = {  # init "auto" means the pre-training run of the same name, or the 
 }
 PRETRAINED_BY = {"no-ar": "full", "no-fcr-ar": "no-fcr", "no-xc-ar": "no-xc", "no-fcr-xc": "mae"}
 PRETRAINED_BY |= {"mae-ddc": "mae", "mae-dan": "mae", "mae-dann": "mae", "mae-mt": "mae", "full-mt": "full"}
+PRETRAINED_BY |= {"probe": "full"}
 ARCHITECTURE = ("image", "patch", "width", "depth", "heads")  # settings that both stages must share
 SKELETON = ("joints", "bones", "root", "depth_range")  # of the labels, stored in the checkpoint
 
@@ -313,6 +316,7 @@ def build(s: Settings, keypoints: int, rank: int, device) -> tuple[PoseEstimator
     if s.init:
         load_pretrained(s, encoder, rank)
     encoder.checkpointing = s.checkpointing
+    encoder.requires_grad_(not s.freeze)
     f_A = copy.deepcopy(encoder).eval().requires_grad_(False).to(device) if s.lam else None
     if s.sync_bn and device.type != "cuda":
         raise InputError("--sync-bn: SyncBatchNorm exists on CUDA only")
@@ -374,6 +378,8 @@ def complete(s: Settings) -> None:
         if not s.target:
             raise InputError("--variant oracle learns the labels of --target: name it")
         s.source = s.target
+    if s.freeze and (s.lam or s.adapt or not s.init):
+        raise InputError("--freeze needs --init, --lam 0 and no --adapt: they would have nothing to train")
     if s.lam and not s.init:
         raise InputError("--lam > 0 needs a pre-trained f^A: give --init, or --lam 0")
     if (s.lam or s.adapt) and not s.target:

@@ -621,7 +621,7 @@ def test_eq6_gradient_reaches_queries_and_keys_only():
     """Eq. (6) reaches f^E up to q and k of its last block, but not v, projection, FFN, norm or f^H."""
     encoder = udapose.Encoder((8, 8), 4, 8, 2, 2)
     model = udapose.PoseEstimator(encoder, udapose.KeypointHead(encoder.grid, 8, 4, 2)).eval()
-    out = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8))
+    out = model(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8), attention=True)
     udapose.attention_loss(out.a_E, torch.rand(2, 2, 4)).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {n for n in reached if not n.startswith("encoder.")} == set()
