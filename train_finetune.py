@@ -48,8 +48,8 @@ class Settings:
     lam: float = setting(100.0, low=0)  # lambda_attn of Eq. (7) (paper: 100 hands, 10 humans); 0: no AR
     adapt: str = setting("", choices=("", *METHODS, "mt"))  # method to compare with; adds its loss
     adapt_weight: float = setting(1.0, low=0)  # its weight (DDC 0.25, DANN 1: papers; DAN, mt: public code)
-    adapt_start: float = setting(0.0, low=0, high=1)  # share of the steps before its loss sets in
-    mt_decay: float = setting(0.999, low=0, below=1)  # decay of the mean teacher's moving average
+    mt_start: float = setting(0.57, low=0, high=1)  # share of the steps before the mean teacher sets in
+    mt_decay: float = setting(0.999, low=0, below=1)  # decay of its moving average (both: public 2D code)
     sigma: float = setting(2.0, above=0)  # standard deviation of the true Gaussians, voxels (ours)
     image: int = setting(256, above=0)  # side of the network's crop, px (paper Sec. 7)
     patch: int = setting(16, above=0)  # side of a patch, px (paper: ViT-B/16)
@@ -91,7 +91,6 @@ PRESETS = {
                                 lam=10.0, epochs=100),
 }
 TASKS = {"hand": {}, "human": dict(source="datasets/bodies/source_train", lam=10.0)}
-MEAN_TEACHER = dict(adapt="mt", adapt_start=0.57)  # 40 of 70 epochs, as in public code for 2D poses
 VARIANTS = {  # init "auto" means the pre-training run of the same name, or the one in PRETRAINED_BY
     "full": {},
     "scratch": dict(init="", lam=0.0),
@@ -112,9 +111,9 @@ VARIANTS = {  # init "auto" means the pre-training run of the same name, or the 
     "mae-ddc": dict(lam=0.0, adapt="ddc", adapt_weight=0.25),  # from MAE weights
     "mae-dan": dict(lam=0.0, adapt="dan"),
     "mae-dann": dict(lam=0.0, adapt="dann"),
-    "mt": MEAN_TEACHER | dict(init="", lam=0.0),
-    "mae-mt": MEAN_TEACHER | dict(lam=0.0),
-    "full-mt": MEAN_TEACHER,  # and AR
+    "mt": dict(init="", lam=0.0, adapt="mt"),  # mean teacher
+    "mae-mt": dict(lam=0.0, adapt="mt"),
+    "full-mt": dict(adapt="mt"),  # and AR
 }
 PRETRAINED_BY = {"no-ar": "full", "no-fcr-ar": "no-fcr", "no-xc-ar": "no-xc", "no-fcr-xc": "mae"}
 PRETRAINED_BY |= {"mae-ddc": "mae", "mae-dan": "mae", "mae-dann": "mae", "mae-mt": "mae", "full-mt": "full"}
@@ -201,28 +200,27 @@ def heatmap_loss(s: Settings, head: KeypointHead, features: Tensor, centres: Ten
 
 
 def pose_losses(s: Settings, model, estimator, f_A, teacher, batch: PoseBatch, dtype, progress: float):
-    """L_kpt of Eq. (5), L_attn of Eq. (6), and the loss of --adapt; 0 for a term that this run does not have.
+    """The terms of this run's loss by name: L_kpt of Eq. (5), L_attn of Eq. (6) with AR, and that of --adapt.
 
     model: the estimator, or DistributedDataParallel around it. progress: share of the training done.
     """
-    head, device = estimator.head, batch.x_s.device
-    adapt = s.adapt if progress >= s.adapt_start else ""
-    with autocast(device, dtype):  # features (b, C, S, S), a_E (b, L, N), tokens (b, 1 + N, D)
+    head, adapt = estimator.head, "" if s.adapt == "mt" and progress < s.mt_start else s.adapt
+    with autocast(batch.x_s.device, dtype):  # features (b, C, S, S), a_E (b, L, N), tokens (b, 1 + N, D)
         out = model(batch.x_s, batch.x_t, attention=s.lam > 0, tokens=bool(adapt), joint=adapt == "mt")
-    L_kpt = heatmap_loss(s, head, out.features, batch.centres, batch.valid, dtype)  # Eq. (5)
-    L_attn = L_adapt = torch.zeros_like(L_kpt)
+        with torch.no_grad():  # f^A sees the same augmented x_t as f^E
+            a_A = f_A.attention_maps(batch.x_t) if s.lam else None  # (b, L, N)
+            if adapt == "mt":
+                taught = teacher.head(teacher.encoder(batch.x_plain))  # (b, K, S, S, S)
+    terms = {"L_kpt": heatmap_loss(s, head, out.features, batch.centres, batch.valid, dtype)}  # Eq. (5)
     if s.lam:
-        with torch.no_grad(), autocast(device, dtype):
-            a_A = f_A.attention_maps(batch.x_t)  # (b, L, N), of the same augmented x_t that f^E sees
-        L_attn = udapose.attention_loss(out.a_E, a_A)  # Eq. (6)
+        terms["L_attn"] = udapose.attention_loss(out.a_E, a_A)  # Eq. (6)
     if adapt == "mt":
-        with autocast(device, dtype):
-            centres, valid = teacher_labels(teacher, batch.x_plain, batch.A_t)  # (b, K, 3), (b, K)
-        L_adapt = heatmap_loss(s, head, out.target_features, centres, valid, dtype)
+        centres, valid = teacher_labels(taught, batch.A_t, s.image)  # (b, K, 3), (b, K)
+        terms["L_mt"] = heatmap_loss(s, head, out.target_features, centres, valid, dtype)
     elif adapt:
         tokens = out.source_tokens, out.target_tokens  # 2 x (b, 1 + N, D)
-        L_adapt = adaptation_loss(adapt, *tokens, estimator.discriminator, progress)
-    return L_kpt, L_attn, L_adapt
+        terms[f"L_{adapt}"] = adaptation_loss(adapt, *tokens, estimator.discriminator, progress)
+    return terms
 
 
 def train_pose(s: Settings, run: Run, estimator, f_A, source, target, validation, world: int, device):
@@ -244,7 +242,6 @@ def train_pose(s: Settings, run: Run, estimator, f_A, source, target, validation
     reader = PoseData(s, source, target)
     ahead = data.read_ahead(reader, range(start, steps), micro, s.workers, device)  # len(micro) a step
     progress = runs.Progress("fine-tuning", steps, images=s.batch, start=start, quiet=run.rank > 0)
-    terms_of_run = {"L_kpt": True, "L_attn": s.lam > 0, f"L_{s.adapt}": bool(s.adapt)}
     window = []  # losses since the last line of the log
     for step in range(start, steps):
         estimator.train()
@@ -252,24 +249,26 @@ def train_pose(s: Settings, run: Run, estimator, f_A, source, target, validation
         for group in optimiser.param_groups:
             group["lr"] = lr * group["scale"]
         optimiser.zero_grad()
-        losses = torch.zeros(3, device=device)
+        losses = 0.0
         for i in range(len(micro)):
             batch = pose_batch(s, next(ahead), source.meta, estimator.head.side, device)
             with runs.sync_gradients(model, i == len(micro) - 1):
                 terms = pose_losses(s, model, estimator, f_A, teacher, batch, run.dtype, step / steps)
-                L_kpt, L_attn, L_adapt = terms
-                L_HPE = udapose.hpe_loss(L_kpt, L_attn, s.lam)  # Eq. (7)
-                scaler.scale((L_HPE + s.adapt_weight * L_adapt) / len(micro)).backward()
-            losses += torch.stack(terms).detach() / len(micro)
+                L_HPE = udapose.hpe_loss(terms["L_kpt"], terms.get("L_attn", 0.0), s.lam)  # Eq. (7)
+                L_HPE = L_HPE + s.adapt_weight * terms.get(f"L_{s.adapt}", 0.0)
+                scaler.scale(L_HPE / len(micro)).backward()
+            losses = losses + torch.stack(list(terms.values())).detach() / len(micro)
         scaler.step(optimiser)
         scaler.update()
         if teacher is not None:  # until the teacher is needed, it is a copy of the student
-            update_teacher(teacher, estimator, s.mt_decay if step / steps >= s.adapt_start else 0.0)
+            runs.statistics_of_rank_0(estimator)
+            update_teacher(teacher, estimator, s.mt_decay if step / steps >= s.mt_start else 0.0)
+        if window and len(window[-1]) < len(losses):
+            window.clear()  # the mean teacher's loss has set in
         window.append(losses)
         done = step + 1
         if done % s.log_every == 0 or done == steps:
-            means = runs.mean_losses(window, done, *terms_of_run)
-            means = {name: mean for name, mean in means.items() if terms_of_run[name]}
+            means = runs.mean_losses(window, done, *terms)
             run.log(stage="finetuning", step=done, lr=lr, **means)
             progress.show(done, means, final=done == steps)
             window.clear()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data import transform_points
 from support.run import rank_and_world
-from udapose import PoseEstimator, decode_heatmaps, from_voxels, to_voxels
+from udapose import decode_heatmaps, from_voxels, to_voxels
 
 
 def adaptation_loss(method: str, source_tokens: Tensor, target_tokens: Tensor,
@@ -133,15 +133,14 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None
 
 
 @torch.no_grad()
-def teacher_labels(teacher: PoseEstimator, x_plain: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def teacher_labels(heatmaps: Tensor, A: Tensor, image: int) -> tuple[Tensor, Tensor]:
     """Labels for the student's crops: centres (B, K, 3) in voxels, and valid (B, K), 1 = the joint counts.
 
-    The teacher sees crops x_plain (B, 3, H, W) without augmentation. A (B, 2, 3) maps their pixels to those
-    of the student's crops; it leaves the depth as it is. A joint counts if its peak is above the median of
-    the batch, and if its centre lies in the student's volume.
+    heatmaps (B, K, S, S, S): the teacher's, of crops of `image` px without augmentation. A (B, 2, 3) maps
+    their pixels to those of the student's crops; the depth stays. A joint counts if its peak is above the
+    median of the micro-batch, and if its centre lies in the student's volume.
     """
-    side, image, depth_range = teacher.head.side, x_plain.shape[-1], 1.0  # depth in units of the volume
-    heatmaps = teacher.head(teacher.encoder(x_plain)).float()  # (B, K, S, S, S)
+    side, depth_range, heatmaps = heatmaps.shape[-1], 1.0, heatmaps.float()  # depth in units of the volume
     peaks = heatmaps.amax(dim=(2, 3, 4))  # (B, K)
     uv, depth = from_voxels(decode_heatmaps(heatmaps), image, depth_range, side)  # (B, K, 2) px, (B, K)
     centres, inside = to_voxels(transform_points(A, uv), depth, image, depth_range, side)

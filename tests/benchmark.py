@@ -141,8 +141,8 @@ def finetuning(size: str, dataset: Dataset, device: torch.device, dtype: torch.d
 
     def loss(rows):
         batch = tune.pose_batch(s, rows, dataset.meta, model.head.side, device)
-        L_kpt, L_attn, _ = tune.pose_losses(s, model, model, f_A, None, batch, dtype, 0.0)
-        return udapose.hpe_loss(L_kpt, L_attn, s.lam)
+        terms = tune.pose_losses(s, model, model, f_A, None, batch, dtype, 0.0)
+        return udapose.hpe_loss(terms["L_kpt"], terms["L_attn"], s.lam)
 
     return s, tune.PoseData(s, dataset, dataset), model.train(), loss, finetuning_flops(s)
 

@@ -25,21 +25,6 @@ def small_estimator() -> udapose.PoseEstimator:
     return udapose.PoseEstimator(encoder, udapose.KeypointHead(encoder.grid, 8, 4, K))
 
 
-class Answers:
-    """A teacher whose head answers with given heatmaps."""
-
-    side = S
-
-    def __init__(self, heatmaps):
-        self.heatmaps, self.head = heatmaps, self
-
-    def encoder(self, images):
-        return images
-
-    def __call__(self, tokens):
-        return self.heatmaps
-
-
 # ==========================================================================================================
 # The moving average
 # ==========================================================================================================
@@ -76,9 +61,9 @@ def test_centres_move_as_the_image_does():
     depth = torch.tensor([[-0.3, 0.0, 0.2]])
     centres, inside = udapose.to_voxels(uv, depth, side, 1.0, S)
     assert inside.all()
-    teacher = Answers(udapose.true_heatmaps(centres, S, 1.0))
+    heatmaps = udapose.true_heatmaps(centres, S, 1.0)
     A = data.crop_transform(parameters, side, 1.0, side)
-    moved, _ = teacher_labels(teacher, torch.zeros(1, 3, side, side), A)
+    moved, _ = teacher_labels(heatmaps, A, side)
     at, deep = udapose.from_voxels(moved, side, 1.0, S)
     for u, v in at[0].round().int().tolist():
         assert seen[0, 0, v - 1 : v + 2, u - 1 : u + 2].sum() > 0.8, "no bright pixel at the moved centre"
@@ -105,13 +90,12 @@ def test_half_of_the_joints_count_and_none_outside():
     """Peaks above the median of the batch count, unless the student's crop does not show the joint."""
     centres = torch.full((4, K, 3), 7.0)
     heights = torch.arange(1.0, 13.0).view(4, K, 1, 1, 1)
-    teacher = Answers(heights * udapose.true_heatmaps(centres, S, 1.0))
-    images = torch.zeros(4, 3, IMAGE, IMAGE)
+    heatmaps = heights * udapose.true_heatmaps(centres, S, 1.0)
     still = torch.eye(2, 3).expand(4, 2, 3).clone()
-    close(teacher_labels(teacher, images, still)[1].flatten(), torch.tensor([0.0] * 6 + [1.0] * 6))
+    close(teacher_labels(heatmaps, still, IMAGE)[1].flatten(), torch.tensor([0.0] * 6 + [1.0] * 6))
     still[3, 0, 2] = 100.0  # the last crop is shifted out of sight
     wanted = torch.tensor([0.0] * 6 + [1.0] * 3 + [0.0] * 3)
-    close(teacher_labels(teacher, images, still)[1].flatten(), wanted)
+    close(teacher_labels(heatmaps, still, IMAGE)[1].flatten(), wanted)
 
 
 @pytest.mark.parametrize("expanded", [True, False])
@@ -170,7 +154,7 @@ def test_variant_trains_and_resumes_bitwise(sets, pretrained, tmp_path, monkeypa
     parts = "encoder", "head", "student_encoder", "student_head"
     assert all(same(state[part], again[part]) for part in parts) and log(whole) == log(run)
     steps = [line for line in log(whole) if "L_kpt" in line]
-    assert [line["step"] for line in steps if line["L_mt"]] == [5, 6]  # of 6; 0.57 * 6 = 3.4 are over
+    assert [line["step"] for line in steps if "L_mt" in line] == [5, 6]  # of 6; 0.57 * 6 = 3.4 are over
     assert all(("L_attn" in line) == (variant == "full-mt") for line in steps)
     assert not same(state["encoder"], state["student_encoder"])
     teacher = judged[-1]
@@ -181,21 +165,26 @@ def test_variant_trains_and_resumes_bitwise(sets, pretrained, tmp_path, monkeypa
 def test_until_its_start_it_is_scratch(sets, tmp_path):
     """Without the second phase, teacher and student are what scratch gives."""
     finetune(sets, tmp_path / "a", "", "--variant", "scratch")
-    finetune(sets, tmp_path / "b", "", "--variant", "mt", "--adapt-start", "1")
+    finetune(sets, tmp_path / "b", "", "--variant", "mt", "--mt-start", "1")
     a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
     assert all(same(a[part], b[name]) for part in ("encoder", "head") for name in (part, f"student_{part}"))
 
 
 def test_the_teacher_gets_no_gradient(sets, tmp_path, monkeypatch):
-    """Without the average it never moves. The average is a copy until the start."""
-    seen = []
+    """Without the average it never moves. The average is a copy until the start. Labels are in float32."""
+    seen, labels = [], train_finetune.teacher_labels
+
+    def in_float32(*given):
+        assert not torch.is_autocast_enabled("cpu")
+        return labels(*given)
 
     def watch(teacher, student, decay):
         assert all(p.grad is None for p in teacher.parameters()) and not teacher.training
         seen.append((decay, copy.deepcopy(teacher.state_dict())))
 
     monkeypatch.setattr(train_finetune, "update_teacher", watch)
-    finetune(sets, tmp_path / "run", "", "--variant", "mt", "--mt-decay", "0.9")
+    monkeypatch.setattr(train_finetune, "teacher_labels", in_float32)
+    finetune(sets, tmp_path / "run", "", "--variant", "mt", "--mt-decay", "0.9", "--precision", "bfloat16")
     assert [decay for decay, _ in seen] == [0, 0, 0, 0, 0.9, 0.9]
     assert all(same(state, seen[0][1]) for _, state in seen)
 
@@ -204,5 +193,5 @@ def test_variants():
     for name, init, lam in (("mt", "", 0), ("mae-mt", "mae", 0), ("full-mt", "full", 100)):
         s = settings("--variant", name, "--seed", "3", "--preset", "small")
         assert (s.init, s.lam) == (init and f"runs/small/pretrain-{init}-seed3", lam)
-        assert (s.adapt, s.adapt_start, s.mt_decay) == ("mt", 0.57, 0.98)
+        assert (s.adapt, s.mt_start, s.mt_decay) == ("mt", 0.57, 0.98)
     assert settings("--variant", "full-mt", "--preset", "paper-hand").mt_decay == 0.999
