@@ -477,8 +477,9 @@ def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, de
         weights = udapose.foreground_weights(masks, s["patch"], s["alpha"])  # (n, N), Eq. (2)
         unused = [s["masks"] not in ("both", domain) for domain in tests for _ in rows]  # (n,)
         weights[torch.tensor(unused)] = 1.0
-    heading = f"{name}: {', '.join(tests)} test, r = {s['mask_ratio']:g}; visible patches pasted"
-    return pictures.reconstruction_sheet(heading, list(zip(*images, strict=True)), masks, weights)
+    heading = f"{name}, r = {s['mask_ratio']:g}; visible patches are copied into the reconstruction"
+    names = [domain for domain in tests for _ in rows]
+    return pictures.reconstruction_sheet(heading, list(zip(*images, strict=True)), names, masks, weights)
 
 
 def draw_all(paths: list[Path], results: list[dict], tests: dict, wanted: list[int], folder: Path, device):

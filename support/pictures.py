@@ -184,16 +184,17 @@ def chart(title: str, curves: dict[str, tuple], marks: dict | None = None, names
 # ==========================================================================================================
 # Whole sheets: Figures 2 to 5, training curves, sweeps
 # ==========================================================================================================
-def reconstruction_sheet(heading: str, images: list[tuple], masks: Tensor | None, weights: Tensor | None):
+def reconstruction_sheet(heading: str, images: list[tuple], names: list[str], masks: Tensor | None, weights):
     """Fig. 2: masked input, reconstruction and original (3, H, H) per row; f^S's mask and Eq. (2), if given.
 
-    masks (n, 1, H, H) by f^S; weights (n, N), which those masks give in the loss.
+    names: of rows. masks (n, 1, H, H) by f^S; weights (n, N), which those masks give in the loss, or None.
     """
-    rows = [[(to_panel(image), "") for image in row] for row in images]
+    rows = [[(to_panel(image), name if i == 0 else "") for i, image in enumerate(row)]
+            for row, name in zip(images, names, strict=True)]
     for i, row in enumerate(rows if masks is not None else ()):
         row.append((to_panel(masks[i]), ""))
         if weights is not None:
-            words = f"{float(weights[i].min()):.1f} to {float(weights[i].max()):.1f}"
+            words = f"weight {float(weights[i].min()):.1f} to {float(weights[i].max()):.1f}"
             row.append((heat(row[2][0], weights[i]), words))
     titles = ["masked input", "reconstruction", "original", "mask by f^S", "w by this mask, Eq. (2)"]
     return sheet(rows, titles[: len(rows[0])], heading)
@@ -225,7 +226,7 @@ def poses_sheet(looks: dict[str, dict], bones: list, test: str) -> Image.Image:
             lift = lift_caption(seen["lift"][i].mean())
             captions = name, f"error {float(seen['error'][i]):.1f} mm", "", "", lift
             rows.append(list(zip(panels, captions, strict=True)))
-    heading = f"{test}; thin: true pose. Attention: share on the foreground / its area"
+    heading = f"{test}; white and grey: true pose, in mm, y down. Attention on the foreground: 1 x is chance"
     return sheet(rows, ["true", *POSE_TITLES], heading)
 
 
@@ -238,8 +239,12 @@ def attention_sheet(looks: dict[str, dict], test: str) -> Image.Image:
                     for a, lift in zip(seen["maps"][i], seen["lift"][i], strict=True)]
             rows.append([(seen["panels"][i], name), *maps])
     titles = [test, *(f"block {i}" for i in range(1, max(map(len, rows))))]
-    heading = f"Class attention, red: {HOT:g} times the mean. Below: share on the foreground / its area"
+    heading = f"Class-token attention; blue 0, red {HOT:g} x the mean. On the foreground: 1 x is chance"
     return sheet(rows, titles, heading)
+
+
+LOGGED = {"L_seg": "L_seg of f^S", "L_WMAE": "L_WMAE, Eq. (3)", "pixel": "squared error of a hidden pixel",
+          "L_kpt": "L_kpt, Eq. (5)", "L_attn": "L_attn, Eq. (6)", "source_val_epe": "mm, source validation"}
 
 
 def curves_sheet(logs: dict[str, list[dict]]) -> Image.Image | None:
@@ -250,7 +255,7 @@ def curves_sheet(logs: dict[str, list[dict]]) -> Image.Image | None:
         for run, lines in logs.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             curves |= {run: tuple(np.transpose(points))} if points else {}
-        panels.append((chart(f"{key}, over steps", curves, None, list(logs)), ""))
+        panels.append((chart(f"{LOGGED.get(key, key)}, over steps", curves, None, list(logs)), ""))
     rows = [panels[i : i + 2] for i in range(0, len(panels), 2)]
     return sheet(rows, [], "Training, first seed of each run") if rows else None
 

@@ -272,7 +272,7 @@ PRETRAIN = [*FEW, *"--unconstrained S --seg-steps 1 --seg-batch 4 --seg-channels
 FINETUNE = [*FEW, *"--labels 8 --warmup 1 --head-channels 8 --init p --out f".split()]
 MEASURE = "f --source-test S --target-test T --pictures none --markdown".split()
 TRIALS = {  # what each diff adds to the commands of both stages; None: no training
-    "a-loss-on-target-images": ([], ["--variant", "self"]),
+    "a-loss-on-target-images": ([], ["--variant", "no-ar", "--adapt", "self"]),
     "a-setting": ([], ["--ar-blocks", "1"]),
     "a-head": ([], []),
     "a-backbone": (["--registers", "2"], ["--registers", "2"]),
