@@ -674,6 +674,8 @@ def parse_arguments(arguments) -> argparse.Namespace:
     a = parser.parse_args(arguments)
     if a.threads < 0 or not 0 <= a.focal < np.inf:
         raise InputError(f"--threads {a.threads} --focal {a.focal:g}: give numbers not below 0")
+    if a.images < 1 or (a.ttt or 0) < 0:
+        raise InputError(f"--images {a.images} --ttt {a.ttt}: give at least one image, and no negative steps")
     if a.image and (a.table or a.sweep or a.pictures == "none"):
         raise InputError("--image: leave out --table, --sweep and --pictures none")
     if (a.only and not (a.table or a.sweep)) or ((a.box or a.focal) and not a.image):
@@ -704,6 +706,8 @@ def main(arguments=None) -> None:
     if a.ttt is not None:
         for task, paths in by_task.items():
             posed = [path for path in paths if "skeleton" in runs[path]]
+            if not posed:
+                raise InputError("--ttt: name fine-tuned runs, of train_finetune.py --variant probe")
             show_adapted(posed, tests[task]["target"], a, device)
         return
     results = {}

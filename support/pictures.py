@@ -244,7 +244,8 @@ def attention_sheet(looks: dict[str, dict], test: str) -> Image.Image:
 
 
 LOGGED = {"L_seg": "L_seg of f^S", "L_WMAE": "L_WMAE, Eq. (3)", "pixel": "squared error of a hidden pixel",
-          "L_kpt": "L_kpt, Eq. (5)", "L_attn": "L_attn, Eq. (6)", "source_val_epe": "mm, source validation"}
+          "L_kpt": "L_kpt, Eq. (5)", "L_attn": "L_attn, Eq. (6)",
+          "source_val_epe": "error on source validation, mm"}
 
 
 def curves_sheet(logs: dict[str, list[dict]]) -> Image.Image | None:

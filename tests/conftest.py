@@ -79,6 +79,20 @@ def finetune(sets: Path, out: Path, init: Path | str, *more: str) -> None:
     train_finetune.main(finetuning(sets, out, init, *more))
 
 
+def interrupted(monkeypatch, lines: int, stage, *arguments) -> None:
+    """Run a stage, with Ctrl-C after so many lines of the log."""
+    write, left = runs.Run.log, iter(range(lines - 1, -1, -1))
+
+    def counted(run, **values):
+        write(run, **values)
+        if next(left) == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Run, "log", counted)
+        stage(*arguments)
+
+
 @pytest.fixture(scope="session")
 def pretrained(sets, tmp_path_factory) -> Path:
     """A finished run of stage 1. Tests that write to it work on a copy."""

@@ -1,20 +1,19 @@
 """DDC, DAN and DANN, tested like the equations: slow loops, wrong variants that must be rejected, a case by
 hand, properties. Then their variants of train_finetune.py, and two processes against one."""
 
-import gc
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finetune, log, same, weights
+from conftest import finetune, interrupted, log, same, weights
 from torch.nn.parallel import DistributedDataParallel
 
 import train_finetune
 import udapose
 from support import comparisons
 from support.comparisons import METHODS, DomainDiscriminator, ScaleGradient, dan_loss, dann_loss, ddc_loss
-from support.run import Run, parse_settings
+from support.run import parse_settings
 
 close = torch.testing.assert_close
 
@@ -288,18 +287,7 @@ def test_each_variant_trains_and_resumes_bitwise(sets, scratch, tmp_path, monkey
     """Without its weight it is scratch: all else is equal, as images, order, initial weights, schedule."""
     whole, run, without = (tmp_path / name for name in ("whole", "run", "without"))
     finetune(sets, whole, "", "--variant", method)
-    save = Run.save
-
-    def save_and_stop(self, name, step, *values, **more):
-        save(self, name, step, *values, **more)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(sets, run, "", "--variant", method)
-    gc.collect()  # the stopped run's lock goes with it
+    interrupted(monkeypatch, 4, finetune, sets, run, "", "--variant", method)  # at step 6, saved: 4
     finetune(sets, run, "", "--variant", method)
     assert same(weights(run), weights(whole)) and log(run) == log(whole)
     last = next(line for line in log(whole) if line["step"] == 6)

@@ -2,11 +2,10 @@
 
 import copy
 import functools
-import gc
 
 import pytest
 import torch
-from conftest import checkpoint, finetune, log, same
+from conftest import checkpoint, finetune, interrupted, log, same
 from test_comparisons import settings
 
 import data
@@ -14,7 +13,6 @@ import train_finetune
 import udapose
 from support.comparisons import teacher_labels, update_teacher
 from support.folder import Dataset
-from support.run import Run
 
 close = torch.testing.assert_close
 IMAGE, S, K = 16, 16, 3
@@ -136,20 +134,10 @@ def test_variant_trains_and_resumes_bitwise(sets, pretrained, tmp_path, monkeypa
     init = "" if variant == "mt" else pretrained
     judged, predict = [], data.predict
     monkeypatch.setattr(data, "predict", lambda model, *more: judged.append(model) or predict(model, *more))
-    finetune(sets, whole, init, "--variant", variant, "--log-every", "1")
-    save = Run.save
-
-    def save_and_stop(self, name, step, *values, **more):
-        save(self, name, step, *values, **more)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(sets, run, init, "--variant", variant, "--log-every", "1")
-    gc.collect()  # the stopped run's lock goes with it
-    finetune(sets, run, init, "--variant", variant, "--log-every", "1")
+    more = "--variant", variant, "--log-every", "1"
+    finetune(sets, whole, init, *more)
+    interrupted(monkeypatch, 6, finetune, sets, run, init, *more)  # at step 5, saved: 4
+    finetune(sets, run, init, *more)
     state, again = checkpoint(whole), checkpoint(run)
     parts = "encoder", "head", "student_encoder", "student_head"
     assert all(same(state[part], again[part]) for part in parts) and log(whole) == log(run)

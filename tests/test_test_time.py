@@ -104,7 +104,7 @@ def test_modes(loaded, monkeypatch):
     assert results["reset", 2][0][0] == results["reset", 0][0][0]
 
 
-def test_the_command_prints_a_table(sets, probe, tmp_path, capsys):
+def test_the_command_prints_a_table(sets, pretrained, probe, tmp_path, capsys):
     tests = ["--source-test", f"{sets}/source_test", "--target-test", f"{sets}/target_test"]
     line = [*tests, "--ttt", "3", "--images", "2"]
     evaluate.main([str(probe), *line, "--markdown"])
@@ -112,6 +112,11 @@ def test_the_command_prints_a_table(sets, probe, tmp_path, capsys):
     titles = "run", "0 steps", "1 steps", "2 steps", "3 steps", "change", "loss", "seconds"
     assert " ".join(titles) in " ".join(out.replace("|", " ").split())
     assert "\n| probe-seed0 | " in out and "no longer fits" not in out and "| mean" not in out
+    for more, words in (["--ttt", "-1"], "--ttt -1"), (["--images", "0"], "--images 0"):
+        with pytest.raises(InputError, match=words):
+            evaluate.main([str(probe), *line, *more])
+    with pytest.raises(InputError, match="--ttt: name fine-tuned runs"):
+        evaluate.main([str(pretrained), *line])
     finetune(sets, tmp_path / "scratch", "", "--variant", "scratch")
     with pytest.raises(InputError, match="--ttt needs f.D of its pre-training run"):
         evaluate.main([str(tmp_path / "scratch"), *line])

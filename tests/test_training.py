@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, finetune, log, pretrain, same, same_up_to_sums, torchrun, weights
+from conftest import (
+    ROOT,
+    checkpoint,
+    finetune,
+    interrupted,
+    log,
+    pretrain,
+    same,
+    same_up_to_sums,
+    torchrun,
+    weights,
+)
 
 import train_finetune
 import train_pretrain
@@ -27,25 +38,6 @@ CPU = torch.device("cpu")
 # ==========================================================================================================
 # Resume: the same bits as a run that was not disturbed. tests/soak.py does this with kill -9.
 # ==========================================================================================================
-def interrupt(monkeypatch, lines: int) -> None:
-    """Ctrl-C after so many more lines of the log."""
-    write, left = runs.Run.log, iter(range(lines - 1, -1, -1))
-
-    def counted(run, **values):
-        write(run, **values)
-        if next(left) == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs.Run, "log", counted)
-
-
-def interrupted(monkeypatch, lines: int, stage, *arguments) -> None:
-    """Run a stage that is interrupted after so many lines of the log."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, lines)
-        stage(*arguments)
-
-
 def test_pretraining_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     for lines in (1, 3, 2, 3):  # of f^S without a checkpoint, then with one; of the autoencoder alike

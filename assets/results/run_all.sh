@@ -43,9 +43,11 @@ hands_finetuning() {
     done
     for seed in 0 1 2; do
         for variant in scratch oracle full no-ar mae no-fcr no-xc source-masks source-only source-only-mae \
-            source-only-no-xc no-fcr-ar no-xc-ar no-fcr-xc ddc dan dann mae-ddc mae-dan mae-dann; do
+            source-only-no-xc no-fcr-ar no-xc-ar no-fcr-xc ddc dan dann mae-ddc mae-dan mae-dann mt mae-mt full-mt probe; do
             echo "$finetune --variant $variant --seed $seed"
         done
+        echo "$finetune --variant full-mt --lam 0 --seed $seed --out $runs/no-ar-mt-seed$seed"
+        echo "$finetune --variant full-mt --adapt-weight 0 --seed $seed --out $runs/full-mt-weight0-seed$seed"
         for name in {r0.5,r0.95,alpha2,alpha8}-epochs50 epochs25 epochs50 epochs100 true-masks; do
             echo "$finetune --init $runs/pretrain-$name-seed$seed --seed $seed --out $runs/$name-seed$seed"
         done
