@@ -15,7 +15,6 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -387,18 +386,6 @@ def complete(s: Settings) -> None:
         raise InputError(f"--save-every {s.save_every}: give a multiple of --log-every {s.log_every}")
 
 
-def check_volume(s: Settings, source: Dataset, side: int) -> None:
-    """InputError unless some joint of the first labelled images is in the heatmaps' volume."""
-    rows = np.arange(min(labelled(s, source), 1000))
-    parameters = torch.from_numpy(data.no_augmentation(len(rows)))
-    A = data.crop_transform(parameters, source.images.shape[1], source.meta["margin"], s.image)  # (n, 2, 3)
-    labels = torch.from_numpy(source.keypoints[rows]), torch.from_numpy(source.intrinsics[rows])
-    uv, depth = data.labels_of(*labels, A, source.meta["root"])  # (n, K, 2) px, (n, K) mm from the root
-    if not udapose.to_voxels(uv, depth, s.image, source.meta["depth_range"], side)[1].any():
-        raise InputError(f"{source.folder}: the first {len(rows)} images have no joint in the volume, or no "
-                         f"label of the root; look at them: python data.py show {source.folder} PICTURE.png")
-
-
 def main(arguments=None) -> None:
     """Train f^E and f^H."""
     s = runs.parse_settings(Settings, __doc__, PRESETS, VARIANTS, arguments, TASKS)
@@ -409,6 +396,7 @@ def main(arguments=None) -> None:
     uses_target = bool(s.lam or s.adapt)
     rendering.ensure_benchmark([s.source, s.target if uses_target else "", s.validation], rank)
     source = Dataset(s.source, "keypoints", "intrinsics")
+    with_root(source)  # refuses labels of which no joint would count
     target = Dataset(s.target) if uses_target else None  # its labels are never opened
     validation = Dataset(s.validation, "keypoints", "intrinsics") if s.validation else None
     if validation is not None:
@@ -417,7 +405,6 @@ def main(arguments=None) -> None:
     if rank == 0:
         say_if_enlarged([source, target, validation], s.image)
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
-    check_volume(s, source, estimator.head.side)
     sets = {"source": source, "target": target, "validation": validation}
     facts = {f"{name}'s data": dataset.fingerprint for name, dataset in sets.items() if dataset is not None}
     if s.init:

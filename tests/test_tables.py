@@ -392,7 +392,7 @@ def test_a_prediction_that_is_not_finite_is_refused_and_not_left_out():
     assert evaluate.pose_metrics(predicted, truth, META)["images"] == 4
     for wrong in (torch.nan, torch.inf):
         predicted[1, 3, 0] = wrong
-        with pytest.raises(InputError, match="the prediction of d is not finite in 1 of 4 images"):
+        with pytest.raises(InputError, match="predictions are not finite"):
             evaluate.pose_metrics(predicted, truth, META)
 
 

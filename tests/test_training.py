@@ -462,7 +462,7 @@ def test_labels_of_which_no_joint_counts_are_refused(sets, tmp_path):
     unlabelled = known.copy()
     unlabelled[:, HAND["root"]] = np.nan
     for keypoints, says in (
-        (unlabelled, "source: the first 24 images have no joint in the volume"),
+        (unlabelled, "source/keypoints.npy: no image has a label of the root, wrist"),
         (-known, "source/keypoints.npy: row 0 has wrist at .* not in front of the camera"),
         (known + np.float32([1e4, 0, 0]), "source/intrinsics.npy: not of the stored crops"),
     ):
