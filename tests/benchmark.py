@@ -1,13 +1,12 @@
 """Measure how fast both training stages are, and how near to what this machine can do. Asserts nothing.
 
-    python tests/benchmark.py                          every part, a few minutes on two CPU cores
+    python tests/benchmark.py                          both sizes, a few minutes on two CPU cores
     python tests/benchmark.py --sizes tiny --json speed.json
     python tests/benchmark.py --device cuda --sizes paper
-    python tests/benchmark.py --only forms             readable forms against fast ones
 
 MFU is the share of the machine's own rate that a step reaches: operations of the model per second, counted
 from the equations (`pretraining_flops`, `finetuning_flops`), over the measured rate of one large matrix
-multiplication of the same type. A slow or busy machine changes both, and hardly their ratio. Every part runs
+multiplication of the same type. A slow or busy machine changes both, and hardly their ratio. Every stage runs
 in a process of its own, so that its peak memory is its own.
 """
 
@@ -38,9 +37,7 @@ from support.folder import HAND, Dataset, write_folder  # noqa: E402
 SIZES = {"tiny": ("tiny", (128, 32), (2048, 512)), "paper": ("paper-hand", (32, 4), (256, 32))}
 
 
-# ==========================================================================================================
-# Operations of the model, counted: multiplications and additions, forward once and backward twice
-# ==========================================================================================================
+# ==== Operations of the model, counted: multiplications and additions, forward once and backward twice ==
 def block_flops(tokens: int, width: int) -> int:
     """One block, Eq. (1), forward: 12 D² per token in the linear layers, q k^T and A v in the attention."""
     return 2 * (12 * width**2 * tokens + 2 * tokens**2 * width)
@@ -91,9 +88,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * n**3 / seconds_of(lambda: a @ b, device, 6)
 
 
-# ==========================================================================================================
-# The two stages, made of the scripts' own functions, on random images
-# ==========================================================================================================
+# ==== The two stages, made of the scripts' own functions, on random images ==============================
 def random_folder(folder: Path, count: int, side: int) -> Dataset:
     """A data set of noise with masks and possible labels."""
     rng, middle = np.random.default_rng(0), (side - 1) / 2
@@ -150,10 +145,10 @@ def finetuning(size: str, dataset: Dataset, device: torch.device, dtype: torch.d
 STAGES = {"pre-training": pretraining, "fine-tuning": finetuning}
 
 
-def train(s, reader, model, loss, device: torch.device, steps: int, workers: int = -1) -> tuple[float, float]:
+def train(s, reader, model, loss, device: torch.device, steps: int) -> tuple[float, float]:
     """Seconds per step, and the share of them spent waiting for data, of a loop like the scripts'."""
     optimiser = torch.optim.AdamW(udapose.parameter_groups(model, 0.05), lr=1e-4, fused=True)
-    rows, waited = data.read_ahead(reader, range(steps + 1), [slice(0, s.batch)], workers, device), 0.0
+    rows, waited = data.read_ahead(reader, range(steps + 1), [slice(0, s.batch)], -1, device), 0.0
     for step in range(steps + 1):
         ask = time.perf_counter()
         stored = next(rows)
@@ -169,24 +164,22 @@ def train(s, reader, model, loss, device: torch.device, steps: int, workers: int
     return total / steps, waited / total
 
 
-# ==========================================================================================================
-# The parts of the report; each runs in its own process and returns a dict
-# ==========================================================================================================
-def measure_stage(stage: str, size: str, root: Path, device: torch.device) -> dict:
-    """One stage at one size: rate, MFU, waiting for data, memory, and what compiled blocks change."""
-    dataset, dtype = (
-        random_folder(root / "set", 256, 60 if size == "tiny" else 320),
-        runs.choose_dtype("auto", device),
-    )
+# ==== The report ========================================================================================
+def measure(stage: str, size: str, device: str, threads: int, root: Path) -> dict:
+    """One stage at one size: rate, MFU, waiting for data, memory."""
+    runs.configure_torch(threads)
+    device = torch.device(device)
+    dtype = runs.choose_dtype("auto", device)
+    dataset = random_folder(root / "set", 256, 60 if size == "tiny" else 320)
     s, reader, model, loss, flops = STAGES[stage](size, dataset, device, dtype)
     rates, stored = [matmul_rate(dtype, device)], reader[0, slice(0, s.batch)]
     lap = seconds_of(lambda: loss(stored).backward(), device, 2)
     steps = max(2, min(200, int(10 / lap)))  # of about ten seconds in all
     seconds, waited = train(s, reader, model, loss, device, steps)
     rates.append(matmul_rate(dtype, device))
-    memory = (
-        torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
-    )
+    memory = 1024 * resource.getrusage(0).ru_maxrss
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
     return {
         "part": f"{stage}, {size}",
         "precision": str(dtype).removeprefix("torch."),
@@ -200,52 +193,6 @@ def measure_stage(stage: str, size: str, root: Path, device: torch.device) -> di
     }
 
 
-def measure_reading(stage: str, size: str, root: Path, device: torch.device) -> dict:
-    """Images per second of the reader alone (stored rows and parameters), with 0, 1 and 2 workers."""
-    dataset = random_folder(root / "set", 2000, 60 if size == "tiny" else 320)
-    s, reader, *_ = STAGES[stage](size, dataset, torch.device("cpu"), torch.float32)
-    result = {"part": f"reader, {stage}, {size} (images/s)"}
-    for workers in (0, 1, 2):
-        steps = max(20, 4000 // s.batch)
-        rows = data.read_ahead(reader, range(steps + 5), [slice(0, s.batch)], workers, torch.device("cpu"))
-        for _ in itertools.islice(rows, 5):  # starts the workers
-            pass
-        result[f"{workers} workers"] = s.batch * steps / seconds_of(lambda rows=rows: list(rows), device, 1)
-    return result
-
-
-def measure_forms(stage: str, size: str, root: Path, device: torch.device) -> dict:
-    """Readable forms against fast ones, forward and backward, in ms: attention, and Eq. (5)."""
-    s, B = settings_of(tune, size, device, "--init", ""), 8 if size == "paper" else 32
-    T, d, S, C = 1 + (s.image // s.patch) ** 2, s.width // s.heads, 4 * s.image // s.patch, s.head_channels
-    qkv = torch.randn(3, B, s.heads, T, d, device=device, requires_grad=True)
-    head = udapose.KeypointHead((S // 4, S // 4), s.width, C, 21).to(device)
-    features = torch.randn(B, C, S, S, device=device, requires_grad=True)
-    labels = torch.rand(B, 21, 3, device=device) * S, torch.ones(B, 21, device=device), s.sigma
-    forms = {
-        "attention, written": lambda: udapose.plain_attention(*qkv)[0].sum(),
-        "attention, fused": lambda: torch.nn.functional.scaled_dot_product_attention(*qkv).sum(),
-        "Eq. (5), written": lambda: udapose.keypoint_loss(head.heatmaps(features), *labels),
-        "Eq. (5), expanded": lambda: udapose.keypoint_loss_expanded(features, head.conv, *labels),
-    }
-    laps = {
-        name: 1e3 * seconds_of(lambda form=form: form().backward(), device) for name, form in forms.items()
-    }
-    return {"part": f"forms, {size} (ms)"} | laps
-
-
-def alone(function, *arguments) -> dict:
-    """function(*arguments) in a process of its own, with a temporary folder."""
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(in_folder, function, *arguments, Path(root)).result()
-
-
-def in_folder(function, stage, size, device: str, threads: int, root: Path) -> dict:
-    runs.configure_torch(threads)
-    return function(stage, size, root, torch.device(device))
-
-
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -255,23 +202,21 @@ def main(arguments=None) -> None:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]"
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
-    parser.add_argument("--only", choices=["training", "reading", "forms"], help="one part")
     parser.add_argument("--json", help="also write the results to this file")
     given = parser.parse_args(arguments)
     name = torch.cuda.get_device_name() if given.device == "cuda" else platform.processor() or "CPU"
     threads = given.threads or torch.get_num_threads()
     results = [{"part": "machine", "torch": torch.__version__, "device": name, "threads": threads}]
     results[0]["cores"] = os.cpu_count()
-    parts = {"training": measure_stage, "reading": measure_reading, "forms": measure_forms}
-    jobs = itertools.product((p for p in parts if given.only in (None, p)), given.sizes, STAGES)
-    for part, size, stage in [("", "", "")] + [j for j in jobs if j[0] != "forms" or j[2] == "fine-tuning"]:
-        if part:
-            results.append(alone(parts[part], stage, size, given.device, given.threads))
+    spawn = multiprocessing.get_context("spawn")
+    for size, stage in [("", ""), *itertools.product(given.sizes, STAGES)]:
+        if size:
+            with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                job = pool.submit(measure, stage, size, given.device, given.threads, Path(root))
+                results.append(job.result())
         print(f"\n{results[-1]['part']}", flush=True)
         for key, value in list(results[-1].items())[1:]:
-            print(
-                f"  {key:<20} {value:.3g}" if isinstance(value, float) else f"  {key:<20} {value}", flush=True
-            )
+            print(f"  {key:<20}", f"{value:.3g}" if isinstance(value, float) else value, flush=True)
         if given.json:
             runs.write_json(given.json, results)
 

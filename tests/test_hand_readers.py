@@ -15,20 +15,20 @@ from support.folder import Dataset
 from support.readers import freihand, gan, pan, rhd, stb
 from support.readers.formats import read_pickle
 from support.rendering import render
-from support.run import InputError, random_generator
+from support.run import random_generator
 
 # isort: off
 from publishers import (
-    BACKGROUND, FLAGS, GAN_FOLDERS, HAND_READERS, LITTLE_FIRST, MIRROR, N, PAN_FRAMES, PAN_K, PAN_LENS,
+    BACKGROUND, GAN_FOLDERS, HAND_READERS, LITTLE_FIRST, MIRROR, N, PAN_FRAMES, PAN_K, PAN_LENS,
     PAN_R, PAN_SIZE, PAN_T, RHD_K, SEQUENCES, SIDE, STB_FRAMES, STB_SEQUENCES, TIP_FIRST, agrees,
-    check_case, command, contents, files, gan_truth, hands_at, impossible, mirrored, on_their_dots,
-    pan_hands, pan_truth, refused, rhd_hands, samples, scipy_io, sound, stb_hands, stb_raw, stb_truth,
-    together, uv_of, without, write_numbers, write_pickle)
+    check_case, command, contents, gan_truth, hands_at, impossible, mirrored, on_their_dots,
+    pan_hands, pan_truth, refused, rhd_hands, scipy_io, sound, stb_hands, stb_raw, stb_truth, uv_of,
+    without, write_numbers, write_pickle)
 # isort: on
 
 freihand_root, stb_root, rhd_root = publishers.freihand_root, publishers.stb_root, publishers.rhd_root
 pan_root, gan_root = publishers.pan_root, publishers.gan_root
-hands, windows = publishers.hands, publishers.windows  # fuzz.py writes the same files
+hands = publishers.hands
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,6 @@ def test_a_straight_hand_has_no_side():
         finger, i = divmod(joint - 1, 4)
         flat[joint] = (25 * finger - 40, -85 - (0, 45, 72, 94)[i], 500 + (0, 0, 3, 5)[i])  # overstretched
     assert hand_fault(flat) is None and hand_fault(flat * MIRROR) is None
-    flat[[0, 5, 9]] = np.nan
-    assert hand_fault(flat) is None
 
 
 def test_projection_fault(hands):
@@ -89,7 +87,6 @@ def test_freihand_masks_fit(freihand_set, hands):
     for v in range(4):
         mine = torch.tensor(freihand_set.masks[v::4]) >= 128
         assert ((mine & true).sum((1, 2)) / (mine | true).sum((1, 2))).min() > 0.95
-        assert ((mine[1:] & true[:-1]).sum() / (mine[1:] | true[:-1]).sum()) < 0.8, "any mask would fit"
 
 
 def test_freihand_other_splits_and_versions(freihand_root, freihand_set, tmp_path):
@@ -112,33 +109,25 @@ def rewrite(name: str, change):
     def apply(root):
         path = root / f"training_{name}.json"
         path.write_text(json.dumps(np.asarray(change(np.array(json.loads(path.read_text())))).tolist()))
-    return files(apply)
+    return apply
 
 
-def flip(*folders: str):
-    def apply(root):
-        for path in (path for folder in folders for path in (root / folder).iterdir()):
-            Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path, quality=95)
-    return files(apply)
+def mirror_pictures(root: Path) -> None:
+    for path in root.glob("training/*/*.jpg"):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path, quality=95)
 
 
 FREIHAND_CASES = {
     "millimetres for metres": (rewrite("xyz", lambda k: 1000 * k), "'bone' .*rgb/00000000.jpg: .* unit"),
     "joints from tip to palm": (rewrite("xyz", lambda k: k[:, TIP_FIRST]), "'order'.* tip to palm"),
-    "fingers in reverse": (rewrite("xyz", lambda k: k[:, LITTLE_FIRST]), "'handedness'.* reverse order"),
-    "left hands": (together(flip("training/rgb", "training/mask"), rewrite("xyz", lambda k: k * MIRROR),
-                            rewrite("K", lambda K: mirrored(K, 224))), "'handedness'.* mirrored"),
-    "mirrored pictures": (flip("training/rgb", "training/mask"), "'projection'.* flipped"),
+    "mirrored labels": (rewrite("xyz", lambda k: k * MIRROR), "'handedness'.* mirrored"),
+    "mirrored pictures": (mirror_pictures, "'projection'.* flipped"),
     "another camera": (rewrite("K", lambda K: K + [[0, 0, 500], [0, 0, 0], [0, 0, 0]]),
                        "'projection'.* 0 of 21 joints fall on the picture"),
-    "mask of another size": (
-        files(lambda r: Image.new("L", (112, 112)).save(r / "training/mask/00000001.jpg")),
-        "mask/00000001.jpg is 112 x 112 px, not 224 x 224"),
-    "missing picture": (files(lambda r: (r / "training/rgb/00000005.jpg").rename(r / "training/rgb/x.jpg")),
-                        "rgb/00000005.jpg: missing. ROOT is FreiHAND_pub_v2 with"),
+    "mask of another size": (lambda r: Image.new("L", (112, 112)).save(r / "training/mask/00000001.jpg"),
+                             "mask/00000001.jpg is 112 x 112 px, not 224 x 224"),
+    "missing picture": (without("training/rgb/00000005.jpg"), f"{4 * N - 1} pictures in .*, where 4 x {N}"),
     "short labels": (rewrite("xyz", lambda k: k[:-1]), f"{N - 1} samples in .*, {N} in training_K"),
-    "short lists": (together(*(rewrite(name, lambda v: v[:-1]) for name in ("xyz", "K"))),
-                    f"{4 * N} pictures in .*, where 4 x {N - 1} belong"),
     "not 21 joints": (rewrite("xyz", lambda k: k[:, :20]), "training_xyz.json: shape"),
 }
 
@@ -168,21 +157,18 @@ def test_stb_wrist(stb_root):
 
 
 STB_CASES = {
-    "the publisher's order": (samples(keypoints=lambda s: s.keypoints[LITTLE_FIRST]), "'handedness'"),
-    "taken for right hands": (samples(left=lambda s: False), "'handedness'"),
-    "metres": (samples(keypoints=lambda s: s.keypoints / 1000), "'bone'"),
-    "another shape": (files(lambda r: scipy_io.savemat(r / "labels/B1Random_BB.mat", {
-        "handPara": np.ones((21, 3, 2))})), r"B1Random_BB.mat: handPara is \(21, 3, 2\)"),
-    "a zip unpacked elsewhere": (files(lambda r: (r / "images/B1Random").rename(r / "images/Random")),
+    "another shape": (lambda r: scipy_io.savemat(r / "labels/B1Random_BB.mat", {
+        "handPara": np.ones((21, 3, 2))}), r"B1Random_BB.mat: handPara is \(21, 3, 2\)"),
+    "a zip unpacked elsewhere": (lambda r: (r / "images/B1Random").rename(r / "images/Random"),
                                  "images/B1Random: no such folder. ROOT has"),
 }
 
 
 # ==== RHD =================================================================================================
-@pytest.mark.parametrize("split, part", [("train", "training"), ("evaluation", "evaluation")])
-def test_rhd(rhd_root, tmp_path, capsys, split, part):
+@pytest.mark.parametrize("split", ["train", "evaluation"])
+def test_rhd(rhd_root, tmp_path, capsys, split):
     dataset = command(rhd, rhd_root, tmp_path / "rhd", "--split", split)
-    left, right, near = rhd_hands(part)
+    left, right, near = rhd_hands("training" if split == "train" else split)
     truth = np.where(near[:, None, None], left * MIRROR, right)
     agrees(dataset, truth, np.where(near[:, None, None], mirrored(RHD_K, 320), RHD_K))
     assert on_their_dots(dataset, 7) == 1
@@ -214,22 +200,15 @@ def put(change, *keys):
         for label in labels.values():
             label.update({key: change(np.asarray(label[key])) for key in keys})
         write_pickle(root / RHD_LABELS, labels)
-    return files(apply)
-
-
-def in_both(order: list):
-    return lambda x: x[order + [21 + i for i in order]]
+    return apply
 
 
 RHD_CASES = {
-    "millimetres in the file": (put(lambda x: 1000 * x, "xyz"), "'bone'"),
-    "from palm to tip": (put(in_both(TIP_FIRST), "xyz", "uv_vis"), "'order'"),
     "right and left exchanged": (put(lambda x: np.roll(x, 21, axis=0), "xyz", "uv_vis"), "'handedness'"),
     "another camera": (put(lambda K: K * np.float32([[1.05], [1], [1]]), "K"), "'projection'.*2D labels"),
-    "fingers of the 2D labels reversed": (put(in_both(LITTLE_FIRST), "uv_vis"), "'projection'.*2D labels"),
-    "pictures mirrored": (flip("training/color", "training/mask"), "flipped"),
+    "2D labels in another order": (put(lambda x: x[::-1], "uv_vis"), "'projection'.*2D labels"),
     "21 joints": (put(lambda x: x[:21], "xyz"), "pickle: broken file of labels: sample 0 has"),
-    "a mask in colours": (files(lambda r: Image.new("RGB", (320, 320)).save(r / "training/mask/00002.png")),
+    "a mask in colours": (lambda r: Image.new("RGB", (320, 320)).save(r / "training/mask/00002.png"),
                           "mask/00002.png: broken mask: RGB, not"),
 }
 
@@ -282,32 +261,9 @@ def test_far_outside_a_lens_folds_back():
     assert not pan.in_view(-near, PAN_K, np.array(PAN_LENS), PAN_SIZE)
 
 
-def edit(pattern: str, change):
-    """change(content) of each JSON file that matches."""
-    def apply(root):
-        paths = list(root.glob(pattern))
-        assert paths
-        for path in paths:
-            content = json.loads(path.read_text())
-            change(content)
-            path.write_text(json.dumps(content))
-    return files(apply)
-
-
-CALIBRATION, RECONSTRUCTION = "*/calibration_*.json", "*/hdHand3d/*.json"
 PAN_CASES = {
-    "millimetres": (samples(keypoints=lambda s: 10 * s.keypoints), "'bone'"),
-    "left and right exchanged": (samples(left=lambda s: not s.left), "'handedness'"),
-    "from tip to palm": (samples(keypoints=lambda s: s.keypoints[TIP_FIRST]), "'order'"),
-    "cameras in m": (edit(CALIBRATION, lambda found: [
-        camera.update(t=(0.01 * np.array(camera["t"])).tolist()) for camera in found["cameras"]]),
-                     "not one sample"),
-    "another size": (edit(CALIBRATION, lambda found: [
-        camera.update(resolution=[1920, 1080], K=(PAN_K * [[4], [4], [1]]).tolist())
-        for camera in found["cameras"]]), "00_00_00000000.jpg is 480 x 270 px, not 1920 x 1080"),
-    "20 joints": (edit(RECONSTRUCTION, lambda found: [
-        hand.update(landmarks=hand["landmarks"][:60]) for person in found["people"]
-        for key, hand in person.items() if key != "id" and hand]), "broken file"),
+    "another size": (lambda r: Image.new("RGB", (240, 135)).save(
+        r / f"{SEQUENCES[0]}/hdImgs/00_01/00_01_00000000.jpg"), "jpg is 240 x 135 px, not 480 x 270"),
     "no hands there": (without(f"{SEQUENCES[0]}/hdHand3d"), "no labels of split test. ROOT has SEQ"),
     "a picture missing": (without(f"{SEQUENCES[0]}/hdImgs/00_01/00_01_00000002.jpg"),
                           "00_01_00000002.jpg: missing. ROOT has"),
@@ -315,16 +271,13 @@ PAN_CASES = {
 
 
 # ==== GAN =================================================================================================
-def retype(change, *kinds):
-    """Rewrite every file of these kinds; change(numbers as rows of the kind's width)."""
-    width = {"joint2D": 2, "joint_pos_global": 3, "crop_params": 3}
-
+def retype(change, kind: str):
+    """Rewrite every file of a kind; change(numbers as rows of the kind's width)."""
     def apply(root):
-        for kind in kinds:
-            for path in root.glob(f"data/*/*/*_{kind}.txt"):
-                numbers = np.array(path.read_text().split(","), float).reshape(-1, width[kind])
-                write_numbers(path, np.asarray(change(numbers)))
-    return files(apply)
+        for path in root.glob(f"data/*/*/*_{kind}.txt"):
+            numbers = np.array(path.read_text().split(","), float)
+            write_numbers(path, np.asarray(change(numbers.reshape(-1, 2 if kind == "joint2D" else 3))))
+    return apply
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -332,7 +285,7 @@ def test_gan(inverse, gan_root, tmp_path, capsys):
     """Whether the file holds the crop's factor or its inverse."""
     root = Path(shutil.copytree(gan_root, tmp_path / "root"))
     if inverse:
-        retype(lambda x: x ** [1, 1, -1], "crop_params")(root, None, None)
+        retype(lambda x: x ** [1, 1, -1], "crop_params")(root)
     dataset = command(gan, root, tmp_path / "gan", "--share", 0)
     agrees(dataset, *gan_truth(GAN_FOLDERS))
     assert on_their_dots(dataset) == 1
@@ -341,30 +294,20 @@ def test_gan(inverse, gan_root, tmp_path, capsys):
 
 def test_gan_split_is_by_folder_and_seeded(gan_root):
     def folders_of(split, seed):
-        try:
-            return {"/".join(s.image.split("/")[1:3]) for s in gan.read(gan_root, split, 0.5, seed)[1]}
-        except InputError as error:
-            assert "no pictures in split" in str(error)
-            return set()
-    tests = [folders_of("test", seed) for seed in range(6)]
+        return {"/".join(s.image.split("/")[1:3]) for s in gan.read(gan_root, split, 0.5, seed)[1]}
+    tests = [folders_of("test", seed) for seed in range(4)]
     for seed, test in enumerate(tests):
         assert folders_of("train", seed) == set(GAN_FOLDERS) - test
-    assert len({tuple(sorted(test)) for test in tests}) > 3
+    assert len({tuple(sorted(test)) for test in tests}) > 2
 
 
 GAN_CASES = {
-    "metres": (retype(lambda x: x / 1000, "joint_pos_global"), "'bone'"),
     "2D labels in another order": (retype(lambda x: x[LITTLE_FIRST], "joint2D"), "2D labels"),
-    "v, u instead of u, v": (retype(lambda x: x[:, ::-1], "joint2D"), "2D labels"),
     "neither the factor nor its inverse": (retype(lambda x: x * [1, 1, 1.1], "crop_params"), "2D labels"),
-    "the box's corner forgotten": (retype(lambda x: x * [0, 0, 1], "crop_params"), "2D labels|'projection'"),
-    "a mirrored release": (together(retype(lambda x: x * MIRROR, "joint_pos_global"),
-                                    retype(lambda x: [255, 0] - x * [1, -1], "joint2D")), "'handedness'"),
-    "a camera 6 px off": (samples(intrinsics=lambda s: s.intrinsics + [[0, 0, 6], [0, 0, 0], [0, 0, 0]]),
-                          "2D labels"),
+    "mirrored labels": (retype(lambda x: x * MIRROR, "joint_pos_global"), "'handedness'"),
     "half of the release": (without("data/withObject"), "withObject: missing. ROOT is"),
-    "another size": (files(lambda r: Image.new("RGB", (128, 128)).save(
-        r / "data/withObject/0002/0002_color_composed.png")), "composed.png is 128 x 128 px, not 256 x 256"),
+    "another size": (lambda r: Image.new("RGB", (128, 128)).save(
+        r / "data/withObject/0002/0002_color_composed.png"), "composed.png is 128 x 128 px, not 256 x 256"),
 }
 
 
@@ -374,6 +317,5 @@ CASES = impossible({freihand: FREIHAND_CASES, stb: STB_CASES, rhd: RHD_CASES, pa
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # 0 / 0: the knuckle of relative joints
 @pytest.mark.parametrize("reader, put_in, message", CASES)
-def test_mistakes_are_told(reader, put_in, message, request, tmp_path, monkeypatch):
-    root = request.getfixturevalue(HAND_READERS[reader])
-    check_case(reader, root, tmp_path, monkeypatch, put_in, message, *FLAGS[reader])
+def test_mistakes_are_told(reader, put_in, message, request, tmp_path):
+    check_case(reader, request.getfixturevalue(HAND_READERS[reader]), tmp_path, put_in, message)

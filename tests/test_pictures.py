@@ -90,9 +90,7 @@ def centre_of(picture, colour) -> np.ndarray:
     return np.argwhere((np.array(picture) == colour).all(-1)).mean(axis=0)[::-1]
 
 
-# ==========================================================================================================
-# Measuring
-# ==========================================================================================================
+# ==== Measuring =========================================================================================
 def test_a_run_is_measured_with_its_pre_training(toy, tmp_path, monkeypatch):
     """Settings, last losses, chance, and the attention before fine-tuning. In two parts it gives the same."""
     init = {"source": str(toy.folder), "init": str(tmp_path / "pretrain-full-seed0")}
@@ -111,8 +109,7 @@ def test_a_run_is_measured_with_its_pre_training(toy, tmp_path, monkeypatch):
     assert measured(tmp_path / "full-seed1") == [full]
     monkeypatch.setattr(data, "chunks", lambda n: [np.arange(1), np.arange(1, n)])
     again = evaluate.measure(tmp_path / "full-seed1/checkpoint.pt", tests, CPU, {})
-    assert again["target"] == full["target"]
-    assert again["pretraining"]["target"] == full["pretraining"]["target"]
+    assert again["target"] == full["target"] and again["pretraining"] == full["pretraining"]
 
 
 def test_results_keep_one_line_per_test_set(toy, tmp_path):
@@ -132,8 +129,7 @@ def test_the_pre_training_run_is_found_only_if_it_is_the_same(tmp_path, capsys):
     path, before = (tmp_path / name / "checkpoint.pt" for name in ("full-seed0", "pretrain-full-seed0"))
     made = {"settings": {"init": "runs/elsewhere/pretrain-full-seed0"}, "made_by": {}}
     assert evaluate.pretraining_of(path, made) == before
-    for facts in ({"init": file_checksum(before)}, {"data": {"init": file_checksum(before)}}):  # older runs
-        assert evaluate.pretraining_of(path, made | {"made_by": facts}) == before
+    assert evaluate.pretraining_of(path, made | {"made_by": {"init": file_checksum(before)}}) == before
     assert evaluate.pretraining_of(path, made | {"made_by": {"init": "0"}}) is None
     assert "measured without its pre-training" in capsys.readouterr().out
     for init in ("", str(before)):  # scratch; a file of weights
@@ -175,12 +171,9 @@ def test_everything_from_the_command_line(flags, toy, tmp_path, capsys):
     assert "left out, not finished (1 of 2 steps): " in text and re.search(r"\nfull +\| 2 ", text)
     assert "tiny" not in text.replace(str(tmp_path), "")  # own data is not called after a preset of ours
     names = {"attention", "curves", "poses", "reconstruction-full"}
-    assert {path.name for path in (runs / "pictures").iterdir()} == {f"{name}.png" for name in names}
-    cell, line = (pictures.CELL + pictures.GAP) // 2, pictures.LINE // 2
-    for name, columns, rows in (("poses", 5, 6), ("attention", 3, 9), ("reconstruction-full", 5, 6)):
-        picture = Image.open(runs / f"pictures/{name}.png")  # 3 images; of the seeds, the first
-        assert picture.size == (pictures.GAP // 2 + columns * cell, 2 * line + rows * (cell + line))
-        assert len(picture.getcolors(maxcolors=10**6)) > 1000
+    assert {path.stem for path in (runs / "pictures").iterdir()} == names
+    for name in names - {"curves"}:
+        assert len(Image.open(runs / f"pictures/{name}.png").getcolors(maxcolors=10**6)) > 1000
 
 
 def test_what_cannot_be_measured_is_said_before_anything_is(flags, toy, tmp_path, monkeypatch):
@@ -230,9 +223,7 @@ def test_measures_of_nothing_are_no_numbers(toy):
     assert np.isnan([on, edge]).all() and beside == pytest.approx(1.0)
 
 
-# ==========================================================================================================
-# What is drawn is where it should be
-# ==========================================================================================================
+# ==== What is drawn is where it should be ===============================================================
 def test_views_are_neither_upside_down_nor_mirrored():
     up_left, far_right = (-50, -80, 0), (60, 0, 70)  # mm: y down, z away
     pose = np.float32([(0, 0, 0), up_left, far_right, far_right])
@@ -241,8 +232,6 @@ def test_views_are_neither_upside_down_nor_mirrored():
     assert left_x < right_x and left_y < right_y  # as the camera sees it
     (near_x, near_y), (far_x, far_y) = centre_of(right, RED), centre_of(right, ORANGE)
     assert near_x < far_x and near_y < far_y  # far is to the right
-    mirrored = pictures.view(pose * np.float32((-1, 1, 1)), None, 0, BONES)
-    assert centre_of(mirrored, RED)[0] > centre_of(mirrored, ORANGE)[0]
 
 
 def test_skeleton_is_on_the_keypoints():
@@ -271,19 +260,7 @@ def test_heat_has_row_and_column_in_place():
         assert (r > b) == (i == 5)
 
 
-def test_sweep_chart_has_means_bars_and_rings(monkeypatch):
-    seen, chart = {}, pictures.chart
-    monkeypatch.setattr(pictures, "chart", lambda *a: seen.update(curves=a[1], marks=a[2]) or chart(*a))
-    errors = {"full": {1: [30, 34], 10: [31], 100: [36, 36]}, "no-ar": {10: [50, 52]}}
-    pictures.sweep_chart(errors, "title", str)
-    x, mean, deviation = seen["curves"]["full"]
-    assert x == [0, 1, 2] and mean.tolist() == [32, 31, 36] and seen["marks"] == {0: "1", 1: "10", 2: "100"}
-    assert deviation.tolist() == pytest.approx([8**0.5, np.nan, 0], nan_ok=True)  # one value has no spread
-
-
-# ==========================================================================================================
-# Photographs
-# ==========================================================================================================
+# ==== Photographs =======================================================================================
 def shades() -> np.ndarray:
     """(40, 60) uint8: dark above, light below."""
     return np.repeat(np.uint8([40, 200]), 20)[:, None].repeat(60, axis=1)
@@ -303,10 +280,10 @@ def test_every_kind_of_picture_is_read_as_rgb(name, tmp_path):
     assert np.abs(picture[..., 1].astype(int) - shades()).max() < 12
 
 
-@pytest.mark.parametrize("more", [(), ((0x0128, 2, 4, 0x41424344),)])  # ResolutionUnit as text, not a number
-def test_a_turned_picture_is_upright_whatever_else_its_exif_says(more, tmp_path):
+def test_a_turned_picture_is_upright_whatever_else_its_exif_says(tmp_path):
     """Pillow's own function writes the whole EXIF block again, and fails at an odd tag."""
-    entries = [struct.pack("<HHII", *entry) for entry in ((0x0112, 3, 1, 6), *more)]  # turn by 90
+    odd = (0x0128, 2, 4, 0x41424344)  # ResolutionUnit as text, not a number
+    entries = [struct.pack("<HHII", *entry) for entry in ((0x0112, 3, 1, 6), odd)]  # turn by 90
     block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
     stored = Image.fromarray(shades()).convert("RGB").rotate(90, expand=True)
     stored.save(tmp_path / "turned.jpg", exif=block)
@@ -314,16 +291,10 @@ def test_a_turned_picture_is_upright_whatever_else_its_exif_says(more, tmp_path)
     assert picture.shape == (40, 60, 3) and picture[:15].mean() < 60 and picture[25:].mean() > 180
 
 
-def test_what_is_no_picture_is_refused_in_one_line(tmp_path, monkeypatch):
-    """Nor is one of more than 200 megapixels. Pillow would warn from 89 on."""
-    assert Image.MAX_IMAGE_PIXELS == 200 * 10**6
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
     (tmp_path / "new.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (tmp_path / "text.jpg").write_bytes(b"not a picture")
-    for name, width in (("large.png", 50), ("larger.png", 51)):
-        Image.new("L", (width, 40)).save(tmp_path / name)
-    assert open_picture(tmp_path / "large.png")[1] == (50, 40)
-    for words in ("larger.png: .*2040 pixels", "text.jpg: broken picture: .*; give a whole picture",
+    for words in ("text.jpg: broken picture: .*; give a whole picture",
                   "new.jpg: HEIC and AVIF pictures are not read; save it as JPEG or PNG"):
         with pytest.raises(InputError, match=words) as caught:
             open_picture(tmp_path / words.split(":")[0])
@@ -398,8 +369,6 @@ def test_one_bad_photograph_does_not_stop_the_others(toy, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--image", "a.png", "--table"], "--image: leave out"),
-    (["--image", "a.png", "--pictures", "none"], "--image: leave out"),
-    (["--threads", "-1"], "give numbers not below 0"),
     (["--image", "a.png", "--focal", "nan"], "give numbers not below 0")])
 def test_flags_that_do_not_go_together(flags, words):
     with pytest.raises(InputError, match=words):

@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from unittest import mock
 
@@ -46,9 +45,7 @@ TRIED = set()  # sizes of networks that were tried before: that takes half a sec
 STUB = '#!/bin/sh\necho "$(printf "%s\\037" "$@")" >> "$RECORD"\n'  # one write: two of xargs do not mix
 
 
-# ==========================================================================================================
-# Commands
-# ==========================================================================================================
+# ==== Commands ==========================================================================================
 def recorded(block: str, folder: Path) -> list[list[str]]:
     """The calls of python and torchrun in a block, in order, each from the script's name on."""
     folder.mkdir()
@@ -141,9 +138,7 @@ def test_what_a_run_starts_from_is_made_before(trainings):
                 assert s.init in everywhere or (ROOT / s.init).is_file(), s.out
 
 
-# ==========================================================================================================
-# Tables
-# ==========================================================================================================
+# ==== Tables ============================================================================================
 def numbers(text: str) -> set[str]:
     """The decimal numbers in a text, without a plus sign."""
     return {number.lstrip("+") for number in NUMBER.findall(text)}
@@ -197,9 +192,7 @@ def test_numbers_of_the_readme_are_printed(tmp_path, capsys):
     assert numbers(table) <= numbers(printed(block, tmp_path / "block", capsys))
 
 
-# ==========================================================================================================
-# Links, names, figures
-# ==========================================================================================================
+# ==== Links and names ===================================================================================
 def defined_at(name: str, path: str) -> int:
     """The line of a file that defines a function, class or setting."""
     lines = (ROOT / path).read_text().splitlines()
@@ -254,18 +247,7 @@ def test_the_readme_is_short_and_its_file_tree_complete():
     assert abs(lines - said) <= 50
 
 
-def test_figures_open():
-    svg = (ROOT / "assets/method.svg").read_text()
-    assert ElementTree.fromstring(svg).get("viewBox") and "prefers-color-scheme: dark" in svg
-    for page in PAGES:
-        for link in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", page.read_text()):
-            if not link.endswith(".svg"):
-                Image.open((page.parent / link).resolve()).verify()
-
-
-# ==========================================================================================================
-# The diffs of docs/forking.md
-# ==========================================================================================================
+# ==== The diffs of docs/forking.md ======================================================================
 FEW = "--source S --target T --log-every 1 --save-every 1 --epochs 1 --batch 4 --threads 1".split()
 FEW += "--image 32 --patch 8 --width 24 --depth 2 --heads 2".split()
 PRETRAIN = [*FEW, *"--unconstrained S --seg-steps 1 --seg-batch 4 --seg-channels 4 --out p".split()]

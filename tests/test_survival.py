@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 import soak
-from conftest import finetune, log, pretrain, same, weights
-
-from support.run import InputError
+from conftest import log, pretrain, same, weights
 
 
-# ==========================================================================================================
-# Kills, signals, lost processes, full disks: in processes forked from one that has only imported (soak.py)
-# ==========================================================================================================
 @pytest.fixture(scope="module")
 def soaked() -> dict:
     """What `soak.py --quick` found, part by part."""
@@ -32,51 +27,15 @@ def test_survives(soaked, part):
 
 
 def test_kills_were_real(soaked):
-    assert soaked["kills"]["kills"] >= 5 and soaked["disk"]["refused"] >= 8
+    assert soaked["kills"]["kills"] >= 5
 
 
-# ==========================================================================================================
-# A run's own files, damaged: the command that made them says which. A log may lose its last line.
-# ==========================================================================================================
-DAMAGE = {
-    "half": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "another type": lambda content: b"[1, 2]\n",
-    "the middle": lambda content: (
-        content[: len(content) // 3] + b"\xff" * 500 + content[len(content) // 3 + 500 :]
-    ),
-    "HTML": lambda content: b"<html>404</html>" * 100,
-}
-
-
-@pytest.mark.parametrize("name", ["config.json", "segmentation.pt", "checkpoint.pt", "target_masks.npy"])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files_of_a_run_are_named(sets, pretrained, tmp_path, name, damage):
+def test_a_log_that_was_cut_does_not_stop_a_run(sets, pretrained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(pretrained, run)
-    damaged = DAMAGE[damage]((run / name).read_bytes())
-    (run / name).write_bytes(damaged)
-    with pytest.raises(InputError, match=name) as error:
-        pretrain(sets, run)
-    assert "\n" not in str(error.value) and str(run) in str(error.value)
-    assert (run / name).read_bytes() == damaged  # the script removes nothing of yours
-
-
-@pytest.mark.parametrize("damage", ["half", "empty"])
-def test_a_log_that_was_cut_does_not_stop_a_run(sets, pretrained, tmp_path, damage):
-    run = tmp_path / "run"
-    shutil.copytree(pretrained, run)
-    (run / "log.jsonl").write_bytes(DAMAGE[damage]((run / "log.jsonl").read_bytes()))
+    content = (run / "log.jsonl").read_bytes()
+    (run / "log.jsonl").write_bytes(content[: len(content) // 2])
     pretrain(sets, run)
     assert same(weights(run), weights(pretrained))
     lines = log(pretrained)
     assert log(run) == lines[: len(log(run))]
-
-
-def test_a_checkpoint_of_the_other_stage_is_refused(sets, pretrained, finetuned, tmp_path):
-    """The keys of f^E fit, those of the other modules do not."""
-    run = tmp_path / "run"
-    shutil.copytree(finetuned, run)
-    shutil.copy(pretrained / "checkpoint.pt", run)
-    with pytest.raises(InputError, match="run/checkpoint.pt: made with other settings"):
-        finetune(sets, run, pretrained)

@@ -56,9 +56,7 @@ def save(path, made: list[dict]) -> str:
     return str(path)
 
 
-# ==========================================================================================================
-# Mean, spread, paired difference
-# ==========================================================================================================
+# ==== Mean, spread, paired difference ===================================================================
 def test_difference_is_paired_by_seed():
     """Differences -2, -4, -6: mean -4, standard deviation 2, half the interval 4.30 * 2 / sqrt 3 = 4.97.
 
@@ -67,7 +65,6 @@ def test_difference_is_paired_by_seed():
     first, group = results("scratch", 40, 50, 60, 70), results("full", 38, 46, 54)
     assert tables.paired_difference(group[::-1], first[:3]) == "-4.0 [-9.0, +1.0]"
     assert tables.paired_difference(group[1:2], first[1:2]) == "-4.0"
-    assert tables.paired_difference(first, None) == tables.paired_difference(first, first) == "-"
     assert tables.paired_difference(group[:1], first[1:]) == "-"
     assert tables.paired_difference(group, first) == "-4.0 [-9.0, +1.0] (3 seeds)"
     assert tables.paired_difference(first, group[:1]) == "+2.0 (1 seed)"
@@ -83,7 +80,6 @@ def test_target_source_and_gap_each_with_its_difference():
     assert (line["target EPE"], line["source EPE"], line["gap"]) == ("38.0 ± 2.8", "20.0 ± 1.4", "18.0 ± 1.4")
     differences = [line[f"{of}minus scratch [95 %]"].split(" [")[0] for of in ("", "source ", "gap ")]
     assert differences == ["-7.0", "-2.0", "-5.0"]
-    assert list(table(made)[0]) == ["run", "seeds", "target EPE", "minus scratch [95 %]", "source EPE", "gap"]
 
 
 def test_quantiles_of_student():
@@ -107,10 +103,8 @@ def test_row_that_differences_are_taken_to():
 def test_what_one_run_of_a_row_does_not_know_has_no_mean():
     made = results("full", 30, 31)
     made[1]["target"]["pa_rigid"] = 7.0
-    assert table(made, every=True, rigid=True)[0]["rigid PA-EPE"] == "-"
-    made[0]["target"]["pa_rigid"] = 5.0
     line = table(made, every=True, rigid=True)[0]
-    assert (line["rigid PA-EPE"], line["in plane, depth"]) == ("6.0 ± 1.4", "3.0 4.0")
+    assert (line["rigid PA-EPE"], line["in plane, depth"]) == ("-", "3.0 4.0")
 
 
 def test_lift_before_and_after_fine_tuning_and_the_second_term():
@@ -123,15 +117,11 @@ def test_lift_before_and_after_fine_tuning_and_the_second_term():
     assert (full["2nd term / L_kpt"], scratch["2nd term / L_kpt"]) == ("0.1000 ± 0.0000", "0.1000")
 
 
-# ==========================================================================================================
-# Which runs are averaged
-# ==========================================================================================================
+# ==== Which runs are averaged ===========================================================================
 def test_runs_of_other_settings_are_rows_of_their_own():
     made = [result(seed=0, epe=30), result(seed=1, epe=32), result(seed=0, epe=40, lam=10.0)]
     assert [(line["run"], line["seeds"], line["target EPE"]) for line in table(made)] == [
         ("full, lam 10", "1", "40.0"), ("full, lam 100", "2", "31.0 ± 1.4")]
-    assert labels([*made, result(lam=10.0, labels=64)]) == [
-        "full, labels 64, lam 10", "full, labels 1000, lam 10", "full, labels 1000, lam 100"]
 
 
 def test_settings_of_the_pre_training_tell_rows_apart():
@@ -152,11 +142,11 @@ def test_settings_of_the_pre_training_tell_rows_apart():
 
 
 @pytest.mark.parametrize("free", [
-    {"out": "elsewhere/full-seed1"}, {"device": "cuda"}, {"threads": 1}, {"validation": "x"}, {"workers": 3},
-    {"save_every": 5}, {"init": "runs/tiny/pretrain-full-seed1"}, {"epochs": 64}, {"newer": "setting"}])
+    {"out": "elsewhere/full-seed1"}, {"device": "cuda"}, {"threads": 1}, {"validation": "x"},
+    {"init": "runs/tiny/pretrain-full-seed1"}, {"epochs": 64}, {"newer": "setting"}])
 def test_what_changes_no_result_keeps_one_row(free):
     """Nor does a setting that the other run does not know. Epochs count by the steps they come to."""
-    old = {"device": "cpu", "threads": 2, "validation": "", "save_every": 1}
+    old = {"device": "cpu", "threads": 2, "validation": ""}
     old["init"] = "runs/tiny/pretrain-full-seed0"
     assert labels([result(**old), result(**old | free | {"seed": 1})]) == ["full"]
     assert len(labels([result(), result(seed=1) | {"steps": 500}])) == 2
@@ -192,23 +182,7 @@ def test_rows_come_in_the_papers_order():
     assert labels(made) == ["scratch", "dan", "mae", "mae-epochs9", "epochs9", "full", "oracle", "mine"]
 
 
-# ==========================================================================================================
-# The paper's tables
-# ==========================================================================================================
-PRINTED = {  # Tables 1 (to RHD), 2 (to 3DHP), 3, 4 and 9, read off the paper once more, in its order
-    "Tables 1 and 2": """Zhang et al. 48.3 121.8; Ours (Scratch) 46.3 120.5; Ours (MAE) 41.7 113.5; Ours w/o
-        X_C 38.6 109.2; Ours 37.1 107.0; DDC 44.6 115.6; DAN 40.5 109.5; DANN 38.0 107.9; DDC - -; DAN - -;
-        DANN - -;
-        ISO - 75.8; Zhang et al. 35.4 99.3; Kundu et al. - 96.2; Ours (MAE) 34.4 101.3; Ours w/o X_C 29.1
-        94.6; Ours 28.0 93.6""",
-    "Table 3 without X_C": "Ours w/o FCR, AR 34.4 101.3; Ours w/o FCR - -; Ours w/o AR - -; Ours 29.1 94.6",
-    "Table 3 with X_C": """Ours w/o FCR, AR - -; Ours w/o FCR 34.6 104.0; Ours w/o AR 32.0 98.1;
-        Ours 28.0 93.6""",
-    "Table 4": "Ours w/o S_S, S_T 34.6 104.0; Ours w/o S_T 32.3 100.6; Ours 28.0 93.6; true S_T - -",
-    "Table 9, alpha = 4": "r = 0.5 32.1 104.1; r = 0.75 28.0 93.6; r = 0.95 29.4 105.9",
-    "Table 9, r = 0.75": "alpha = 2 31.1 98.6; alpha = 4 28.0 93.6; alpha = 8 29.8 99.0",
-    "Bounds": "target labels - -",
-}
+# ==== The paper's tables ================================================================================
 
 
 def paper(made, human=False) -> dict[str, list[list[str]]]:
@@ -217,18 +191,10 @@ def paper(made, human=False) -> dict[str, list[list[str]]]:
     return tables.paper_tables(rows, lambda some: evaluate.table(some, reference), human)
 
 
-@pytest.mark.parametrize("human", [False, True])
-def test_rows_words_and_numbers_are_the_papers(human):
-    printed = paper([result("full")], human)
-    assert list(printed) == list(PRINTED)
-    for title, text in PRINTED.items():
-        header, *lines = printed[title]
-        assert header[-1] == ("paper: Human3.6M to 3DHP" if human else "paper: FreiHAND to RHD")
-        rows = [line.strip().rsplit(" ", 2) for line in re.sub(r"\s+", " ", text).split(";")]
-        rows = [row for row in rows if human or row[0] not in ("ISO", "Kundu et al.")]  # in Table 2 alone
-        assert {len(line) for line in lines} == {len(header)}
-        for line, (words, *numbers) in zip(lines, rows, strict=True):
-            assert words in line[0] and line[-1].removesuffix(" (PA)") == numbers[human], line
+def test_a_row_has_the_same_errors_in_every_table():
+    for row in set(tables.ROWS) - {""}:
+        found = {tuple(errors) for rows in tables.TABLES.values() for name, _, *errors in rows if name == row}
+        assert len(found) == 1, found
 
 
 def test_rows_beside_the_papers():
@@ -237,10 +203,12 @@ def test_rows_beside_the_papers():
     rows = {line[0]: line for line in paper(made)["Tables 1 and 2"]}
     assert rows["full: Ours"][1:4] == ["2", "30.5 ± 0.7", "-5.5 [-11.9, +0.9]"]
     assert rows["ddc: DDC (our backbone)"][1:3] == ["not run", ""]
+    assert rows["scratch: Ours (Scratch)"][-1] == "46.3" and rows["full: Ours"][-1] == "28.0"
+    human = {line[0]: line for line in paper(made, human=True)["Tables 1 and 2"]}
+    assert human["ISO"][-1] == "75.8 (PA)" and human["full: Ours"][-1] == "93.6"
     reported = [row for row in rows if rows[row][1] == "reported"]
     assert reported == ["Zhang et al., source only", "Zhang et al."]
     assert [rows[f"mae, lam {lam}: Ours (MAE)"][-1] for lam in (1, 2)] == ["34.4", "34.4"]
-    assert "mine" not in str(paper(made))
 
 
 def test_eight_cells_of_fcr_xc_and_ar():
@@ -277,14 +245,11 @@ def test_effects_over_the_eight_cells():
     assert tables.effects(errors) == []
 
 
-# ==========================================================================================================
-# Sweeps
-# ==========================================================================================================
-def sweep(made, setting):
-    return tables.sweep(made, setting, evaluate.DEFAULTS)
-
-
+# ==== Sweeps ============================================================================================
 def test_sweep_collects_what_differs_in_one_setting():
+    def sweep(made, setting):
+        return tables.sweep(made, setting, evaluate.DEFAULTS)
+
     made = [*results("full", 30, 31, before={}), *results("lam1", 35, 36, before={}, variant="full", lam=1.0),
             result("zero", 0, 33, before={}, variant="full", lam=0.0),
             result("both", 0, 99, before={"alpha": 8.0}, variant="full", lam=7.0),  # alone in two settings
@@ -293,8 +258,6 @@ def test_sweep_collects_what_differs_in_one_setting():
     errors = {v: [r["target"]["epe"] for r in runs] for v, runs in lines["full"].items()}
     assert list(lines) == ["full"] and errors == {0: [33], 1: [35, 36], 100: [30, 31]}
     assert sweep(made, "labels") == sweep(made, "nothing") == {}
-    alpha = [*made[:2], result("alpha2", 0, 32, before={"alpha": 2.0}, variant="full")]
-    assert list(sweep(alpha, "alpha")["full"]) == [2, 4]
     shorter = result("few", variant="full", labels=64) | {"steps": 60}
     assert sweep([result(), shorter], "labels") == {}
     made = [result(f"{row}{n}", 0, 30, variant=row, labels=n, epochs=32000 / n, sigma=sigma)
@@ -317,9 +280,7 @@ def test_sweep_from_the_command_line(tmp_path, capsys):
         evaluate.main(["--sweep", "labels", place])
 
 
-# ==========================================================================================================
-# The command line, files of results, and the shipped ones
-# ==========================================================================================================
+# ==== The command line, files of results, and the shipped ones ==========================================
 def test_tables_from_the_command_line(tmp_path, capsys):
     made = [result("scratch", epe=60), result(), result(epe=31)]
     made.append(result() | {"kind": "pretraining", "source": {}})
@@ -334,8 +295,7 @@ def test_tables_from_the_command_line(tmp_path, capsys):
     assert "worse on the target than the constant mean pose: scratch\n" in text
     assert "not shown, because a run of the same row, seed and settings is: full seed 0\n" in text
     evaluate.main(["--table", "--paper", "--markdown", place])
-    text = capsys.readouterr().out
-    assert "| full: Ours " in text and "Bounds" in text and "worse" in text
+    assert "| full: Ours " in capsys.readouterr().out
     evaluate.main(["--table", place, "--only", "scr*", "*-seed7"])
     assert "full" not in capsys.readouterr().out
 
@@ -353,16 +313,7 @@ def test_wrong_names_are_answered_with_the_right_ones(tmp_path):
             evaluate.main(["--table", *flags])
 
 
-# ==========================================================================================================
-# Metrics by hand
-# ==========================================================================================================
-def rejected(check, *wrong) -> None:
-    """Each of these wrong variants fails the check."""
-    for variant in wrong:
-        with pytest.raises(AssertionError):
-            check(variant)
-
-
+# ==== Metrics by hand ===================================================================================
 def test_area_under_pck():
     """Of 0, 10, 50, 60 mm, thresholds 0, 10, .. 50 have 1/4, 1/2, 1/2, 1/2, 1/2, 3/4. NaN does not count."""
     errors = torch.tensor([[60, 10], [torch.nan, 50], [0, torch.nan]])
@@ -396,60 +347,34 @@ def test_a_prediction_that_is_not_finite_is_refused_and_not_left_out():
             evaluate.pose_metrics(predicted, truth, META)
 
 
-def half_and_quarter():
-    """Masks (2, 1, 4, 8) of 2 patches of 4 px: the left patch half foreground; the right one a quarter."""
+def test_attention_lift():
+    """Share of attention on the foreground, a patch counting by its share of it; its area.
+
+    Two patches of 4 px: the left one half foreground, the right one a quarter.
+    """
     masks = torch.zeros(2, 1, 4, 8)
     masks[0, :, :2, :4] = 1
     masks[1, :, :1, 4:] = 1
-    return masks
-
-
-def check_lift(attention_lift):
-    """Share of attention on the foreground, a patch counting by its share of it; its area."""
     maps = torch.tensor([[[0.3, 0.1], [0.0, 0.5]], [[0.2, 0.6], [0.1, 0.0]]])  # (2, L, N)
-    share, area = attention_lift(maps, half_and_quarter(), 4)
+    share, area = evaluate.attention_lift(maps, masks, 4)
     assert torch.allclose(share, torch.tensor([[0.5 * 0.75, 0.0], [0.25 * 0.75, 0.0]]))
     assert torch.allclose(area, torch.tensor([0.25, 0.125]))
-    share, area = attention_lift(torch.full((2, 3, 2), 0.4), half_and_quarter(), 4)
+    share, area = evaluate.attention_lift(torch.full((2, 3, 2), 0.4), masks, 4)
     assert torch.allclose(share / area[:, None], torch.ones(2, 3))  # indifference
 
 
-def test_attention_lift():
-    def area(masks):
-        return torch.nn.functional.avg_pool2d(masks, 4).flatten(1)
-
-    check_lift(evaluate.attention_lift)
-    rejected(check_lift, lambda maps, x, patch: ((maps * area(x)[:, None]).sum(-1), area(x).mean(1)),
-             lambda maps, x, patch: (evaluate.attention_lift(maps, x, patch)[0], area(x).sum(1)))
-
-
-def check_overlap(overlap):
+def test_overlap():
     predicted = torch.tensor([[0.9, 0.6, 0.4, 0.1], [0.5, 0.0, 0.0, 0.0]])
     truth = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    assert overlap(predicted, truth).tolist() == [[1, 3], [1, 1]]
-    assert overlap(torch.zeros(2, 4), torch.zeros(2, 4)).tolist() == [[0, 0], [0, 0]]
+    assert evaluate.overlap(predicted, truth).tolist() == [[1, 3], [1, 1]]
+    assert evaluate.overlap(torch.zeros(2, 4), torch.zeros(2, 4)).tolist() == [[0, 0], [0, 0]]
 
 
-def test_overlap():
-    right = evaluate.overlap
-    check_overlap(right)
-    rejected(check_overlap, lambda p, t: right(p > 0.5, t), lambda p, t: right(p, t).flip(1),
-             lambda p, t: torch.stack([right(p, t)[:, 0], (p >= 0.5).sum(1) + (t >= 0.5).sum(1)], 1))
-
-
-def check_reconstruction(reconstruction_error):
+def test_reconstruction_error():
     """Hidden patches alone, on, at the edge of, and beside the foreground; a pixel's mean: sums, numbers."""
     patches = torch.zeros(2, 4, 2)  # squared errors 5, 4, 8, 49
     predicted = torch.tensor([[1.0, 3.0], [2.0, 2.0], [4.0, 0.0], [7.0, 7.0]]).expand(2, 4, 2)
     m = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
     area = torch.tensor([[0.5, 0.1, 0.09, 1.0], [0.9, 0.3, 0.49, 0.0]])
-    assert reconstruction_error(predicted, patches, m, area).tolist() == [
+    assert evaluate.reconstruction_error(predicted, patches, m, area).tolist() == [
         [[5, 4, 8], [1, 1, 1]], [[5, 8, 0], [1, 1, 0]]]
-
-
-def test_reconstruction_error():
-    right = evaluate.reconstruction_error
-    check_reconstruction(right)
-    rejected(check_reconstruction, lambda p, x, m, area: right(p, x, torch.ones_like(m), area),
-             lambda p, x, m, area: right(p, x, 1 - m, area), lambda p, x, m, area: right(p, x, m, 1 - area),
-             lambda p, x, m, area: right(p, x, m, area) * torch.tensor([[2.0], [1.0]]))
