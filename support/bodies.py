@@ -4,7 +4,8 @@ Needed only by whoever wants to see or change how the benchmark is drawn.
 """
 import numpy as np
 
-from support.hands import CLOTH, DOMAINS, SKIN, calmed, normal, pick, rotation, uniform
+from support.folder import HUMAN
+from support.hands import CLOTH, DOMAINS, SKIN, Kind, calmed, normal, pick, rotation, uniform, with_half_gaps
 
 # The body at rest, 1655 mm tall: standing, arms down, facing the camera, so that its right is at -x, its
 # front at -z. A part turns about a joint, in the frame of its parent. A point: its part, then mm from there.
@@ -76,10 +77,8 @@ HUMAN_DOMAINS = {
 
 
 def sample_stance(rng, count):
-    """Draw flexion, abduction and turning out of the 14 parts of a body, (B, 14, 3) rad, within joint limits.
-
-    They vary about the mean of an activity. Both sides share a part of the variation; in walking they swing
-    in turn."""
+    """Draw flexion, abduction and turning out of the 14 parts of a body, (B, 14, 3) rad, within joint limits,
+    about the mean of an activity. Both sides share a part of the variation; in walking they swing in turn."""
     activity = rng.integers(len(ACTIVITIES), size=count)
     mean, sd = ACTIVITIES[activity].transpose(1, 0, 2)[:, :, None]  # (B, 1, 10) each
     drawn = mean + sd * (normal(rng, 0.6, count, 1, 10) + normal(rng, 0.8, count, 2, 10))  # (B, 2, 10)
@@ -102,7 +101,6 @@ def sample_stance(rng, count):
 
 def sample_body(rng, count):
     """Random bodies with the pelvis at 0: points (B, 34, 3) mm, and girth (B,), the factor of all radii.
-
     Flexion moves a hanging limb forward. Left abduction and turning out mirror the right ones."""
     angles = sample_stance(rng, count).transpose(2, 0, 1)  # (3, B, 14)
     angles[1:, :, :9] *= -1
@@ -134,10 +132,8 @@ def fabric(rng, palette, count, side, look):
 
 
 def dress_body(rng, points, side, look):
-    """Dress bodies as `dress_hand` does hands, and append the points where trouser legs and sleeves end.
-
-    Two points per limb, on its upper and its lower half: right leg, right arm, left leg, left arm. Of the
-    7 materials, HORN is never worn."""
+    """Dress bodies as `dress_hand` does hands, and append the points where trouser legs and sleeves end: two
+    per limb, on its upper and its lower half. Of the 7 materials, HORN is never worn."""
     count, ends = len(points), []
     leg, sleeve = (np.clip(uniform(rng, look[key], count), 0, 1.95) for key in ("leg", "sleeve"))
     for top, t in ((1, leg), (14, sleeve), (4, leg), (11, sleeve)):
@@ -150,3 +146,7 @@ def dress_body(rng, points, side, look):
     worn = [0 * always, always, always, np.float32(sleeve > 1), always, np.float32(leg > 1), always]
     return (np.concatenate([points, np.stack(ends, 1)], 1), worn, skin,
             [hair, shirt, shirt, trousers, trousers, shoes])
+
+
+BODIES = Kind(HUMAN, HUMAN_CONES, sample_body, dress_body, with_half_gaps(HUMAN_DOMAINS), 12.0,
+              (3000, 6000), 0)

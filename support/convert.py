@@ -1,7 +1,6 @@
 """Converts a publisher's samples to a data-set folder: checks of the labels, crops, workers, resuming.
 
-Needed by `python data.py NAME ROOT OUT` and, for its workers, by the embedded benchmark. The files
-themselves are read in support/readers/.
+Needed by `python data.py NAME ROOT OUT` and by the embedded benchmark. Readers are in support/readers/.
 """
 import collections
 import concurrent.futures
@@ -16,7 +15,6 @@ import shutil
 import signal
 import zlib
 from collections.abc import Iterable
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,19 +50,16 @@ class Sample(NamedTuple):
     around: np.ndarray | None = None  # (n, 3) mm, camera: what the crop has to show besides
     fault: str | None = None  # "kind: why" if this sample's labels are damaged: it is left out and counted
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.image if self.frame is None else f"{self.image} frame {self.frame}"
 
 
-# ==========================================================================================================
 # The checks of labels. Each returns None, or "kind: what is wrong".
-# ==========================================================================================================
 def hand_fault(keypoints: np.ndarray) -> str | None:
     """What is impossible about joints (21, 3) mm of a right hand: unit, order along a finger, handedness.
 
     A finger's middle joint bends only towards the palm, so first bone x second bone points from the little
-    finger to the index in a right hand, and the other way in its mirror image. Straight fingers do not tell,
-    and overstretched ones are no left hand: the mean sine has to be below -0.2 (12 degrees per finger).
+    finger to the index in a right hand. Straight or overstretched fingers do not tell, hence the -0.2.
     """
     bones = np.diff(keypoints[5:].reshape(4, 4, 3), axis=1)  # (4, 3, 3) mm, palm -> tip
     length = np.linalg.norm(bones, axis=-1)  # (4, 3) mm
@@ -81,9 +76,8 @@ def hand_fault(keypoints: np.ndarray) -> str | None:
 def body_fault(keypoints: np.ndarray) -> str | None:
     """What is impossible about joints (17, 3) mm of HUMAN: unit, order of the sides, handedness.
 
-    A knee bends one way: thigh x shin points from the right hip to the left one, and back in a mirror image
-    or if left and right are exchanged. So do elbows, but the shoulder turns them: they count less. Straight
-    limbs do not tell.
+    A knee bends one way: thigh x shin points from the right hip to the left one. So do elbows, but the
+    shoulder turns them: they count less.
     """
     hinges = keypoints[[[1, 2, 3], [4, 5, 6], [14, 15, 16], [11, 12, 13]]]  # (4, 3, 3) mm: knees, elbows
     bones = np.diff(hinges, axis=1)  # (4, 2, 3) mm
@@ -138,19 +132,14 @@ def projection_fault(keypoints, uv, size, mask=None, published=None, tolerance=2
 
 def fault_of(joints: list[str], keypoints, uv, size, width: float, mask=None, published=None, tolerance=2.0,
              left: bool = False) -> str | None:
-    """What is impossible about the labels of one sample, a skeleton of these joints, or None.
-
-    `width` is that of the crop, px. Bodies have to be on their mask, widened by 5 % of it.
-    """
+    """What is impossible about one sample of this skeleton. Bodies have to be on their mask, widened by 5 %
+    of `width`, that of the crop in px."""
     judge = {tuple(HAND_JOINTS): hand_fault, tuple(HUMAN_JOINTS): body_fault}.get(tuple(joints))
     fault = judge(keypoints * [-1, 1, 1] if left else keypoints) if judge else None
     reach = 0.05 * width if judge is body_fault else None
     return fault or projection_fault(keypoints, uv, size, mask, published, tolerance, reach)
 
 
-# ==========================================================================================================
-# Cameras
-# ==========================================================================================================
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     """Intrinsics (3, 3) px of a camera without skew."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])  # (3, 3) px
@@ -173,9 +162,6 @@ def distort(xy: np.ndarray, distortion: np.ndarray | None) -> np.ndarray:
                      y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y], axis=-1)
 
 
-# ==========================================================================================================
-# The crop
-# ==========================================================================================================
 def crop_square(pixels: np.ndarray, corner: np.ndarray, width: float, side: int) -> np.ndarray:
     """A square of `width` px at upper left `corner` (x, y) of pixels (H, W[, 3]) uint8, as (side, side[, 3]).
 
@@ -203,9 +189,8 @@ def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample
     """`crop_square` of the picture that a lens without distortion would have taken.
 
     `shrunk` x `shrunk` of the picture's own pixels are one of `pixels`. The part in question is shrunk to
-    about two pixels per pixel of the crop. From there each half pixel of the crop fetches its colour, and
-    2 x 2 are averaged. The lens is computed at 65 x 65 places and linear between them, which is exact to a
-    few hundredths of a pixel.
+    about two pixels per pixel of the crop. Each half pixel of the crop fetches its colour there. The lens is
+    computed at 65 x 65 places and linear between them, which is exact to a few hundredths of a pixel.
     """
     K, fine = sample.intrinsics, 2 * side
     places = np.linspace(0.5, fine - 0.5, 65) * width / fine - 0.5
@@ -227,10 +212,7 @@ def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample
 
 def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[str, np.ndarray]:
     """One row of each array: the window (corner, width) of picture and mask, labels, intrinsics of the crop.
-
-    The picture (h, w, 3) may have been decoded smaller than its own size (W, H), that of the mask (H, W).
-    A left hand becomes a right one.
-    """
+    The picture (h, w, 3) may have been decoded smaller than its own size (W, H)."""
     corner, width = window
     s = side / width
     shrunk = min((1, 2, 4, 8), key=lambda n: abs(-(-size[0] // n) - image.shape[1]))  # own pixels per pixel
@@ -253,22 +235,17 @@ def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[st
     return row
 
 
-# ==========================================================================================================
-# From samples to rows
-# ==========================================================================================================
 def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
     """Picture (h, w, 3) uint8, its mask (H, W) bool or None, and the picture's own size (W, H).
 
-    Picture and mask must have the size that the publisher says. A JPEG of which `width` px become `side` px
-    may be decoded smaller.
+    A JPEG of which `width` px become `side` px may be decoded smaller.
     """
     for name in (sample.image, sample.mask or ""):  # these names can come from files of labels
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise InputError(f"{root}: its labels name {name!r}, which lies outside of it: refused")
     path, mask = root / sample.image, None
-    pixels = side if sample.distortion is None else 2 * side  # as `crop_undistorted` wants
-    if sample.frame is None:
-        image, size = open_picture(path, pixels, width)
+    if sample.frame is None:  # `crop_undistorted` wants twice the pixels
+        image, size = open_picture(path, side if sample.distortion is None else 2 * side, width)
     else:
         with reading(path, "video"):
             image = open_video(path).frame(sample.frame)
@@ -296,10 +273,10 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)  # (K, 2) px
     fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, window[1], mask, sample.uv,
                      sample.tolerance, sample.left)
-    if not fault and sample.around is not None and sample.around[:, 2].min() < 100:
-        fault = "projection: the crop has to hold a point less than 100 mm before the camera"
     if fault:
         raise Missing(fault)
+    if sample.around is not None and sample.around[:, 2].min() < 100:
+        raise Missing("projection: the crop has to hold a point less than 100 mm before the camera")
     return crop_sample(sample, image, mask, size, window, side)
 
 
@@ -313,19 +290,11 @@ def convert_samples(root: Path, side: int, skeleton: dict, job: list[Sample]) ->
             skipped.append(f"{sample}: {reason}")
         except Damaged as error:
             skipped.append(str(error))
-    kinds = {tuple(row) for row in rows}
-    if len(kinds) > 1:
-        names = ", others ".join(map(str, sorted(kinds)))
-        raise InputError(f"{root}: of samples {job[0]} to {job[-1]} some have {names}: a reader gives labels "
-                         "to all of its samples or to none, and masks alike")
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}, skipped
 
 
 def convert(name: str, reader, root: str, out: str, side: int, workers: int, origin: str, **options) -> dict:
-    """ROOT as its publisher ships it -> data-set folder OUT, crops of `side` px. Returns its meta.json.
-
-    `reader` is the module of support/readers/. `origin` is the command, which is recorded.
-    """
+    """ROOT as its publisher ships it -> data-set folder OUT, crops of `side` px. Returns its meta.json."""
     meta = {"name": name, "split": options.get("split", ""), "margin": MARGIN, "origin": origin}
     meta |= {key: value for key, value in reader.SKELETON.items() if key != "box"}
     count, samples = reader.read(Path(root), **options)
@@ -334,9 +303,6 @@ def convert(name: str, reader, root: str, out: str, side: int, workers: int, ori
     return build_dataset(out, meta, jobs, count, work, workers, getattr(reader, "MAX_SKIPPED", 0.05))
 
 
-# ==========================================================================================================
-# From jobs to a data-set folder
-# ==========================================================================================================
 def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, work, workers: int = 0,
                   max_skipped: float = 0.05) -> dict:
     """Write work(job) for every job, in order, to a data-set folder. Returns its meta.json.
@@ -344,37 +310,38 @@ def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, wo
     work(job) returns (arrays, skipped): rows of each array, and a line for each sample that is left out.
     The result of a job is a shard: a file in FOLDER.part, renamed once it is whole. The next call skips the
     shards that are there, so an interrupted conversion continues. The result is the same bytes for any number
-    of workers (0: all cores). At the end the shards become arrays; until then they take as much space again.
-    Raise InputError if more than `max_skipped` of the samples are left out, naming the most common reason: at
-    that rate the reader is probably wrong, not the data.
+    of workers (0: all cores). If more than `max_skipped` of the samples are left out, the reader is probably
+    wrong, not the data: InputError.
     """
     folder, part = Path(folder), Path(f"{Path(folder)}.part")
     if folder.exists():
         raise InputError(f"{folder}: exists; remove it to make it again")
-    begun = json.dumps(meta, sort_keys=True).encode()
-    tasks = ((part / f"{i:07d}-{name_checksum(job, begun):08x}.npz", work, job) for i, job in enumerate(jobs))
-    shards, rows, skipped, layout = [], 0, [], {}
+    begun = json.dumps(meta, sort_keys=True)
+
+    def tasks():
+        for i, job in enumerate(jobs):  # a CRC of settings and job: no shard is taken for another one
+            crc = zlib.crc32(f"{begun} {job}".encode(errors="backslashreplace"))  # a name can be any bytes
+            yield part / f"{i:07d}-{crc:08x}.npz", work, job
+
+    shards, rows, skipped = [], 0, []
     progress = Progress(folder.name, total, unit="images", every=5)
     with claimed(part):
         if any(part.glob("*.npz")):
             print(f"{part}: continues; if you changed the reader, remove this folder first", flush=True)
-        for path, count, new, arrays in in_order(make_shard, tasks, workers or CORES):
-            layout = layout or arrays
-            if arrays and arrays != layout:
-                raise InputError(f"{part}: rows {arrays} after rows {layout}: one kind is expected")
+        for path, count, new in in_order(make_shard, tasks(), workers or CORES):
             shards.append(path)
             rows, skipped = rows + count, skipped + new
-            check_skipped(folder, rows, skipped, max_skipped)
+            if rows + len(skipped) >= 200:
+                check_skipped(folder, rows, skipped, max_skipped)
             progress.show(rows + len(skipped))
-        check_skipped(folder, rows, skipped, max_skipped, final=True)
+        check_skipped(folder, rows, skipped, max_skipped)
         progress.total = rows + len(skipped)  # `total` may be an upper bound
         progress.show(progress.total, final=True)
         try:
             write_folder(part / "whole", meta | {"skipped": skipped}, rows, map(read_shard, shards))
             os.replace(part / "whole", folder)
         except OSError as error:
-            raise InputError(f"{part}: could not be written ({error.strerror}); the same command continues"
-                             ) from error
+            raise InputError(f"{part}: could not be written ({error.strerror}); run it again") from error
         shutil.rmtree(part, ignore_errors=True)
     return meta | {"rows": rows, "skipped": skipped}
 
@@ -382,56 +349,44 @@ def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, wo
 @contextlib.contextmanager
 def claimed(part: Path):
     """Context in which this process alone writes to the folder `part`; it is made if it is not there."""
+    part.mkdir(parents=True, exist_ok=True)
+    lock = os.open(part, os.O_RDONLY)
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        lock = os.open(part, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError as error:
         raise InputError(f"{part}: another process writes it; wait for that one") from error
-    except OSError as error:
-        raise InputError(f"{part}: cannot be made ({error.strerror})") from error
-    try:
-        yield
     finally:
         os.close(lock)
 
 
-def name_checksum(job, begun: bytes) -> int:
-    """CRC of the settings and the names of a job's samples, so that no shard is taken for another one."""
-    text = " ".join(map(str, job)) if isinstance(job, list) else str(job)
-    return zlib.crc32(text.encode(errors="backslashreplace"), zlib.crc32(begun))  # a file's name is any bytes
-
-
-def make_shard(task: tuple) -> tuple[Path, int, list[str], dict]:
-    """Do a job and write its shard, unless it is there. Returns path, number of rows, skipped, row shapes."""
+def make_shard(task: tuple) -> tuple[Path, int, list[str]]:
+    """Do a job and write its shard, unless it is there. Returns path, number of rows, skipped."""
     path, work, job = task
     if not path.exists():
         arrays, skipped = work(job)
-        count = len(next(iter(arrays.values()), ()))
-        notes = [count, skipped, {name: list(array.shape[1:]) for name, array in arrays.items()}]
+        notes = json.dumps([len(next(iter(arrays.values()), ())), skipped])
 
         def write(temporary):
             with open(temporary, "wb") as file:
-                np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8), **arrays)
+                np.savez(file, notes=notes, **arrays)
         write_atomically(path, write)
     with np.load(path) as shard:
-        return path, *json.loads(shard["notes"].tobytes())
+        return path, *json.loads(str(shard["notes"]))
 
 
 def read_shard(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a shard."""
     with np.load(path) as shard:
         return {name: shard[name] for name in shard.files if name != "notes"}
 
 
-def check_skipped(folder: Path, rows: int, skipped: list[str], limit: float, final: bool = False) -> None:
-    """InputError, with the most common reason, once more than `limit` of the samples are left out."""
+def check_skipped(folder: Path, rows: int, skipped: list[str], limit: float) -> None:
+    """InputError, with the most common reason, if all or more than `limit` of the samples are left out."""
     seen = rows + len(skipped)
-    too_many = len(skipped) > limit * seen and (final or seen >= 200)
-    if not too_many and (rows or not final):
+    if rows and len(skipped) <= limit * seen:
         return
     if not seen:
-        raise InputError(f"{folder}: not one sample; check the flags")
+        raise InputError(f"{folder}: not one sample; check ROOT and the flags (`python data.py NAME -h`)")
     kinds = [line.partition(": ")[2].partition(":")[0] for line in skipped]
     (most, count), = collections.Counter(kinds).most_common(1)
     raise InputError(f"{folder}: {len(skipped)} of {seen} samples left out, {count} for {most!r} "
@@ -452,9 +407,6 @@ def in_order(function, tasks: Iterable, workers: int):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise InputError("a worker process died (out of memory? give fewer --workers); the same command "
-                         "continues where it stopped") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -4,7 +4,6 @@ Needed by every script. The format is described in data.py: a few .npy arrays an
 """
 import contextlib
 import json
-import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,9 +30,8 @@ HUMAN = {"joints": HUMAN_JOINTS, "bones": HUMAN_BONES, "root": 0, "depth_range":
 class Dataset:
     """A data-set folder, its arrays memory-mapped. `fields` names those to open besides the images.
 
-    No other file is touched. Raises InputError, with the file and the remedy, for an array that is missing,
-    truncated or of the wrong shape. It pickles as its folder and field names, so that a worker of a
-    DataLoader opens the arrays again instead of receiving a copy of them.
+    No other file is touched. It pickles as its folder and field names, so that a worker of a DataLoader opens
+    the arrays again instead of receiving a copy of them.
     """
 
     def __init__(self, folder: str | Path, *fields: str):
@@ -70,13 +68,9 @@ class Dataset:
         return f"{value:08x}"
 
 
-# ==========================================================================================================
-# Opening
-# ==========================================================================================================
-def open_array(path: str | Path, dtype: type, shape: tuple) -> np.ndarray:
-    """A .npy file, memory-mapped. InputError unless it has this type, this shape (a letter stands for any
-    length) and exactly the bytes that its header announces."""
-    path = Path(path)
+def open_array(path: Path, dtype: type, shape: tuple) -> np.ndarray:
+    """A .npy file, memory-mapped, of this type, this shape (a letter stands for any length) and exactly the
+    bytes that its header announces."""
     if not path.exists():
         without = " (training with --masks none --xc 0 does without)" if path.name == "masks.npy" else ""
         raise InputError(f"{path}: missing; it is needed here{without}")
@@ -107,18 +101,8 @@ META = {  # field of meta.json: what it has to be, and a test of it; joints come
     "compare": ("indices of its joints", lambda v, joints: v is None or is_indices(v, joints)),
     "depth_range": ("millimetres, up to 1e6", lambda v, _: type(v) in (int, float) and 0 < v <= 1e6),
     "margin": ("a number from 1 to 10", lambda v, _: type(v) in (int, float) and 1 <= v <= 10),
-    "rows": ("their number", lambda v, _: type(v) is int),
-    "protocol": ("words", lambda v, _: isinstance(v, str)),
-    "crc": ("the arrays' checksums", lambda v, _: isinstance(v, dict) and all(
-        type(c) is int for c in v.values())),
+    "crc": ("the arrays' checksums", lambda v, _: isinstance(v, dict)),
 }
-
-
-def check_fields(path: str | Path, meta: dict) -> None:
-    """InputError unless the fields of a meta.json, or of a checkpoint's skeleton, are what META says."""
-    for key, (says, fits) in META.items():
-        if key in meta and not fits(meta[key], meta["joints"]):
-            raise InputError(f"{path}: {key} is {str(meta[key])[:60]}; give {says}")
 
 
 def read_meta(folder: str | Path) -> dict:
@@ -127,21 +111,19 @@ def read_meta(folder: str | Path) -> dict:
     if not path.exists():
         raise InputError(f"{folder}: no data set here (no meta.json); see `python data.py -h`")
     meta = read_json(path)
-    if not isinstance(meta, dict):
-        raise InputError(f"{path}: not a JSON object")
-    missing = {"format", "name", "joints", "bones", "root", "depth_range"} - set(meta)
+    needed = {"format", "name", "joints", "bones", "root", "depth_range"}
+    missing = needed - set(meta if isinstance(meta, dict) else ())
     if missing:
         raise InputError(f"{path}: lacks {', '.join(sorted(missing))}")
     if meta["format"] != FORMAT:
         raise InputError(f"{path}: format {str(meta['format'])[:60]}; this code reads {FORMAT}")
     meta = {"margin": MARGIN, "split": "", "origin": ""} | meta
-    check_fields(path, meta)
+    for key, (says, fits) in META.items():
+        if key in meta and not fits(meta[key], meta["joints"]):
+            raise InputError(f"{path}: {key} is {str(meta[key])[:60]}; give {says}")
     return meta
 
 
-# ==========================================================================================================
-# Checks
-# ==========================================================================================================
 def check_labels(dataset: Dataset) -> None:
     """InputError unless keypoints and intrinsics can be what they claim to be: every script opens them here.
 
@@ -149,17 +131,24 @@ def check_labels(dataset: Dataset) -> None:
     of a plausible length, and joints that fall on the stored crop.
     """
     keypoints, intrinsics, joints = dataset.keypoints, dataset.intrinsics, dataset.meta["joints"]
-    if not joints:
-        raise InputError(f"{dataset.folder}/meta.json: names no joints, so these images have no labels")
     for start in range(0, len(dataset), 65536):  # in pieces, so that memory stays flat
         some = keypoints[start:start + 65536]  # (n, K, 3) mm
-        beyond, behind = np.abs(some) > 1e6, some[..., 2:] <= 0
-        for bad, wrong in ((beyond, "beyond 1e6 mm"), (behind, "not in front of the camera")):
+        bad = (np.abs(some) > 1e6) | (some[..., 2:] <= 0)
+        if bad.any():
+            row, joint, _ = np.argwhere(bad)[0]
+            found = ", ".join(f"{x:g}" for x in some[row, joint])
+            raise InputError(f"{dataset.folder}/keypoints.npy: row {start + row} has {joints[joint]} at "
+                             f"({found}), beyond 1e6 mm or not in front of the camera; write NaN for a joint "
+                             "without label")
+        if intrinsics is not None:
+            K = intrinsics[start:start + 65536]  # (n, 3, 3)
+            with np.errstate(all="ignore"):
+                size = np.linalg.det(K.astype(float))
+            good = np.isfinite(size) & (size != 0) & (K[:, 2] == [0, 0, 1]).all(axis=1)
+            bad = np.isfinite(some).all(axis=2).any(axis=1) & ~good
             if bad.any():
-                row, joint, _ = np.argwhere(bad)[0]
-                found = ", ".join(f"{x:g}" for x in some[row, joint])
-                raise InputError(f"{dataset.folder}/keypoints.npy: row {start + row} has {joints[joint]} at "
-                                 f"({found}), {wrong}; write NaN for a joint without label")
+                raise InputError(f"{dataset.folder}/intrinsics.npy: row {start + int(bad.argmax())} is no "
+                                 "camera (singular, or last row not 0 0 1), but its image is labelled")
     check_bones(dataset.folder, keypoints[:1000], dataset.meta)
     if intrinsics is not None:
         check_cameras(dataset)
@@ -182,17 +171,8 @@ def check_bones(folder: Path, poses: np.ndarray, meta: dict) -> None:
 
 
 def check_cameras(dataset: Dataset) -> None:
-    """InputError unless a labelled image has the intrinsics of its stored crop, in pixels."""
-    path, H = dataset.folder / "intrinsics.npy", dataset.images.shape[1]
-    for start in range(0, len(dataset), 65536):
-        K, known = (array[start:start + 65536] for array in (dataset.intrinsics, dataset.keypoints))
-        with np.errstate(all="ignore"):
-            size = np.linalg.det(K.astype(float))
-        good = np.isfinite(size) & (size != 0) & (K[:, 2] == [0, 0, 1]).all(axis=1)
-        bad = np.isfinite(known).all(axis=2).any(axis=1) & ~good
-        if bad.any():
-            raise InputError(f"{path}: row {start + int(bad.argmax())} is no camera (not finite, determinant "
-                             "0, or last row not 0 0 1), but its image is labelled")
+    """InputError unless the intrinsics are those of the stored crop, in pixels."""
+    H = dataset.images.shape[1]
     with np.errstate(invalid="ignore"):
         seen = np.einsum("nij,nkj->nki", dataset.intrinsics[:1000].astype(float), dataset.keypoints[:1000])
     uv = seen[..., :2] / seen[..., 2:]  # (n, K, 2) px
@@ -200,11 +180,11 @@ def check_cameras(dataset: Dataset) -> None:
     inside = ((uv > -1) & (uv < H)).all(axis=-1)
     if len(uv) and (inside.mean() < 0.5 or (uv < H / 2).all()):
         where = "all in the upper left quarter" if (uv < H / 2).all() else f"{inside.mean():.0%} of joints"
-        raise InputError(f"{path}: not of the stored crops of {H} x {H} px, on which it puts {where} (first "
-                         f"{min(len(dataset), 1000)} images); give their intrinsics, in pixels")
+        raise InputError(f"{dataset.folder}/intrinsics.npy: not of the stored crops of {H} x {H} px, on "
+                         f"which it puts {where}; give their intrinsics, in pixels")
 
 
-def open_masks(path: str | Path, dataset: Dataset) -> np.ndarray:
+def open_masks(path: Path, dataset: Dataset) -> np.ndarray:
     """Masks (n, H, H) uint8 of a data set in a file of their own, such as f^S's predictions in a run."""
     return open_array(path, np.uint8, dataset.images.shape[:3])
 
@@ -219,9 +199,6 @@ def check_masks(masks: np.ndarray, path: str | Path, remedy: str) -> None:
 
 def same_skeleton(dataset: Dataset, skeleton: dict, whose: str = "the model") -> None:
     """InputError unless the data set's joints, root and depth range are those of `whose` skeleton."""
-    theirs, ours = dataset.meta["joints"], skeleton["joints"]
-    if len(theirs) != len(ours):
-        raise InputError(f"{dataset.folder}: {len(theirs)} joints, not {len(ours)} as {whose}")
     for key in ("joints", "root", "depth_range"):
         found, known = dataset.meta[key], skeleton[key]
         if found != known:
@@ -254,9 +231,6 @@ def say_if_enlarged(datasets: Iterable[Dataset | None], side: int) -> None:
             print(f"{dataset.folder}: crops of {stored} px are enlarged to {side}", flush=True)
 
 
-# ==========================================================================================================
-# Writing
-# ==========================================================================================================
 def write_folder(folder: Path, meta: dict, rows: int, parts: Iterable[dict[str, np.ndarray]]) -> None:
     """Write a data set of `rows` rows from parts, dicts of arrays that follow one another."""
     folder.mkdir(exist_ok=True)
@@ -271,7 +245,4 @@ def write_folder(folder: Path, meta: dict, rows: int, parts: Iterable[dict[str, 
             data = np.ascontiguousarray(array, dtype).tobytes()
             files[name].write(data)
             crc[name] = zlib.crc32(data, crc.get(name, 0))
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
     write_json(folder / "meta.json", {"format": FORMAT} | meta | {"rows": rows, "crc": crc})

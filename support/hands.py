@@ -3,7 +3,11 @@
 Needed only by whoever wants to see or change how the benchmark is drawn. Random draws, rotations and looks
 are shared with support/bodies.py.
 """
+from typing import NamedTuple
+
 import numpy as np
+
+from support.folder import HAND
 
 # The hand at rest, one row a finger: the back of a right hand faces the camera, fingers up (-y), thumb left
 # (-x), palm away (+z). First joint and bones in mm (wrist to middle fingertip: 184); angles in degrees.
@@ -110,9 +114,7 @@ def with_half_gaps(looks: dict) -> dict:
 
 
 def sample_angles(rng, count):
-    """Draw flexion (B, 5, 3), spread (B, 5) and lift (B, 5) of the fingers, rad, within joint limits.
-
-    The curl of a finger mixes that of the whole hand with its own; in three of ten hands it is its own."""
+    """Draw flexion (B, 5, 3), spread (B, 5) and lift (B, 5) of the fingers, rad, within joint limits."""
     own, whole = rng.random((count, 5), np.float32), rng.beta(1.0, 1.7, (count, 1)).astype(np.float32)
     curl = np.where(rng.random((count, 1)) < 0.3, own, 0.75 * whole + 0.25 * own)[..., None]  # (B, 5, 1)
     flexion = STRAIGHT + (FIST - STRAIGHT) * curl + WOBBLE * normal(rng, 1, count, 5, 3)
@@ -125,8 +127,7 @@ def sample_angles(rng, count):
 
 def sample_fingers(rng, count):
     """Forward kinematics: joints (B, 5, 4, 3) mm and the direction in which each last bone bends, (B, 5, 3).
-
-    Flexion adds up along a finger, in the plane of `forward` and `bend`. Bone lengths vary by 5 %."""
+    Flexion adds up along a finger, in the plane of `forward` and `bend`."""
     flexion, spread, lift = sample_angles(rng, count)
     forward = np.stack([np.sin(spread) * np.cos(lift), -np.cos(spread) * np.cos(lift), np.sin(lift)], -1)
     bend = BEND - (forward * BEND).sum(-1, keepdims=True) * forward  # (B, 5, 3), now normal to it
@@ -149,9 +150,7 @@ def sample_forearm(rng, count):
 
 
 def sample_hand(rng, count):
-    """Random right hands with the wrist at 0: points (B, P, 3) mm, and girth (B,), the factor of all radii.
-
-    The 21 joints come first, then the points that only the drawing needs."""
+    """Random right hands, the wrist at 0: points (B, P, 3) mm, and girth (B,), the factor of all radii."""
     digits, inward = sample_fingers(rng, count)  # (B, 5, 4, 3), (B, 5, 3) mm
     wrist = np.zeros((count, 1, 3), np.float32)
     carpus = wrist + np.float32([[-10, -3, 6], [0, -3, 6], [10, -3, 6]])
@@ -173,3 +172,18 @@ def dress_hand(rng, points, side, look):
     skin, glove = pick(rng, look["skin"], look["skin_jitter"], count), pick(rng, look["gloves"], 0.1, count)
     cloth = uniform(rng, (0.1, 0.9), count, 3)[..., None, None]
     return points, [~gloved[:, 0], sleeved], np.where(gloved, glove, skin), [cloth]
+
+
+class Kind(NamedTuple):
+    """What hands and bodies differ in; everything else about rendering is shared."""
+    skeleton: dict
+    cones: list
+    pose: object  # (rng, count) -> points, girth
+    dress: object  # (rng, points, side, look) -> points, worn, tone, cloths
+    domains: dict
+    blend: float  # mm of depth over which surfaces melt into one another
+    distance: tuple  # mm from the camera
+    foreign: int  # the clothes that are not foreground, 0: none
+
+
+HANDS = Kind(HAND, HAND_CONES, sample_hand, dress_hand, with_half_gaps(DOMAINS), 2.5, (400, 900), CLOTH)

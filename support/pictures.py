@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from support.run import InputError, write_atomically
+from support.run import write_atomically
 
 CELL, CHART, GAP, LINE = 384, (1000, 640), 14, 42  # a panel, a chart, the space between, a line of text
 LEFT, TOP, RIGHT, FOOT = 72, 54, 30, 48  # margins of axes; both sums are equal, so that a square stays one
@@ -24,17 +24,11 @@ POSE_TITLES = ["predicted", "front: x, y in mm", "from the right: z, y", "attent
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture at half its size, make its folder if needed, and say so."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be made ({error.strerror}); name another folder") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda part: picture.reduce(2).save(part, "PNG"))
     print(f"wrote {path}", flush=True)
 
 
-# ==========================================================================================================
-# Parts of a sheet
-# ==========================================================================================================
 def fitting(text: str, width: float) -> str:
     """Shorten text to `width` px by cutting its middle, because names often differ at the end."""
     whole, kept = text, len(text) // 2
@@ -83,10 +77,7 @@ def heat(panel: Image.Image, values: Tensor) -> Image.Image:
 
 
 def draw_skeleton(draw, uv: np.ndarray, bones: list, width: int, colour: tuple = ()) -> None:
-    """Bones between joints uv (K, 2) px, in one colour or in one per limb.
-
-    A joint may be unlabelled (NaN). A joint without any bone is a dot.
-    """
+    """Bones between joints uv (K, 2) px (NaN: unlabelled), in one colour or in one per limb."""
     limb, known = -1, np.isfinite(uv).all(axis=1)  # (K,)
     joined = {i for bone in bones if known[list(bone)].all() for i in bone}
     dots = [(uv[i], colour or COLOURS[0]) for i in np.flatnonzero(known) if i not in joined]
@@ -110,9 +101,7 @@ def ticks(a: float, b: float) -> list[float]:
 
 def axes(size: tuple, x: tuple, y: tuple, marks: dict[float, str] | None = None):
     """A panel with a grid from x[0], y[0] (lower left) to x[1], y[1], and the map from values (n, 2) to px.
-
-    marks: {x: words} instead of round numbers.
-    """
+    marks: {x: words} instead of round numbers."""
     panel = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(panel)
     scale = (size[0] - LEFT - RIGHT) / (x[1] - x[0]), (TOP + FOOT - size[1]) / (y[1] - y[0])
@@ -181,9 +170,6 @@ def chart(title: str, curves: dict[str, tuple], marks: dict | None = None, names
     return panel
 
 
-# ==========================================================================================================
-# Whole sheets: Figures 2 to 5, training curves, sweeps
-# ==========================================================================================================
 def reconstruction_sheet(heading: str, images: list[tuple], names: list[str], masks: Tensor | None, weights):
     """Fig. 2: masked input, reconstruction and original (3, H, H) per row; f^S's mask and Eq. (2), if given.
 
@@ -263,9 +249,7 @@ def curves_sheet(logs: dict[str, list[dict]]) -> Image.Image | None:
 
 def positions(values: list) -> np.ndarray:
     """Places of sorted values on an axis: words 1 apart; numbers, or their log10 if they span a factor of 4.
-
-    On a logarithmic axis, 0 is as far below the next value as that one is below its next.
-    """
+    Then 0 is as far below the next value as that one is below its next."""
     if any(isinstance(v, str) for v in values):
         return np.arange(len(values), dtype=float)
     above = [v for v in values if v > 0]
@@ -276,10 +260,8 @@ def positions(values: list) -> np.ndarray:
 
 
 def sweep_chart(lines: dict[str, dict], title: str, words) -> Image.Image:
-    """Mean and standard deviation over seeds, against a setting. lines: {line: {value: [errors]}}.
-
-    `words` turns a value into text.
-    """
+    """Mean and standard deviation over seeds, against a setting. lines: {line: {value: [errors]}}; `words`
+    turns a value into text."""
     values = sorted({v for points in lines.values() for v in points}, key=lambda v: (isinstance(v, str), v))
     at, curves = dict(zip(values, positions(values).tolist(), strict=True)), {}
     for name, points in lines.items():

@@ -1,36 +1,20 @@
 """The embedded benchmark: hands and bodies drawn from round cones in two domains, and its folders on disk.
 
-Needed by every script that is run without own data. A domain ("look") is a dict of colours and ranges; they
-are in support/hands.py and support/bodies.py.
+Needed by every script that is run without own data. Domains ("looks") are in support/hands.py and bodies.py.
 """
-import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from support.bodies import HUMAN_CONES, HUMAN_DOMAINS, dress_body, sample_body
+from support.bodies import BODIES
 from support.convert import CORES, build_dataset
-from support.folder import HAND, HUMAN, MARGIN, Dataset
-from support.hands import (
-    CLOTH,
-    DOMAINS,
-    HAND_CONES,
-    SKIN,
-    dress_hand,
-    normal,
-    pick,
-    rotation,
-    sample_hand,
-    uniform,
-    with_half_gaps,
-)
+from support.folder import MARGIN, Dataset
+from support.hands import CLOTH, HANDS, SKIN, normal, pick, rotation, uniform
 from support.run import InputError, from_rank_0, random_generator
 
 FINE = 2  # samples per stored pixel and axis
 GROUP = 32  # hands or bodies drawn together: few enough for the processor's cache
-
 
 UNCONSTRAINED = dict(
     skin=[(232, 190, 165), (200, 140, 110), (150, 100, 75), (100, 66, 50), (215, 130, 110)], skin_chance=0.35,
@@ -64,7 +48,7 @@ def cone_surface(ends, radii, depths, x, y):
     """A round cone (capsule of two radii) in each image, seen on the pixels x (B, 1, w), y (B, w, 1): ends
     (B, 2, 2) px, radii (B, 2) px, depths (B, 2) px -> cover (B, w, w) 0..1, and of the visible surface depth
     (B, w, w) px and normal x and y. e is the distance to the axis of length L on the image, t runs along it.
-    The outline lies beside the nearest t; what is seen sqrt(r^2 - e^2) dz / (L sqrt(L^2 + dz^2)) before."""
+    The outline is beside the nearest t; what is seen sqrt(r^2 - e^2) dz / (L sqrt(L^2 + dz^2)) before."""
     start = np.concatenate([ends, radii[..., None], depths[..., None]], 2).transpose(1, 2, 0)[..., None, None]
     (x0, y0, r, z), (dx, dy, dr, dz) = start[0], start[1] - start[0]  # (B, 1, 1) each
     dx = np.where(dx ** 2 + dy ** 2 < 1e-3, np.float32(0.04), dx)  # L is never 0
@@ -111,7 +95,7 @@ def rasterise(cones, blend, points, girth, worn, intrinsics, side):
     """Draws `cones` for points (B, P, 3) mm -> (3 + M + 1, B, S, S) float32, the channels of `draw_cone`.
 
     Every sample sums exp(-depth / blend) over the cones: a z-buffer whose order does not matter, which melts
-    surfaces that meet and parts those that lie apart. Figures of like size share a group: tight windows."""
+    surfaces that meet. Figures of like size share a group: tight windows."""
     flat = points[..., :2] / points[..., 2:] * intrinsics[:, None, 0, :1] + intrinsics[:, None, :2, 2]  # px
     scale = intrinsics[:, 0, 0, None] / points[..., 2]  # (B, P) px per mm
     depth = (points[..., 2] - points[:, :1, 2]) * scale[:, :1]  # (B, P) px, from the root
@@ -220,28 +204,12 @@ def develop(rng, image, look):
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)  # (B, S, S, 3)
 
 
-class Kind(NamedTuple):
-    """What hands and bodies differ in; everything else about rendering is shared."""
-    skeleton: dict
-    cones: list
-    pose: object  # (rng, count) -> points, girth
-    dress: object  # (rng, points, side, look) -> points, worn, tone, cloths
-    domains: dict
-    blend: float  # mm of depth over which surfaces melt into one another
-    distance: tuple  # mm from the camera
-    foreign: int  # the clothes that are not foreground, 0: none
-
-
-KINDS = {
-    "hands": Kind(HAND, HAND_CONES, sample_hand, dress_hand, with_half_gaps(DOMAINS), 2.5, (400, 900), CLOTH),
-    "bodies": Kind(HUMAN, HUMAN_CONES, sample_body, dress_body, with_half_gaps(HUMAN_DOMAINS), 12.0,
-                   (3000, 6000), 0)}
+KINDS = {"hands": HANDS, "bodies": BODIES}
 
 
 def render(kind, rng, domain, count, side):
-    """Labelled images of one of KINDS and of its domains: images (B, S, S, 3) uint8; masks (B, S, S) uint8,
-    255 on a body, or on a hand and its bare forearm (not on a sleeve), 0 elsewhere; keypoints (B, K, 3) and
-    intrinsics (B, 3, 3), float32."""
+    """Labelled images: images (B, S, S, 3) uint8; masks (B, S, S) uint8, 255 on a body, or on a hand and its
+    bare forearm (not on a sleeve), 0 elsewhere; keypoints (B, K, 3) and intrinsics (B, 3, 3), float32."""
     kind = KINDS[kind]
     look, joints = kind.domains[domain], len(kind.skeleton["joints"])
     points, girth = kind.pose(rng, count)
@@ -309,7 +277,6 @@ def make_benchmark(kind: str, root: str | Path, folders: dict, side: int = 60, w
             there = Dataset(folder).images.shape[1]
             if there != side:
                 raise InputError(f"{folder}: exists with {there} px; remove it")
-            shutil.rmtree(f"{folder}.part", ignore_errors=True)  # left by a kill after the last rename
             continue
         skeleton = {k: v for k, v in KINDS[kind].skeleton.items() if k != "box"}
         meta = {"name": f"{kind} {domain or 'unconstrained'}", "split": name.split("_")[-1], "margin": MARGIN,
@@ -334,18 +301,14 @@ def auto_folder(value: str, source: str, name: str) -> str:
 
 
 def ensure_benchmark(folders: list[str], rank: int) -> None:
-    """Render the embedded benchmark if one of these folders belongs to it and is not there.
-
-    Raises InputError, before anything is rendered, for a folder that is not there and not the benchmark's.
-    """
+    """Render the embedded benchmark if one of these folders belongs to it and is not there. InputError for
+    another folder that is not there."""
     problem = None
     if rank == 0:
         try:
-            absent = [folder for folder in map(Path, filter(None, folders)) if not folder.exists()]
-            for folder in absent:
-                if not in_benchmark(folder):
+            for folder in map(Path, filter(None, folders)):
+                if not folder.exists() and not in_benchmark(folder):
                     Dataset(folder)  # raises: there is no data set
-            for folder in absent:
                 if not folder.exists():
                     wanted = {folder.name: (BENCHMARK | HALF_GAPS)[folder.name]}
                     make_benchmark(folder.parent.name, folder.parent, BENCHMARK | wanted)

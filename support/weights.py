@@ -1,7 +1,6 @@
 """Load public ViT weights into f^E and f^D: what `--init FILE` does in both training scripts.
 
 Our modules have the tensor names and shapes of MAE and timm. Those of Hugging Face and ViTPose are adapted.
-A file says neither how many heads its network has nor how its images were normalised, so neither is checked.
 ViTPose pads its images by 2 px before it cuts patches. We do not, which amounts to a crop moved by 2 px.
 """
 
@@ -18,7 +17,7 @@ from udapose import Decoder, Encoder, sincos_positions
 
 READ = "plain ViTs are read as MAE, timm, DeiT, ViTPose and Hugging Face (ViT, DeiT, MAE, ViTPose) save them"
 WRAPPERS = re.compile(
-    r"^((module|_orig_mod|model|encoder|backbone|teacher|vit|deit|embeddings)\.|decoder\.(?=decoder_|mask_))+"
+    r"^((module|_orig_mod|model|encoder|backbone|vit|deit|embeddings)\.|decoder\.(?=decoder_|mask_))+"
 )
 RENAMED = {  # pattern in the names of Hugging Face or ViTPose: name in MAE and timm
     r"^position_embeddings": "pos_embed",
@@ -44,11 +43,11 @@ NUMPY_SCALARS = [np.dtype, *NUMBERS, *NAMES]
 def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | None = None) -> list[str]:
     """Fill f^E, and f^D where it fits, from a file of public weights. Return lines about what was used.
 
-    Raises InputError, in one line, if the file cannot be read or does not fit f^E. Then nothing was changed.
+    Raises InputError if the file cannot be read or does not fit f^E. Then nothing was changed.
     """
     tensors, notes, for_decoder = read_tensors(path), [], {}
     try:
-        tensors = plain_names(tensors, encoder.width, notes)
+        tensors = plain_names(tensors)
         for_encoder = fit(encoder, tensors, encoder.grid, ("cls_token", "pos_embed", "norm."), notes)
         for key in tensors:
             if key.startswith("blocks.") and key not in for_encoder:
@@ -60,8 +59,7 @@ def load_public_weights(path: str | Path, encoder: Encoder, decoder: Decoder | N
             for_decoder = fit(decoder, tensors, encoder.grid, ("decoder_pos_embed",), notes)
         except ValueError as error:
             notes.append(f"f^D keeps its initial values: {error}")
-    require_finite(f"{path}: f^E", for_encoder)
-    require_finite(f"{path}: f^D", for_decoder)
+    require_finite(f"{path}: f^E or f^D", for_encoder | for_decoder)
     encoder.load_state_dict(for_encoder, strict=False)
     if decoder is not None:
         decoder.load_state_dict(for_decoder, strict=False)
@@ -94,18 +92,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
                 state = torch_load(path)
     except ImportError as error:
         raise InputError(f"{path}: this format needs safetensors: pip install safetensors") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
     except Exception as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it contains {refused[1]}; save its tensors alone" if refused else first_line(error)
         raise InputError(f"{path}: cannot be read safely as weights: {why}; {READ}") from error
     if isinstance(state, dict) and {"optimiser", "settings"} <= state.keys():
         raise InputError(f"{path}: the checkpoint of a run, not a file of weights; give the run's folder")
-    for key in ("model", "state_dict", "teacher", "encoder"):  # DINO: a teacher next to its student
+    for key in ("model", "state_dict", "encoder"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
-            prefix = "teacher." if key == "teacher" else ""
-            state = {f"{prefix}{name}": value for name, value in state[key].items()}
+            state = state[key]
     items = state.items() if isinstance(state, dict) else ()
     tensors = {str(name): value for name, value in items if isinstance(value, Tensor)}
     if not tensors:
@@ -113,12 +108,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def plain_names(tensors: dict[str, Tensor], width: int, notes: list[str]) -> dict[str, Tensor]:
-    """Translate names to those of MAE and timm, and join what these keep in one tensor. Append to `notes`."""
+def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Translate names to those of MAE and timm, and join what these keep in one tensor."""
     plain = {}
-    if any(key.startswith("teacher.") for key in tensors):
-        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith("teacher.")}
-        notes.append("student and teacher: the teacher's weights are used")
     for key, tensor in tensors.items():
         name = WRAPPERS.sub("", key)
         for pattern, ours in RENAMED.items():
@@ -131,23 +123,12 @@ def plain_names(tensors: dict[str, Tensor], width: int, notes: list[str]) -> dic
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in plain and plain[part].shape == plain[name].shape for part in parts):
             plain[name.replace(".query.", ".qkv.")] = torch.cat([plain.pop(part) for part in parts])
-
-    experts = {name: plain.pop(name) for name in list(plain) if ".mlp.experts." in name}
-    use = "not used, fc2 is complete"
-    for name, expert in experts.items():  # ViTPose+: the last rows of fc2 are in one expert per data set
-        fc2 = name.replace(".experts.0.", ".fc2.")
-        if fc2 in plain and plain[fc2].shape[0] + expert.shape[0] == width:
-            plain[fc2], use = torch.cat([plain[fc2], expert]), "the first (COCO) completes fc2"
-    if experts:
-        notes.append(f"experts of ViTPose+: {use}")
     return plain
 
 
 def fit(module: nn.Module, tensors: dict, grid: tuple[int, int], optional: tuple, notes: list[str]) -> dict:
-    """Return the tensors for a module, in float32 and with positions for its grid of patches.
-
-    Raises ValueError at the first tensor that has another shape, or that is missing and not optional.
-    """
+    """Return the tensors for a module, in float32 and with positions for its grid of patches. ValueError at
+    the first tensor that has another shape, or that is missing and not optional."""
     fitting, how = {}, []
     for key, own in module.state_dict().items():
         if key not in tensors and key.startswith(optional):

@@ -13,7 +13,6 @@ from publishers import h5py, refused, scipy_io, write_video
 
 from support.convert import Sample, open_sample
 from support.folder import open_array
-from support.readers import rhd
 from support.readers.formats import Video, open_mask, open_picture, read_h5, read_mat, read_pickle
 from support.run import read_checkpoint
 
@@ -36,10 +35,10 @@ def test_a_malicious_checkpoint(tmp_path):
 
 # ==== Pickles =============================================================================================
 def test_pickles_of_arrays_are_read(tmp_path):
-    """Of any protocol. Those of Python 2 and numpy 1 are what RHD and 3DPW ship."""
+    """Of protocols 0 to 4. Those of Python 2 and numpy 1 are what RHD and 3DPW ship."""
     value = {"xyz": np.arange(6.0).reshape(2, 3), "scalar": np.float64(2.5), "raw": b"\xff\x00",
              "pair": (1, None), "fortran": np.asfortranarray(np.eye(3, 4))}
-    for protocol in range(6):
+    for protocol in range(5):
         (tmp_path / "good.pkl").write_bytes(pickle.dumps(value, protocol))
         np.testing.assert_equal(read_pickle(tmp_path / "good.pkl"), value)
 
@@ -50,7 +49,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path):
              (np.memmap, str(trace), "uint8", "w+", 0, (4,)), (np.save, str(trace), 0)]
     for protocol, call in itertools.product((0, 2, 4), calls):
         path.write_bytes(pickle.dumps({"xyz": np.zeros(3), 3: [Malicious(*call)]}, protocol))
-        with refused("bad.pkl: names .*, no array: refused, nothing of it was run"):
+        with refused("bad.pkl: .*names .*, no array: refused, nothing of it was run"):
             read_pickle(path)
         assert not trace.exists()
 
@@ -73,7 +72,7 @@ GADGETS = {  # opcodes of a pickle; the first three would let numpy read memory 
     "pointers of bytes": named("numpy", "ndarray") + b"K\x01\x85" + string("O") + b"C\x08AAAAAAAA\x87R",
     "a field beyond its record": MADE + b"(K\x01K\x01\x85" + DTYPE + b"\x89C\x08AAAAAAAAtb",
     "a list shorter than its array": MADE + b"(K\x01J\0\0\0\x10\x85" + OBJECTS + b"\x89]tb",
-    "bytes shorter than their array": named("numpy._core.numeric", "_frombuffer") + b"(C\x08AAAAAAAA" +
+    "a buffer": named("numpy._core.numeric", "_frombuffer") + b"(C\x08AAAAAAAA" +
         OBJECTS + b"K\x01\x85" + string("C") + b"tR",
     "numpy.load": named("numpy", "load") + string("x.npy") + b"N\x88\x87R",
     "partial": named("functools", "partial") + named("os", "system") + string("touch canary") + b"\x86R)R",
@@ -87,7 +86,7 @@ def test_gadgets_in_pickles(what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pkl"
     path.write_bytes(b"\x80\x04" + GADGETS[what] + b".")
-    with refused("bad.pkl: (names|broken pickle)"):
+    with refused("bad.pkl: broken pickle"):
         read_pickle(path)
     assert not Path("canary").exists()
 
@@ -108,23 +107,21 @@ def test_objects_and_huge_shapes_in_npy(tmp_path):
     assert not (tmp_path / "trace").exists()
 
 
-def test_hostile_matlab_files(tmp_path):
+def test_a_hostile_matlab_file(tmp_path):
     path = tmp_path / "a.mat"
-    scipy_io.savemat(path, {"pose": np.zeros((77, 88), np.uint8), "cells": np.array([np.eye(2), 1], object)})
-    with refused("a.mat: .*cells holds no numbers but cell"):
-        read_mat(path, "cells")
+    scipy_io.savemat(path, {"pose": np.zeros((77, 88), np.uint8)})
     sizes = (struct.pack("<ii", *sides) for sides in ((77, 88), (1 << 20, 1 << 20)))
     path.write_bytes(path.read_bytes().replace(*sizes))
-    with refused(r"a.mat: .*pose claims to be \(1048576, 1048576\)"):
+    with refused("a.mat: broken MATLAB file"):
         read_mat(path, "pose")
 
 
 H5 = {  # what to put in the place of the numbers, and what is said
-    "absurd": (lambda f: f.create_dataset("x", (1 << 20, 1 << 20), "f8", chunks=(64, 64)), "claims to be"),
+    "absurd": (lambda f: f.create_dataset("x", (1 << 20, 1 << 20), "f8", chunks=(64, 64)), "broken"),
     "another file": (lambda f: f.__setitem__("x", h5py.ExternalLink("other.h5", "/x")), "lies in another"),
     "a file's bytes": (lambda f: f.create_dataset("x", (8,), "u1", external=[("other.h5", 0, 8)]), "lies in"),
     "virtual": (lambda f: f.create_virtual_dataset("x", virtual()), "lies in another file"),
-    "words": (lambda f: f.__setitem__("x", ["a", "b"]), "claims to be object")}
+    "words": (lambda f: f.__setitem__("x", ["a", "b"]), "holds object, not numbers")}
 
 
 def virtual():
@@ -152,8 +149,8 @@ def test_decompression_bombs(side, tmp_path, monkeypatch):
     Image.new("L", (side, side)).save(path)
     assert open_picture(path)[1] == (side, side) and Image.MAX_IMAGE_PIXELS == 200 * 10**6
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for read in (open_picture, lambda path: open_mask(path, (1, 255), None), rhd.more_left):
-        with refused("bomb.png: broken (picture|mask): Image size .* exceeds limit") as caught:
+    for read in (open_picture, lambda path: open_mask(path, (1, 255), None)):
+        with refused("bomb.png: broken (picture|mask).*: Image size .* exceeds limit") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 

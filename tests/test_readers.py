@@ -3,7 +3,6 @@
 Every file is written here, small, in the real format: mp4, AVI, MATLAB 5 and 7.3, CDF, pickle, palette PNG.
 """
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,7 +16,7 @@ from PIL import Image
 import data
 from support import convert as conversion
 from support.convert import Sample, body_fault, build_dataset, convert_samples, fault_of, to_uv
-from support.folder import HAND, HUMAN, HUMAN_JOINTS
+from support.folder import HAND, HUMAN, HUMAN_JOINTS, Dataset
 from support.readers import _3dhp, formats, freihand, gan, h36m, pan, rhd, surreal
 from support.readers.formats import Missing, Video, open_mask, open_picture
 from support.rendering import render
@@ -88,10 +87,10 @@ def test_unknown_choices_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("pan --stride 0", "--stride 1"), ("freihand --side 3", "--side is 16"), ("gan --share 2", "--share 2"),
+    ("pan --stride 0", "--stride 1"), ("freihand --side 3", "--side is 16"),
     ("freihand --workers -1", "--workers 0"), ("freihand --versions 11", "--versions '11'"),
     ("3dhp --cameras all", "--cameras"), ("3dhp --cameras 0,0", "each once"),
-    ("surreal --runs 00", "--runs '00': some of 012"), ("surreal --stride 5", "goes with --frames all")])
+    ("surreal --runs 03", "--runs '03': some of 012"), ("surreal --stride 5", "goes with --frames all")])
 def test_impossible_values_are_refused(line, message, tmp_path):
     name, *flags = line.split()
     with refused(message):
@@ -316,19 +315,18 @@ def test_arrays_come_back_from_every_format(tmp_path):
     write_cdf(tmp_path / "a.cdf", pose=pose)
     write_h5(tmp_path / "b.mat", {"pose": pose.T, "more": np.eye(3)})
     write_pickle(tmp_path / "a.pkl", {"pose": pose})
-    for read, name, there in ((formats.read_mat, "a.mat", "pose, more"),
-                              (formats.read_h5, "b.mat", "more, pose"),
-                              (lambda *a: {"pose": formats.read_cdf(*a)}, "a.cdf", "pose"),
-                              (lambda path, _: formats.read_pickle(path), "a.pkl", "")):
+    for read, name in ((formats.read_mat, "a.mat"), (formats.read_h5, "b.mat"),
+                       (lambda *a: {"pose": formats.read_cdf(*a)}, "a.cdf"),
+                       (lambda path, _: formats.read_pickle(path), "a.pkl")):
         path = tmp_path / name
         assert np.array_equal(read(path, "pose")["pose"], pose)
-        if there:
-            with refused(f"{name}: has no variable 'annot2', but {there}"):
+        if name != "a.pkl":
+            with refused(f"{name}: broken .*annot2"):
                 read(path, "annot2")
         content = path.read_bytes()
         for bad in (content[:len(content) // 2], b"", b"<html>404</html>" * 9):
             path.write_bytes(bad)
-            with refused(f"{name}: (broken|has no variable)") as caught:
+            with refused(f"{name}: broken") as caught:
                 read(path, "pose")
             assert "\n" not in str(caught.value)
         path.unlink()
@@ -387,15 +385,6 @@ def test_a_full_disk_is_an_error_line_and_the_conversion_goes_on_later(tmp_path,
     build_small(tmp_path / "set")
     build_small(tmp_path / "other/set")
     assert contents(tmp_path / "set") == contents(tmp_path / "other/set")
-    (tmp_path / "file").write_text("")
-    with refused("file/set.part: cannot be made"):
-        build_small(tmp_path / "file/set")
-
-
-def test_a_worker_that_dies_is_an_error_line(tmp_path):
-    with refused("a worker process died .*; the same command continues where it stopped"):
-        build_small(tmp_path / "set", 2, os._exit)
-    build_small(tmp_path / "set")
 
 
 def test_the_limit_on_samples_left_out(tmp_path):
@@ -419,10 +408,12 @@ def test_the_limit_on_samples_left_out(tmp_path):
     assert json.loads((tmp_path / "fine/meta.json").read_text())["skipped"] == ["0-0.jpg: order: tip first?"]
 
 
-def test_a_reader_that_changes_its_arrays_is_refused(tmp_path):
-    jobs = [{"images": np.zeros((1, side, side, 3), np.uint8)} for side in (5, 6)]
-    with refused("one kind is expected"):
-        build_dataset(tmp_path / "set", META, jobs, 2, lambda job: (job, []), 1)
-    Image.fromarray(drawn()).save(tmp_path / "a.png")
-    with refused("some have .'images',., others .'keypoints', 'intrinsics', 'images'.: a reader gives"):
-        convert(tmp_path, Sample("a.png"), body("a.png"))
+@pytest.mark.parametrize("side, names", [(6, ("images", "masks")), (5, ("images",))])
+def test_a_reader_that_changes_its_arrays_makes_no_data_set(side, names, tmp_path):
+    """Pictures of another size, or a mask for some of the samples: too many bytes, or too few."""
+    jobs = [{"images": np.zeros((1, side, side, 3), np.uint8), "masks": np.zeros((1, side, side), np.uint8)}
+            for side in (5, side)]
+    jobs[1] = {name: jobs[1][name] for name in names}
+    build_dataset(tmp_path / "set", META, jobs, 2, lambda job: (job, []), 1)
+    with refused("npy: broken .npy array"):
+        Dataset(tmp_path / "set", "masks")

@@ -69,18 +69,6 @@ def vitpose(tensors: dict) -> dict:
     return {theirs: tensors[name] for name, theirs in names.items()} | head
 
 
-def vitpose_plus(tensors: dict, joined: bool = False) -> dict:
-    """ViTPose+: the last quarter of fc2's rows is in six experts. `joined`: fc2 has that of COCO already."""
-    theirs = vitpose(tensors)
-    for name in [name for name in theirs if ".mlp.fc2." in name]:
-        shared, expert = theirs[name][:12], theirs[name][12:]
-        if not joined:
-            theirs[name] = shared
-        for i in range(6):
-            theirs[name.replace("fc2", f"experts.{i}")] = torch.randn_like(expert) if i else expert.clone()
-    return theirs | {"associate_keypoint_heads.0.final_layer.weight": torch.randn(14, 16, 1, 1)}
-
-
 def hugging_face(tensors: dict, base: str = "vit.") -> dict:
     """Hugging Face's names, query, key and value apart. The decoder's are those of ViTMAEForPreTraining."""
     names = {"cls_token": f"{base}embeddings.cls_token",
@@ -252,23 +240,13 @@ def test_forward_pass_of_mae(tmp_path, grid, name):
     close(decoder(tokens, order), predicted, rtol=0, atol=1e-4)
 
 
-EXPERTS = {  # content of the file, and what the report says of the experts
-    "ViTPose": (vitpose, []),
-    "ViTPose+": (vitpose_plus, ["experts of ViTPose+: the first (COCO) completes fc2"]),
-    "ViTPose+, leftover experts": (lambda tensors: vitpose_plus(tensors, joined=True),
-                                   ["experts of ViTPose+: not used, fc2 is complete"]),
-}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("grid", [(16, 12), (10, 10)], ids=["own size", "another size"])
-@pytest.mark.parametrize("layout, says", EXPERTS.values(), ids=EXPERTS.keys())
-def test_forward_pass_of_vitpose(tmp_path, layout, says, grid):
+def test_forward_pass_of_vitpose(tmp_path, grid):
     """ViTPose has no class token, so our blocks run on the patches alone. It pads by 2 px: ours are moved."""
     tensors, (encoder, _) = vit(positions=torch.randn(1, 193, 16)), networks(grid)
     before = encoder.cls_token.clone()
-    report = load_public_weights(saved(tmp_path / "vitpose.pth", {"state_dict": layout(tensors)}), encoder)
-    assert [line for line in report if "experts" in line] == says
+    report = load_public_weights(saved(tmp_path / "vitpose.pth", {"state_dict": vitpose(tensors)}), encoder)
     assert any("attention maps" in line and "meaningless" in line for line in report)
     assert torch.equal(encoder.cls_token, before) and (encoder.pos_embed[:, 0] == 0).all()
     images, places = torch.randn(2, 3, 8 * grid[0], 8 * grid[1]), tensors["pos_embed"][0]
@@ -383,23 +361,6 @@ def test_any_stack_of_wrappers(tmp_path, prefix, names):
     assert report[0].startswith(f"used {len(tensors)} of {len(tensors)} tensors")
 
 
-def of(who, tensors):
-    return {f"{who}.{key}": tensor for key, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_of_student_and_teacher_the_teacher_is_read(tmp_path, together):
-    """DINO keeps two dictionaries, others put both into one."""
-    student, teacher, (encoder, _) = vit(), vit(), networks()
-    content = {"student": of("module.backbone", student), "teacher": of("backbone", teacher), "epoch": 9}
-    if together:
-        content = {"model": of("student.backbone", student) | of("teacher.backbone", teacher)}
-    report = load_public_weights(saved(tmp_path / "dino.pth", content), encoder)
-    assert_holds(encoder, teacher)
-    assert "student and teacher: the teacher's weights are used" in report
-    assert report[0].startswith(f"used {len(teacher)} of {len(teacher)} tensors")
-
-
 @pytest.mark.parametrize("kind", ["zip", "old", "old, by NumPy 1"])
 def test_a_file_with_numpy_scalars(tmp_path, kind):
     tensors, (encoder, _) = vit(), networks()
@@ -487,7 +448,7 @@ def test_files_that_are_truncated_or_something_else(tmp_path):
             path.write_bytes(content)
             refused_in_one_line(path, ".*read")
         path.unlink()
-        refused_in_one_line(path, "no such file")
+        refused_in_one_line(path, ".*No such file")
     for content in ({}, {"model": {}}, {"epoch": 3}, [1, 2], torch.ones(3), {"model": 5}):
         refused_in_one_line(saved(tmp_path / "x.pth", content), "contains no named tensors")
 

@@ -7,10 +7,9 @@
 Millimetres, camera; 17 of 28 joints in train, all 17 in test; the pelvis is above Human3.6M's. --labels
 univ_annot3 (people enlarged to one height: the official protocol) or annot3 (as they are). The cameras of
 train are in camera.calibration; that of a test sequence is fitted to annot3 and annot2. --stride and
---cameras (the customary 8 of 14, none at the ceiling) choose from train only, 25 or 50 frames per second.
-Frame i of a video is row i; img_000001.jpg is row 0. No masks are read: a target needs none. Left out: rows
-3,759 to 5,852 of S4/Seq2, whose left and right are exchanged. --subjects 1,2 reads some of S1 to S8 or TS1 to
-TS6 only.
+--cameras (the customary 8 of 14, none at the ceiling) choose from train only, --subjects 1,2 from both. Frame
+i of a video is row i; img_000001.jpg is row 0. No masks. Left out: rows of S4/Seq2 whose left and right are
+exchanged.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +37,7 @@ FRAMES = dict(zip((f"S{subject}/Seq{sequence}" for subject in range(1, 9) for se
 
 
 def read_calibration(path: Path) -> dict[int, tuple]:
-    """camera.calibration: {camera: ((width, height) px, intrinsics (3, 3) px)}.
-
-    It is read by words, not by columns, because the numbers are of any length.
-    """
+    """camera.calibration: {camera: ((width, height) px, intrinsics (3, 3) px)}."""
     cameras = {}
     with reading(path, "camera.calibration"):
         for part in path.read_text().split("name")[1:]:
@@ -65,8 +61,8 @@ def enlarged(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndarr
     """annot3 (F, 17, 3) mm, camera, scaled so that the poses about the pelvis are those of univ_annot3.
 
     univ_annot3 shows each person at one height and another place, so it does not project. The scaled pose
-    does: a person s times as large and s times as far away looks the same. InputError without such an s.
-    Knees and ankles do not count: in today's TS6 they are corrected in annot3 alone.
+    does: a person s times as large and s times as far away looks the same. Knees and ankles do not count: in
+    today's TS6 they are corrected in annot3 alone.
     """
     own, other = (np.delete(x - x[:, :1], KNEES_AND_ANKLES, axis=1) for x in (points, normalised))
     s = (own * other).sum() / (own * own).sum()
@@ -75,22 +71,44 @@ def enlarged(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndarr
     return s * points
 
 
-def read_train(root: Path, labels: str, stride: int, cameras: str, subjects: str) -> tuple:
-    """The training half."""
-    try:
-        chosen = [int(word) for word in cameras.split(",")]
-    except ValueError as error:
-        raise InputError(f"--cameras {cameras}: give numbers, as 0,1,2") from error
-    if len(set(chosen)) < len(chosen):
-        raise InputError(f"--cameras {cameras}: each once")
-    layout = ("ROOT holds S1/Seq1/annot.mat, camera.calibration, imageSequence/video_0.avi .., S1/Seq2, S2 "
-              ".. (or --subjects 1)")
+def read_test(root: Path, labels: str, subjects: str) -> tuple:
+    base = "mpi_inf_3dhp_test_set/" if (root / "mpi_inf_3dhp_test_set").is_dir() else ""
+    names = [f"{base}{name}" for name in chosen_subjects(subjects, [f"TS{i}" for i in range(1, 7)])]
+    files = ("annot_data.mat", "imageSequence/img_000001.jpg")
+    need_files(root, [f"{name}/{file}" for name in names for file in files])
+
+    def samples() -> Iterator[Sample]:
+        for name in names:
+            file, axes = root / name / "annot_data.mat", {"annot2": 2, "annot3": 3, "univ_annot3": 3}
+            found = read_h5(file, *axes, "valid_frame")
+            valid = np.flatnonzero(found["valid_frame"].ravel() == 1)  # (V,) rows
+            with reading(file, "file of labels"):
+                uv, points, other = (
+                    np.reshape(found[key], (-1, 17, last))[valid][:, ORDER["test"]].astype(float)
+                    for key, last in axes.items())
+                K = fit_pinhole(points.reshape(-1, 3), uv.reshape(-1, 2))
+            points = enlarged(points, other, file) if labels == "univ_annot3" else points
+            images = [f"{name}/imageSequence/img_{row + 1:06d}.jpg" for row in valid]
+            need_files(root, images)
+            for image, keypoints, seen in zip(images, points, uv, strict=True):
+                yield Sample(image, keypoints, K, uv=seen, tolerance=5.0)
+    return 2929, samples()
+
+
+def read(root: Path, split: Literal["train", "test"] = "train",
+         labels: Literal["univ_annot3", "annot3"] = "univ_annot3", stride: int = 10,
+         cameras: str = "0,1,2,4,5,6,7,8", subjects: str = "") -> tuple[int, Iterator[Sample]]:
+    if split == "test":
+        return read_test(root, labels, subjects)
+    chosen = [int(word) for word in cameras.split(",") if word.isdecimal()]
+    if len(set(chosen)) < len(cameras.split(",")):
+        raise InputError(f"--cameras {cameras}: give numbers, each once, as 0,1,2")
     people = chosen_subjects(subjects, dict.fromkeys(name.partition("/")[0] for name in FRAMES))
     counts = {name: n for name, n in FRAMES.items() if name.partition("/")[0] in people}
     if EXCHANGED[0] in counts:
         print("left out, for left and right are exchanged: rows 3,759 to 5,852 of S4/Seq2", flush=True)
     files = ["annot.mat", "camera.calibration", *(f"imageSequence/video_{c}.avi" for c in chosen)]
-    need_files(root, [f"{name}/{file}" for name in counts for file in files], layout)
+    need_files(root, [f"{name}/{file}" for name in counts for file in files])
     calibrated = {name: read_calibration(root / name / "camera.calibration") for name in counts}
     for name, known in calibrated.items():
         missing = set(chosen) - set(known)
@@ -101,7 +119,7 @@ def read_train(root: Path, labels: str, stride: int, cameras: str, subjects: str
         for name, frames in counts.items():
             file = root / name / "annot.mat"
             keys = {"annot2": 2, "annot3": 3, labels: 3}  # two, if labels is annot3 itself
-            found = read_mat(file, *keys, kinds=("cell",))
+            found = read_mat(file, *keys)
             for c in chosen:
                 with reading(file, f"file of labels (camera {c})"):
                     uv, points, *other = (
@@ -115,40 +133,3 @@ def read_train(root: Path, labels: str, stride: int, cameras: str, subjects: str
                     yield Sample(f"{name}/imageSequence/video_{c}.avi", points[i], K, uv=uv[i], size=size,
                                  frame=i, tolerance=TOLERANCE)
     return sum(len(range(0, n, stride)) for n in counts.values()) * len(chosen), samples()
-
-
-def read_test(root: Path, labels: str, subjects: str) -> tuple:
-    """The test half."""
-    base = "mpi_inf_3dhp_test_set/" if (root / "mpi_inf_3dhp_test_set").is_dir() else ""
-    layout = ("ROOT holds mpi_inf_3dhp_test_set/TS1/annot_data.mat, imageSequence/img_000001.jpg, .. TS6 "
-              "(or --subjects 1)")
-    names = [f"{base}{name}" for name in chosen_subjects(subjects, [f"TS{i}" for i in range(1, 7)])]
-    files = ("annot_data.mat", "imageSequence/img_000001.jpg")
-    need_files(root, [f"{name}/{file}" for name in names for file in files], layout)
-
-    def samples() -> Iterator[Sample]:
-        for name in names:
-            file, axes = root / name / "annot_data.mat", {"annot2": 2, "annot3": 3, "univ_annot3": 3}
-            found = read_h5(file, *axes, "valid_frame")
-            n = found["valid_frame"].size
-            for key, last in axes.items():
-                if found[key].shape != (n, 1, 17, last):
-                    raise InputError(f"{file}: {key} {found[key].shape}, not {(n, 1, 17, last)}")
-            valid = np.flatnonzero(found["valid_frame"].ravel() == 1)  # (V,) rows
-            uv, points, other = (found[key][valid, 0][:, ORDER["test"]].astype(float) for key in axes)
-            with reading(file, "file of labels"):
-                K = fit_pinhole(points.reshape(-1, 3), uv.reshape(-1, 2))
-            points = enlarged(points, other, file) if labels == "univ_annot3" else points
-            images = [f"{name}/imageSequence/img_{row + 1:06d}.jpg" for row in valid]
-            need_files(root, images, layout)
-            for image, keypoints, seen in zip(images, points, uv, strict=True):
-                yield Sample(image, keypoints, K, uv=seen, tolerance=5.0)
-    return 2929, samples()
-
-
-def read(root: Path, split: Literal["train", "test"] = "train",
-         labels: Literal["univ_annot3", "annot3"] = "univ_annot3", stride: int = 10,
-         cameras: str = "0,1,2,4,5,6,7,8", subjects: str = "") -> tuple[int, Iterator[Sample]]:
-    if split == "test":
-        return read_test(root, labels, subjects)
-    return read_train(root, labels, stride, cameras, subjects)

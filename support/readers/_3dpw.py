@@ -5,9 +5,8 @@
 
 One sample for each person in each `stride`-th frame in which the camera's pose is valid and the person was
 detected, which is the publisher's rule. Joints of the SMPL model, metres, world; cam_poses[i] takes them to
-the camera of frame i. SMPL has neither our nose nor our head top (NaN), and its pelvis and hips are not
-Human3.6M's. poses2d is a network's detection: only the better half of it is used, to tell whose joints these
-are.
+the camera of frame i. SMPL has neither our nose nor our head top (NaN). poses2d is a network's detection: its
+better half tells whose joints these are.
 """
 import itertools
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ import numpy as np
 from support.convert import Sample, to_uv
 from support.folder import HUMAN
 from support.readers.formats import listed, need_files, read_pickle, reading
-from support.run import InputError
 
 SMPL_COMPARED = {
     "compare": [1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 14, 15, 16],
@@ -57,18 +55,15 @@ def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
 
 def read(root: Path, split: Literal["train", "validation", "test"] = "train",
          stride: int = 1) -> tuple[int, Iterator[Sample]]:
-    layout = f"ROOT holds sequenceFiles/{split}/SEQUENCE.pkl and imageFiles/SEQUENCE/image_00000.jpg .."
     twice = root / "sequenceFiles/sequenceFiles"
     files = listed((twice if twice.is_dir() else twice.parent) / split, "*.pkl")
-    if not files:
-        raise InputError(f"{twice.parent / split}: no sequence here. {layout}")
-    need_files(root, [f"imageFiles/{file.stem}/image_00000.jpg" for file in files], layout)
+    need_files(root, [f"imageFiles/{file.stem}/image_00000.jpg" for file in files])
 
     def samples() -> Iterator[Sample]:
         for file in files:
             cameras, K, people = read_sequence(file)
             images = [f"imageFiles/{file.stem}/image_{i:05d}.jpg" for i in range(len(cameras))]
-            need_files(root, images, f"{file.name} has {len(images)} frames. {layout}")
+            need_files(root, images)
             for i, (joints, seen, valid) in itertools.product(range(0, len(images), stride), people):
                 if not valid[i] or not seen[i].any():
                     continue
@@ -79,8 +74,7 @@ def read(root: Path, split: Literal["train", "validation", "test"] = "train",
                 projected = to_uv(keypoints, K)
                 apart = np.linalg.norm(uv - projected, axis=1)  # (17,) px
                 uv[~(apart <= np.nanmedian(apart))] = np.nan  # its worse half: hidden or mistaken
-                known = projected[np.isfinite(projected).all(axis=1)]
-                height = np.ptp(known, axis=0).max() if len(known) else 0
+                height = (np.nanmax(projected, axis=0) - np.nanmin(projected, axis=0)).max()
                 yield Sample(images[i], keypoints, K, uv=uv, tolerance=max(10.0, 0.15 * height),
                              around=head_top(smpl))
 

@@ -4,8 +4,7 @@
     FreiHAND_pub_v2_eval/  evaluation_xyz.json  evaluation_K.json  evaluation/rgb/  evaluation/segmap/
 
 train: n = 32,560 labels and masks (hand and forearm, with JPEG noise) for 4 n pictures. Picture i + n v shows
-sample i in version v: 0 green screen, 1 harmonised, 2 and 3 recoloured. evaluation: n = 3,960. Rows are
-ordered by sample, with its versions side by side.
+sample i in version v: 0 green screen, 1 harmonised, 2 and 3 recoloured. evaluation: n = 3,960.
 """
 import itertools
 from collections.abc import Iterator
@@ -18,18 +17,16 @@ from support.readers.formats import listed, need_files, read_json_array
 from support.run import InputError
 
 SKELETON = HAND
-SPLITS = {  # its folder, pictures per sample, folder of masks, grey values of a hand, archive
-    "train": ("training", 4, "mask", (128, 255), "FreiHAND_pub_v2"),
-    "evaluation": ("evaluation", 1, "segmap", (1, 255), "FreiHAND_pub_v2_eval")}
+SPLITS = {  # its folder, pictures per sample, folder of masks, grey values of a hand
+    "train": ("training", 4, "mask", (128, 255)), "evaluation": ("evaluation", 1, "segmap", (1, 255))}
 
 
 def read(root: Path, split: Literal["train", "evaluation"] = "train",
          versions: str = "0123") -> tuple[int, Iterator[Sample]]:
     if not versions or set(versions) - set("0123") or len(set(versions)) < len(versions):
         raise InputError(f"--versions {versions!r}: some of 0123, each once")
-    part, copies, masks, foreground, archive = SPLITS[split]
-    layout = f"ROOT is {archive} with {part}_xyz.json, {part}_K.json, {part}/rgb/*.jpg, {part}/{masks}/*"
-    need_files(root, [f"{part}_xyz.json", f"{part}_K.json", f"{part}/rgb/{0:08d}.jpg"], layout)
+    part, copies, masks, foreground = SPLITS[split]
+    need_files(root, [f"{part}_xyz.json", f"{part}_K.json", f"{part}/rgb/{0:08d}.jpg"])
     xyz = 1000 * read_json_array(root / f"{part}_xyz.json", 21, 3)  # (n, 21, 3) m -> mm, camera
     K = read_json_array(root / f"{part}_K.json", 3, 3)  # (n, 3, 3) px
     n, pictures = len(xyz), len(listed(root / part / "rgb", "*.jpg"))
@@ -39,9 +36,9 @@ def read(root: Path, split: Literal["train", "evaluation"] = "train",
     masked = split == "train" or (root / part / masks).is_dir()
     suffix = "png" if (root / part / masks / f"{0:08d}.png").exists() else "jpg"
     copies = versions if copies > 1 else "0"
-    need_files(root, (f"{part}/rgb/{i + n * int(v):08d}.jpg" for v in copies for i in range(n)), layout)
+    need_files(root, (f"{part}/rgb/{i + n * int(v):08d}.jpg" for v in copies for i in range(n)))
     if masked:
-        need_files(root, (f"{part}/{masks}/{i:08d}.{suffix}" for i in range(n)), layout)
+        need_files(root, (f"{part}/{masks}/{i:08d}.{suffix}" for i in range(n)))
 
     def samples() -> Iterator[Sample]:
         for i, v in itertools.product(range(n), copies):

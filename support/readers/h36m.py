@@ -6,12 +6,11 @@
     S5 ..
 
 train: subjects 1, 5, 6, 7, 8; test: 9, 11; of every video each `stride`-th frame. Millimetres, camera (the
-positions called mono; mono_universal is another body), 17 of the publisher's 32 joints. Frame i of a video is
-pose i. Intrinsics and lens are not in these files: they are fitted to the publisher's 3D and 2D positions,
-for each subject and camera. Masks are what pre-training needs of its source; --masks no does without.
---subjects 1,5 reads some of the subjects only. Left out: "_ALL", which is no action; S11's Directions of
-camera 54138969, whose video is corrupt; S9's Greeting, SittingDown 1 and Waiting 1, whose labels are 200 mm
-off.
+positions called mono; mono_universal is another body). Frame i of a video is pose i. Intrinsics and lens are
+not in these files: they are fitted to the publisher's 3D and 2D positions, for each subject and camera.
+--masks no does without masks, --subjects 1,5 reads some of the subjects only. Left out: "_ALL", which is no
+action; S11's Directions of camera 54138969, whose video is corrupt; S9's Greeting, SittingDown 1 and Waiting
+1, whose labels are 200 mm off.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,8 +45,7 @@ def fit_lens(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray,
 
     Returns intrinsics (3, 3) px and distortion (5,) k1 k2 p1 p2 k3; InputError if it misses by half a pixel.
     With r2 = x x + y y, u = fx (x (1 + k1 r2 + k2 r2^2 + k3 r2^3) + 2 p1 x y + p2 (r2 + 2 x x)) + cx is
-    linear in fx, cx and fx times k, p; v has fy times the same k, p. In these few pixels fy is taken to be
-    fx: Human3.6M's differ by a thousandth.
+    linear in fx, cx and fx times k, p. v has fy, which differs from fx by a thousandth, times the same k, p.
     """
     step = points.size // 60000 | 1  # odd, so that all of the 32 joints get a turn
     points, uv = points.reshape(-1, 3)[::step], uv.reshape(-1, 2)[::step]
@@ -56,10 +54,7 @@ def fit_lens(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray,
     bent = np.array([[x * r2, y * r2], [x * r2 ** 2, y * r2 ** 2], [2 * x * y, r2 + 2 * y * y],
                      [r2 + 2 * x * x, 2 * x * y], [x * r2 ** 3, y * r2 ** 3]])  # (5, 2, n)
     columns = np.array([[x, none], [one, none], [none, y], [none, one], *bent]).reshape(9, -1).T  # (2 n, 9)
-    try:
-        solution = np.linalg.lstsq(columns, uv.T.ravel(), rcond=None)[0]
-    except np.linalg.LinAlgError as error:
-        raise InputError(f"{name}: no lens fits: {error}") from error
+    solution = np.linalg.lstsq(columns, uv.T.ravel(), rcond=None)[0]
     fx, cx, fy, cy = solution[:4]
     apart = np.quantile(np.abs(columns @ solution - uv.T.ravel()), 0.99)
     if apart > 0.5:
@@ -70,10 +65,6 @@ def fit_lens(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray,
 
 def read(root: Path, split: Literal["train", "test"] = "train", stride: int = 5,
          masks: Literal["yes", "no"] = "yes", subjects: str = "") -> tuple[int, Iterator[Sample]]:
-    layout = ("ROOT holds S1/Videos/*.mp4, S1/MyPoseFeatures/D3_Positions_mono/*.cdf and D2_Positions/*.cdf "
-              "(or S1/Poses_.. for both), S1/MySegmentsMat/ground_truth_bs/*.mat (or --masks no), S5 .. "
-              "(or --subjects 1)")
-
     def place(subject: str, kind: str) -> str:
         apart = f"{subject}/Poses_{kind}"  # one folder per download
         return apart if (root / apart).is_dir() else f"{subject}/MyPoseFeatures/{kind}"
@@ -92,12 +83,12 @@ def read(root: Path, split: Literal["train", "test"] = "train", stride: int = 5,
         found = {path.stem for folder, end in kinds.items() for path in listed(root / folder, f"*{end}")}
         kinds[place(subject, "D2_Positions")] = ".cdf"
         if masks == "yes":
-            need_files(root, [f"{subject}/MySegmentsMat/ground_truth_bs"], layout)
+            need_files(root, [f"{subject}/MySegmentsMat/ground_truth_bs"])
         names = sorted(name for name in found if not name.startswith("_ALL")
                        and f"{subject} {name}" != "S11 Directions.54138969"
                        and f"{subject} {name.rpartition('.')[0]}" not in SHIFTED)
         wanted = names or ["*"]  # none: the error says what is missing
-        need_files(root, (f"{place}/{name}{end}" for place, end in kinds.items() for name in wanted), layout)
+        need_files(root, (f"{place}/{name}{end}" for place, end in kinds.items() for name in wanted))
         for name in names:
             videos.setdefault((subject, name.rpartition(".")[2]), []).append(name)
     for (subject, camera), names in videos.items():

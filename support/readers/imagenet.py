@@ -8,7 +8,6 @@ from pathlib import Path
 
 from support.convert import Sample
 from support.folder import HAND
-from support.run import InputError
 
 SKELETON = HAND | {"joints": [], "bones": []}
 MAX_SKIPPED = 1.0
@@ -16,16 +15,9 @@ KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def read(root: Path) -> tuple[int, Iterator[Sample]]:
-    files, seen = [], {os.path.realpath(root)}
+    files = []
     for folder, folders, names in os.walk(root, followlinks=True):  # collections are often made of links
-        real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(folders, reverse=True)
-                if not name.startswith(".")}  # a Mac's and an editor's own
-        folders[:] = sorted(name for place, name in real.items() if place not in seen)  # each folder once
-        seen |= real.keys()
+        folders[:] = [name for name in folders if not name.startswith(".")]  # a Mac's and an editor's own
         files += [(Path(folder) / name).relative_to(root).as_posix() for name in names
-                  if Path(name).suffix.lower() in KINDS and not name.startswith(".")
-                  and os.path.isfile(os.path.join(folder, name))]
-    files.sort()
-    if not files:
-        raise InputError(f"{root}: no photographs here ({', '.join(KINDS)})")
-    return len(files), map(Sample, files)
+                  if Path(name).suffix.lower() in KINDS and not name.startswith(".")]
+    return len(files), map(Sample, sorted(files))

@@ -8,8 +8,7 @@
 --split test: the sequence 171204_pose3; train: all others in ROOT. Of the frames (29.97 per second) those
 whose number is a multiple of --stride, in the --views given (as 0,7,30; empty: all). Both hands of everyone,
 in our joint order, if all 21 joints are valid, have at least --score, are off by at most --error px, and are
-in the picture. X_c = R X + t; the lens bends by 20 px and more. A hand may be hidden in a view. No 2D labels,
-no masks.
+in the picture. The lens bends by 20 px and more. No 2D labels, no masks.
 """
 import json
 from collections.abc import Iterator
@@ -61,8 +60,7 @@ def in_view(keypoints: np.ndarray, K: np.ndarray, distortion: np.ndarray, size: 
     """Whether all joints (n, 3) mm, camera, are in a picture of `size` (width, height).
 
     A lens's polynomial folds what is far outside back into the picture. So without the lens they may be
-    outside by a quarter of the picture, and no more.
-    """
+    outside by a quarter of it, and no more."""
     straight, uv, size = to_uv(keypoints, K), to_uv(keypoints, K, distortion), np.array(size)
     return bool((keypoints[:, 2] > 0).all() and ((uv >= 0) & (uv <= size - 1)).all()
                 and ((straight >= -size / 4) & (straight <= 1.25 * size)).all())
@@ -70,16 +68,12 @@ def in_view(keypoints: np.ndarray, K: np.ndarray, distortion: np.ndarray, size: 
 
 def read(root: Path, split: Literal["train", "test"] = "train", stride: int = 30, views: str = "",
          score: float = 0.3, error: float = 20.0) -> tuple[int, Iterator[Sample]]:
-    layout = ("ROOT has SEQ/calibration_SEQ.json, SEQ/hdHand3d/handRecon3D_hd00000000.json .. (hdHand3d.tar) "
-              "and SEQ/hdImgs/00_00/00_00_00000000.jpg .. or SEQ/hdVideos/hd_00_00.mp4 ..")
     files = "handRecon3D_hd" + 8 * "[0-9]" + ".json"  # no "copy of", no " (1)"
     frames = {folder.parent.name: sorted(int(file.stem[-8:]) for file in folder.glob(files))
               for folder in listed(root, "*/hdHand3d")}
     frames = {name: [i for i in numbers if i % stride == 0] for name, numbers in frames.items()
               if (name == TEST) == (split == "test")}
-    if not any(frames.values()):
-        raise InputError(f"{root}: no labels of split {split}. {layout}")
-    need_files(root, [f"{name}/calibration_{name}.json" for name in frames], layout)
+    need_files(root, [f"{name}/calibration_{name}.json" for name in frames])
     cameras = {name: read_cameras(root / name / f"calibration_{name}.json", views) for name in frames}
 
     def hands(name: str, i: int) -> list:
@@ -100,9 +94,7 @@ def read(root: Path, split: Literal["train", "test"] = "train", stride: int = 30
         for view in [view for view in cameras[name] if not (root / name / place.format(view)).exists()]:
             print(f"{name}: has no pictures of view {view}, which is left out", flush=True)
             del cameras[name][view]
-        need_files(root, (shot(name, view, i)[0] for view in cameras[name] for i in numbers), layout)
-    if not any(cameras.values()):
-        raise InputError(f"{root}: no pictures of split {split}. {layout}")
+        need_files(root, (shot(name, view, i)[0] for view in cameras[name] for i in numbers))
 
     def samples() -> Iterator[Sample]:
         for name in frames:

@@ -5,9 +5,8 @@
 
 --split test: B1; train: B2 to B6. --camera bb: both pictures of the stereo pair, labels in the left camera's
 frame; sk: the colour picture beside the depth camera, in whose frame the labels d are: c = R^T (d - t).
-handPara is (3, 21, n); fingers run from little to thumb, and joint 0 is the palm's centre. --wrist says how
-it becomes a wrist: ring, ring_1 + 2 (palm - ring_1), which most code uses, or middle,
-middle_1 + 2.2 (palm - middle_1). No 2D labels, no lens distortion, no masks.
+Fingers run from little to thumb, and joint 0 is the palm's centre. --wrist says from which knuckle it becomes
+a wrist; most code uses ring. No 2D labels, no lens distortion, no masks.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,14 +49,13 @@ def read_hands(path: Path, wrist: str) -> np.ndarray:
 
 def read(root: Path, split: Literal["train", "test"] = "train", camera: Literal["bb", "sk"] = "bb",
          wrist: Literal["ring", "middle"] = "ring") -> tuple[int, Iterator[Sample]]:
-    layout = "ROOT has images/B1Counting/BB_left_0.png .. and labels/B1Counting_BB.mat .., B1 to B6"
     numbers = [1] if split == "test" else [2, 3, 4, 5, 6]
     labels = {f"B{i}{kind}": f"labels/B{i}{kind}_{camera.upper()}.mat"
               for i in numbers for kind in ("Counting", "Random")}
-    need_files(root, labels.values(), layout)
+    need_files(root, labels.values())
     counts = {name: len(read_hands(root / file, wrist)) for name, file in labels.items()}
     need_files(root, [f"images/{name}/{kind}_{i}.png" for name, n in counts.items()
-                      for kind, *_ in CAMERAS[camera] for i in range(n)], layout)
+                      for kind, *_ in CAMERAS[camera] for i in range(n)])
 
     def samples() -> Iterator[Sample]:
         for name, file in labels.items():

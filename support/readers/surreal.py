@@ -5,9 +5,8 @@
 
 The middle frame of every clip, number ceil(T / 2) from 1, as val is evaluated, or each `stride`-th with
 --frames all. Joints of the SMPL model, metres, world. Its camera is a mirror (det M = -1): the picture shows
-the body's left as its right, so their names change places. Nose and head top are NaN; pelvis and hips are not
-Human3.6M's. A person partly outside the picture is kept if half of the joints are inside. Masks: segm_1 ..
-segm_T, body parts 1 .. 24.
+the body's left as its right, so their names change places. Nose and head top are NaN. A person partly outside
+the picture is kept if half of the joints are inside. Masks: segm_1 .. segm_T, body parts 1 .. 24.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,18 +42,14 @@ def read_clip(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def read(root: Path, split: Literal["train", "val", "test"] = "train",
          frames: Literal["middle", "all"] = "middle", stride: int = 1,
          runs: str = "012") -> tuple[int, Iterator[Sample]]:
-    if not runs or set(runs) - set("012") or len(set(runs)) < len(runs):
-        raise InputError(f"--runs {runs!r}: some of 012, each once")
+    if set(runs) - set("012"):
+        raise InputError(f"--runs {runs!r}: some of 012")
     if stride > 1 and frames == "middle":
         raise InputError(f"--stride {stride}: goes with --frames all")
     base = next((base for base in ("SURREAL/data/cmu", "data/cmu") if (root / base).is_dir()), "cmu")
-    layout = (f"ROOT holds cmu/{split}/run0/SEQUENCE/SEQUENCE_c0001.mp4, SEQUENCE_c0001_info.mat and "
-              "SEQUENCE_c0001_segm.mat, .., run1, run2")
-    clips = sorted({path.relative_to(root).as_posix()[:-len(end)] for run in sorted(runs) for end in ENDS
-                    for path in listed(root / base / split / f"run{run}", f"*/*{end}")})
-    if not clips:
-        raise InputError(f"{root / base / split}: no clips here. {layout}")
-    need_files(root, [clip + end for clip in clips for end in ENDS], layout)
+    clips = sorted({path.relative_to(root).as_posix()[:-len(end)] for end in ENDS
+                    for path in listed(root / base / split, f"run[{runs}]/*/*{end}")})
+    need_files(root, [clip + end for clip in clips for end in ENDS])
 
     def samples() -> Iterator[Sample]:
         for clip in clips:
