@@ -620,7 +620,7 @@ def decode_heatmaps(heatmaps: Tensor, refine: bool = True) -> Tensor:
     Gaussian, its logarithm is a parabola, whose vertex is the centre: exact for `true_heatmaps`.
     """
     B, K, S = heatmaps.shape[:3]
-    best = heatmaps.flatten(2).max(dim=-1).indices  # (B, K); faster than argmax, see tests/benchmark.py
+    best = heatmaps.flatten(2).max(dim=-1).indices  # (B, K); faster than argmax
     zyx = torch.stack([best // (S * S), best // S % S, best % S], dim=-1)  # (B, K, 3) z y x
     if not refine:
         return zyx.flip(-1).float()

@@ -34,6 +34,17 @@ def same_random_numbers():
     torch.manual_seed(0)
 
 
+def passes_only(check, right, wrong: dict) -> None:
+    """`check` must fail for every wrong variant by an AssertionError: a crash would prove nothing."""
+    check(right)
+    for name, variant in wrong.items():
+        try:
+            check(variant)
+        except AssertionError:
+            continue
+        pytest.fail(f"not rejected: {name}")
+
+
 def write_set(folder: Path, domain: str | None, count: int) -> None:
     """A data set of `count` rendered hands, or of X_C (domain None), 60 px."""
     rng = runs.random_generator(0, folder.name)
@@ -56,6 +67,13 @@ def sets(tmp_path_factory) -> Path:
     return root
 
 
+def settings(script, *arguments: str):
+    """The settings of a training script with these flags."""
+    s = runs.parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, arguments, script.TASKS)
+    script.complete(s, *([1] if script is train_pretrain else []))
+    return s
+
+
 def pretraining(sets: Path, out: Path, *more: str) -> list[str]:
     """Arguments of train_pretrain.py: 6 steps of f^S, 7 of the masked autoencoder."""
     folders = ["--source", f"{sets}/source", "--target", f"{sets}/target", "--unconstrained", f"{sets}/xc"]
@@ -70,12 +88,10 @@ def finetuning(sets: Path, out: Path, init: Path | str, *more: str) -> list[str]
 
 
 def pretrain(sets: Path, out: Path, *more: str) -> None:
-    """Run stage 1."""
     train_pretrain.main(pretraining(sets, out, *more))
 
 
 def finetune(sets: Path, out: Path, init: Path | str, *more: str) -> None:
-    """Run stage 2."""
     train_finetune.main(finetuning(sets, out, init, *more))
 
 
@@ -110,7 +126,6 @@ def finetuned(sets, pretrained) -> Path:
 
 
 def checkpoint(run: Path, name: str = "checkpoint.pt") -> dict:
-    """The checkpoint of a run."""
     return runs.read_checkpoint(run / name)
 
 
@@ -122,7 +137,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def log(run: Path) -> list[dict]:
-    """The lines of log.jsonl."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 

@@ -1,12 +1,10 @@
 """The mean teacher: its moving average, its labels on the student's crops, its loss; then the variants."""
 
 import copy
-import functools
 
 import pytest
 import torch
-from conftest import checkpoint, finetune, interrupted, log, same
-from test_comparisons import settings
+from conftest import checkpoint, finetune, interrupted, log, same, settings
 
 import data
 import train_finetune
@@ -16,11 +14,6 @@ from support.folder import Dataset
 
 close = torch.testing.assert_close
 IMAGE, S, K = 16, 16, 3
-
-
-def small_estimator() -> udapose.PoseEstimator:
-    encoder = udapose.Encoder((IMAGE, IMAGE), 4, 8, 2, 2)
-    return udapose.PoseEstimator(encoder, udapose.KeypointHead(encoder.grid, 8, 4, K))
 
 
 # ==========================================================================================================
@@ -72,7 +65,7 @@ def test_centres_move_as_the_image_does():
 
 def test_the_teacher_sees_the_crop_without_augmentation(sets):
     """x_plain warped by A_t is x_t, up to two resamplings instead of one."""
-    s = settings("--variant", "mt", "--image", "48", "--jitter", "0", "--batch", "8")
+    s = settings(train_finetune, "--variant", "mt", "--image", "48", "--jitter", "0", "--batch", "8")
     source, target = (Dataset(sets / name, "keypoints", "intrinsics") for name in ("source", "target"))
     rows = train_finetune.PoseData(s, source, target)[3, slice(0, 8)]
     batch = train_finetune.pose_batch(s, rows, source.meta, S, torch.device("cpu"))
@@ -96,32 +89,13 @@ def test_half_of_the_joints_count_and_none_outside():
     close(teacher_labels(heatmaps, still, IMAGE)[1].flatten(), wanted)
 
 
-@pytest.mark.parametrize("expanded", [True, False])
-def test_the_loss_is_0_where_the_student_agrees(expanded):
-    """Zero at the moved Gaussian itself; Eq. (5) elsewhere."""
-    s = settings("--variant", "mt", "--expanded" if expanded else "--no-expanded", "--sigma", "1.5")
-    head = udapose.KeypointHead((4, 4), 8, K * S, K)
-    head.conv.weight.data = torch.eye(K * S).view(K * S, K * S, 1, 1)  # the features are the heatmaps
-    head.conv.bias.data.zero_()
+@pytest.mark.parametrize("flag", ["--expanded", "--no-expanded"])
+def test_the_loss_is_eq_5(flag):
+    s = settings(train_finetune, "--variant", "mt", flag, "--sigma", "1.5")
+    head, features = udapose.KeypointHead((4, 4), 8, 6, K), torch.randn(2, 6, S, S)
     centres, valid = 4 + 8 * torch.rand(2, K, 3), torch.ones(2, K)
-    features = udapose.true_heatmaps(centres, S, 1.5).flatten(1, 2)  # (B, K S, S, S)
-    fixed = dict(valid=valid, dtype=torch.float32)
-    loss_at = functools.partial(train_finetune.heatmap_loss, s, head, features, **fixed)
-    loss = [loss_at(centres), loss_at(centres + 1)]
-    wanted = udapose.keypoint_loss(features.unflatten(1, (K, S)), centres + 1, valid, 1.5)
-    close(torch.stack(loss).detach(), torch.stack([torch.tensor(0.0), wanted]), atol=1e-3, rtol=1e-5)
-
-
-def test_both_domains_pass_the_head_in_one_batch():
-    """BatchNorm normalises by the statistics of the mixture; two passes would give other features."""
-    torch.manual_seed(0)
-    model = small_estimator()
-    source, target = torch.randn(4, 3, IMAGE, IMAGE), 3 * torch.randn(4, 3, IMAGE, IMAGE)
-    out = copy.deepcopy(model)(source, target, attention=True, tokens=True, joint=True)
-    tokens = torch.cat([out.source_tokens, out.target_tokens])
-    close(torch.cat([out.features, out.target_features]), copy.deepcopy(model).head.features(tokens))
-    close(out.a_E, model.encoder.attention_maps(target))
-    assert not torch.allclose(out.features, model(source).features, atol=0.1)
+    loss = train_finetune.heatmap_loss(s, head, features, centres, valid, torch.float32)
+    close(loss, udapose.keypoint_loss(head.heatmaps(features), centres, valid, 1.5))
 
 
 # ==========================================================================================================
@@ -175,11 +149,3 @@ def test_the_teacher_gets_no_gradient(sets, tmp_path, monkeypatch):
     finetune(sets, tmp_path / "run", "", "--variant", "mt", "--mt-decay", "0.9", "--precision", "bfloat16")
     assert [decay for decay, _ in seen] == [0, 0, 0, 0, 0.9, 0.9]
     assert all(same(state, seen[0][1]) for _, state in seen)
-
-
-def test_variants():
-    for name, init, lam in (("mt", "", 0), ("mae-mt", "mae", 0), ("full-mt", "full", 100)):
-        s = settings("--variant", name, "--seed", "3", "--preset", "small")
-        assert (s.init, s.lam) == (init and f"runs/small/pretrain-{init}-seed3", lam)
-        assert (s.adapt, s.mt_start, s.mt_decay) == ("mt", 0.57, 0.98)
-    assert settings("--variant", "full-mt", "--preset", "paper-hand").mt_decay == 0.999

@@ -1,7 +1,5 @@
 """Test-time training: the probe, one step of `adapt`, the two modes, and the table."""
 
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
@@ -71,13 +69,6 @@ def test_a_step_is_sgd_on_the_mean_over_hidden_pixels(loaded):
         torch.testing.assert_close(after[name], before[name] - test_time.RATE * p.grad, rtol=1e-4, atol=1e-7)
     assert same({k: v for k, v in after.items() if k not in trained},
                 {k: v for k, v in before.items() if k not in trained})
-
-
-def test_the_reconstruction_of_the_image_improves(loaded):
-    _, mae, s, _ = loaded
-    x = torch.rand(1, 3, s["image"], s["image"]) + 1
-    losses = list(islice(test_time.adapt(mae, x, s["mask_ratio"], False, np.random.default_rng(0)), 30))
-    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_modes(loaded, monkeypatch):
