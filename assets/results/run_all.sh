@@ -119,6 +119,16 @@ bodies_finetuning() {
     echo "$finetune --task human --lam 100 --out $runs/lam100"
 }
 
+hands_with_144_patches() {
+    local runs=runs/patch4 size="--patch 4 --epochs"
+    python $pretrain $size 40 --out $runs/pretrain-full-seed0
+    python $pretrain $size 40 --variant no-fcr --target-masks $runs/pretrain-full-seed0 --out $runs/pretrain-no-fcr-seed0
+    for variant in full no-fcr; do
+        python $finetune $size 32 --variant $variant --init $runs/pretrain-$variant-seed0 --out $runs/$variant-seed0
+    done
+    python evaluate.py $runs --pictures none
+}
+
 bodies_at_96_px() {
     local bodies=datasets/bodies-96/bodies runs=runs/bodies-96
     local task="--task human --image 96 --source $bodies/source_train --target $bodies/target_train"
@@ -143,6 +153,7 @@ hands() {
     for images in target_test shifted_test scenery_test figure_test; do
         python evaluate.py runs/small --pictures none --target-test datasets/hands/$images
     done
+    hands_with_144_patches
 }
 
 bodies() {
