@@ -257,7 +257,7 @@ def test_a_script_ends_in_one_line(main, code, says, capsys, monkeypatch):
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
-    """What is said if another process was lost: see the part `peers` of soak.py."""
+    """What is said if another process was lost: see test_survival.py."""
     with pytest.raises(ValueError):
         runs.run_script(raises(ValueError("a bug")))
     with pytest.raises(RuntimeError):  # one process has no other that could be lost

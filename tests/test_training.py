@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 # ==========================================================================================================
-# Resume: the same bits as a run that was not disturbed. tests/soak.py does this with kill -9.
+# Resume: the same bits as a run that was not disturbed. test_survival.py does this with kill -9.
 # ==========================================================================================================
 def test_pretraining_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
