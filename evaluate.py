@@ -104,8 +104,10 @@ def overlap(predicted: Tensor, truth: Tensor) -> Tensor:
 
 
 def reconstruction_error(predicted: Tensor, patches: Tensor, m: Tensor, area: Tensor) -> Tensor:
-    """(n, 2, 3): sum of squared errors (a pixel's mean) of an image's hidden patches, and their number, for
-    patches on the foreground (half or more of the patch), at its edge (a tenth or more), and elsewhere.
+    """For each image and region, the summed error of its hidden patches, and their number: (n, 2, 3).
+
+    The error of a patch is its mean squared error. Regions: patches on the foreground (half of the patch or
+    more), at its edge (a tenth or more), elsewhere.
 
     predicted, patches (n, N, P*P*3); m (n, N), 1 = hidden; area (n, N), the foreground's share of a patch.
     """
@@ -131,7 +133,7 @@ def mean_pose_error(labelled: Dataset, count: int, test: Dataset) -> float:
 def over_images(dataset: Dataset, what: str, measured) -> Tensor:
     """measured(rows) (b, ..) for all images of a test set: (n, ..), on the CPU, in every process.
 
-    Several processes take turns, chunk by chunk. An image's values do not depend on their number.
+    Several processes take turns, chunk by chunk. Their number does not change an image's values.
     """
     rank, world = run.rank_and_world()
     progress = run.Progress(f"{dataset.folder.name}, {what}", len(dataset), "images", quiet=rank > 0)
@@ -259,10 +261,9 @@ def pretraining_of(path: Path, result: dict) -> Path | None:
     init, facts = result["settings"]["init"], result["made_by"]
     if not init or Path(init).is_file():  # scratch, or a file of weights
         return None
-    known = facts.get("init") or facts.get("data", {}).get("init")
     for folder in (Path(init), path.parent.parent / Path(init).name):
         before = folder / "checkpoint.pt"
-        if before.exists() and known in (None, run.file_checksum(before)):
+        if before.exists() and facts.get("init") in (None, run.file_checksum(before)):
             return before
     say(f"{path.parent}: measured without its pre-training, because {init} is gone or was trained again")
     return None
@@ -467,15 +468,13 @@ def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, de
     hidden = m[..., None] > 0  # (n, N, 1)
     tiles = torch.where(hidden, 0.0, patches), torch.where(hidden, predicted, patches), patches
     images = [data.denormalise(udapose.unpatchify(t, s["patch"], mae.encoder.grid)) for t in tiles]
-    masks = weights = None
+    names, masks, weights = [domain for domain in tests for _ in rows], None, None
     if net is not None:
         masks = net(x).sigmoid()  # (n, 1, H, W)
-    if net is not None and s["masks"] != "none":
-        weights = udapose.foreground_weights(masks, s["patch"], s["alpha"])  # (n, N), Eq. (2)
-        unused = [s["masks"] not in ("both", domain) for domain in tests for _ in rows]  # (n,)
-        weights[torch.tensor(unused)] = 1.0
+        if s["masks"] != "none":
+            weights = udapose.foreground_weights(masks, s["patch"], s["alpha"])  # (n, N), Eq. (2)
+            weights[torch.tensor([s["masks"] not in ("both", name) for name in names])] = 1.0
     heading = f"{name}, r = {s['mask_ratio']:g}; visible patches are copied into the reconstruction"
-    names = [domain for domain in tests for _ in rows]
     return pictures.reconstruction_sheet(heading, list(zip(*images, strict=True)), names, masks, weights)
 
 
@@ -623,7 +622,7 @@ def open_tests(paths: list[Path], runs: dict[Path, dict], a: argparse.Namespace)
         if own and not (a.source_test and a.target_test):
             raise InputError(f"{path.parent}: trained on {folder}; name labelled test images of your own: "
                              "--source-test FOLDER --target-test FOLDER")
-    ensure_benchmark(list(folders.values()), run.rank_and_world()[0])
+    run.on_rank_0(ensure_benchmark, list(folders.values()))
     tests = {}
     for name, folder in folders.items():
         masks = ["masks"] if (Path(folder) / "masks.npy").exists() else []
@@ -705,7 +704,8 @@ def main(arguments=None) -> None:
             posed = [path for path in paths if "skeleton" in runs[path]]
             if not posed:
                 raise InputError("--ttt: name fine-tuned runs, of train_finetune.py --variant probe")
-            show_adapted(posed, tests[task]["target"], a, device)
+            if rank == 0:  # nothing to share
+                show_adapted(posed, tests[task]["target"], a, device)
         return
     results = {}
     for task, paths in by_task.items():
@@ -713,7 +713,8 @@ def main(arguments=None) -> None:
         results[task] = [measure(path, tests[task], device, known) for path in paths]
     if rank == 0:
         show_tables([r for some in results.values() for r in some], a)
-        for task, some in results.items() if a.pictures != "none" else ():
+    if rank == 0 and a.pictures != "none":
+        for task, some in results.items():
             place = folder / task if len(results) > 1 else folder
             draw_all(by_task[task], some, tests[task], a.rows, place, device)
 

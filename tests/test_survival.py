@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or lose a process: the same command continues, to the same bits.
+"""Runs that are killed or stopped: the same command continues, to the same bits.
 
 The scripts run in forks of a server that has imported torch and computed nothing, so a start is fast.
 """
@@ -6,7 +6,6 @@ The scripts run in forks of a server that has imported torch and computed nothin
 import json
 import multiprocessing.forkserver
 import os
-import shutil
 import signal
 import socket
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # noqa: F401  optimisers import it; here once instead of in every fork
-from conftest import ROOT, finetuning, log, pretrain, pretraining, same, weights
+from conftest import ROOT, finetuning, pretraining
 
 import train_finetune
 import train_pretrain
@@ -168,30 +167,3 @@ def test_signals_stop_without_saving(sets, pretrained, tmp_path, name, number):
         assert status == 128 + number and text.count("stopped; the same command") == 1, text
         assert name == "workers" or "Traceback" not in text  # a worker of torch may print one
     assert not list((tmp_path / OUT).glob("*.pt"))
-
-
-def test_lost_process(sets, tmp_path):
-    """The other process ends with one line, and the same command continues."""
-    main = partial(train_pretrain.main, pretraining(sets, OUT, "--variant", "mae", "--epochs", "3"))
-    for lost in (0, 1):
-        ranks = two_ranks(tmp_path / "run", main)
-        until_logged(ranks[0], tmp_path / "run", 3 + 2 * lost)
-        ranks[lost].kill()
-        status, text = ended(ranks[1 - lost], tmp_path / "run")
-        assert status == 1 and "Traceback" not in text, text
-        assert text.count("another process of this run was lost") == 1
-    for place in (tmp_path / "run", tmp_path / "whole"):
-        for rank in two_ranks(place, main):
-            assert ended(rank, place)[0] == 0
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
-
-
-def test_a_log_that_was_cut_does_not_stop_a_run(sets, pretrained, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(pretrained, run)
-    content = (run / "log.jsonl").read_bytes()
-    (run / "log.jsonl").write_bytes(content[: len(content) // 2])
-    pretrain(sets, run)
-    assert same(weights(run), weights(pretrained))
-    lines = log(pretrained)
-    assert log(run) == lines[: len(log(run))]
