@@ -1,12 +1,11 @@
 """Public weights: files with the publishers' names and layouts, written here with random numbers.
 
-They are loaded or refused. For each layout, an independent forward pass is compared with f^E.
+They are loaded or refused. For MAE, an independent forward pass is compared with f^E and f^D.
 """
 
 import argparse
+import copy
 import math
-import os
-import pickle
 import re
 import sys
 import zlib
@@ -71,28 +70,23 @@ def vitpose(tensors: dict) -> dict:
 
 def hugging_face(tensors: dict, base: str = "vit.") -> dict:
     """Hugging Face's names, query, key and value apart. The decoder's are those of ViTMAEForPreTraining."""
-    names = {"cls_token": f"{base}embeddings.cls_token",
-             "dist_token": f"{base}embeddings.distillation_token",
-             "pos_embed": f"{base}embeddings.position_embeddings",
-             "patch_embed.proj": f"{base}embeddings.patch_embeddings.projection",
-             "blocks.": f"{base}encoder.layer.", "decoder_blocks.": "decoder.decoder_layers.",
-             "norm.": f"{base}layernorm."}
-    inside = {".norm1": ".layernorm_before", ".norm2": ".layernorm_after", ".mlp.fc1": ".intermediate.dense",
-              ".mlp.fc2": ".output.dense", ".attn.proj": ".attention.output.dense",
-              ".attn.qkv": ".attention.attention.qkv"}
+    names = {r"^(decoder_|mask_token)": r"decoder.\1",
+             r"^decoder\.decoder_blocks": "decoder.decoder_layers",
+             "^cls_token": f"{base}embeddings.cls_token",
+             "^dist_token": f"{base}embeddings.distillation_token",
+             "^pos_embed": f"{base}embeddings.position_embeddings",
+             r"^patch_embed\.proj": f"{base}embeddings.patch_embeddings.projection",
+             r"^blocks\.": f"{base}encoder.layer.", r"^norm\.": f"{base}layernorm.",
+             r"\.norm1": ".layernorm_before", r"\.norm2": ".layernorm_after",
+             r"\.mlp\.fc1": ".intermediate.dense", r"\.mlp\.fc2": ".output.dense",
+             r"\.attn\.proj": ".attention.output.dense", r"\.attn\.qkv": ".attention.attention.qkv"}
     theirs = {}
     for name, tensor in tensors.items():
-        new = f"decoder.{name}" if name.startswith(("decoder_", "mask_token")) else name
-        for ours, start in names.items():
-            if name.startswith(ours):
-                new = start + name[len(ours) :]
-        for ours, part in inside.items():
-            new = new.replace(ours, part)
-        if ".qkv." not in new:
-            theirs[new] = tensor
-            continue
-        for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-            theirs[new.replace(".qkv.", f".{part}.")] = rows.clone()
+        for ours, new in names.items():
+            name = re.sub(ours, new, name)
+        parts = ("query", "key", "value") if ".qkv." in name else ("qkv",)
+        for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
+            theirs[name.replace(".qkv.", f".{part}.")] = rows.clone()
     return theirs
 
 
@@ -106,36 +100,27 @@ def saved(path, content):
     return path
 
 
-def copy_of(module) -> dict:
-    return {key: tensor.clone() for key, tensor in module.state_dict().items()}
+def written(path, content):
+    if path.suffix != ".safetensors":
+        return saved(path, content)
+    from safetensors.torch import save_file
+
+    save_file(content, path)
+    return path
 
 
-def assert_holds(module, tensors: dict, but=()):
+def assert_holds(module, tensors: dict, but=None):
     for key, own in module.state_dict().items():
-        if key not in but:
+        if key != but:
             close(own, tensors[key], rtol=0, atol=0, msg=key)
 
 
 # ==========================================================================================================
-# An independent forward pass, on the numbers of the file
+# What is loaded: a forward pass for MAE, the tensors for the other layouts
 # ==========================================================================================================
-def resized(positions, rows, columns, grid):
-    """Learned positions (N, D) on rows x columns patches, resized by Pillow, which also filters."""
-    maps = positions.numpy().astype(np.float32).reshape(rows, columns, -1)
-    maps = [np.asarray(Image.fromarray(maps[..., i]).resize(grid[::-1], Image.Resampling.BICUBIC))
-            for i in range(maps.shape[2])]
-    return torch.from_numpy(np.stack(maps, -1)).flatten(0, 1)
-
-
-def vit_forward(tensors, images, positions, cls=None, padding=0, heads=2):
-    """Tokens of a pre-norm ViT, in float64. positions (N, D) are added to the patches; cls (D) is first."""
-    w = {key: tensor.double() for key, tensor in tensors.items()}
-    P = w["patch_embed.proj.weight"].shape[-1]
-    x = F.conv2d(images.double(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], P, padding)
-    x = x.flatten(2).transpose(1, 2) + positions.double()
-    if cls is not None:
-        x = torch.cat([cls.double().expand(len(x), 1, -1), x], dim=1)
-    D = x.shape[-1]
+def transformer(tensors, x, heads=2):
+    """Tokens x (B, T, D) after all blocks and the last norm of a pre-norm ViT, in float64."""
+    w, x, D = {key: tensor.double() for key, tensor in tensors.items()}, x.double(), x.shape[-1]
     for i in range(1 + max(int(key.split(".")[1]) for key in w if key.startswith("blocks."))):
         p = {key.split(".", 2)[2]: value for key, value in w.items() if key.startswith(f"blocks.{i}.")}
         y = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"], 1e-6)
@@ -150,103 +135,72 @@ def vit_forward(tensors, images, positions, cls=None, padding=0, heads=2):
     return F.layer_norm(x, (D,), w["norm.weight"], w["norm.bias"], 1e-6).float()
 
 
-def with_class_token(tensors, images, grid, n):
-    """MAE, timm, DeiT, Hugging Face: n places before the patches, the class token's first, if any."""
-    places = tensors["pos_embed"][0].double()
-    side = math.isqrt(len(places) - n)
-    positions = places[n:] if grid == (side, side) else resized(places[n:], side, side, grid)
-    cls = tensors["cls_token"][0, 0] + (places[0] if n else 0)
-    return vit_forward(tensors, images, positions, cls)
-
-
-def learned(n):
-    return torch.randn(1, n + 16, 16)
+@torch.no_grad()
+@pytest.mark.parametrize("learned", [False, True])
+def test_forward_pass_of_mae(tmp_path, learned):
+    """Encoder and decoder, without masking. For another size the sines and cosines are computed again."""
+    grid, own = ((4, 4), torch.randn(1, 17, 16)) if learned else ((7, 5), None)
+    tensors, (encoder, decoder) = vit(positions=own) | mae_decoder(), networks(grid)
+    path = mae_file(tmp_path, tensors)
+    report = load_public_weights(path, encoder, decoder)
+    assert report[0].startswith(f"used {len(tensors)} of {len(tensors)} tensors of {path} (CRC-32 ")
+    assert f"{zlib.crc32(path.read_bytes()):08x}" in report[0]
+    assert "left" not in str(report) and "sines and cosines" in str(report)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed for this file only
+    images = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
+    x = F.conv2d(images, tensors["patch_embed.proj.weight"], tensors["patch_embed.proj.bias"], stride=8)
+    x = torch.cat([tensors["cls_token"].expand(2, 1, 16), x.flatten(2).mT], dim=1)
+    tokens = transformer(tensors, x + (own if learned else udapose.sincos_positions(grid, 16)))
+    close(encoder(images), tokens, rtol=0, atol=1e-4)
+    parts = {key.removeprefix("decoder_"): w for key, w in tensors.items() if key.startswith("decoder_")}
+    x = F.linear(tokens, parts["embed.weight"], parts["embed.bias"]) + udapose.sincos_positions(grid, 8)
+    predicted = F.linear(transformer(parts, x), parts["pred.weight"], parts["pred.bias"])
+    order = torch.arange(grid[0] * grid[1]).expand(2, -1)
+    close(decoder(tokens, order), predicted[:, 1:], rtol=0, atol=1e-4)
 
 
 HEADS = linear("head", 10, 16) | linear("head_dist", 10, 16)
 DIST = {"dist_token": torch.randn(1, 1, 16)}
-LAYOUTS = {  # positions of the file, places before the patches, content of the file, its name
-    "timm": (lambda: learned(1), 1, lambda t: t | HEADS, "timm.pth"),
-    "timm, safetensors": (lambda: learned(1), 1, lambda t: t | HEADS, "model.safetensors"),
-    "timm, no place for the class token": (lambda: learned(0), 0, lambda t: t, "timm.pth"),
-    "DeiT": (lambda: learned(1), 1, lambda t: {"model": t | HEADS}, "deit.pth"),
-    "DeiT, distilled": (lambda: learned(2), 2, lambda t: {"model": t | DIST | HEADS}, "deit.pth"),
-    "Hugging Face ViT": (lambda: learned(1), 1, hugging_face, "pytorch_model.bin"),
-    "Hugging Face ViTModel": (lambda: learned(1), 1, lambda t: hugging_face(t, ""), "model.safetensors"),
-    "Hugging Face DeiT": (lambda: learned(2), 2, lambda t: hugging_face(t | DIST, "deit."), "deit.bin"),
+LAYOUTS = {  # places before the patches, the publisher's names
+    "timm": (1, lambda t: t | HEADS),
+    "timm, no place for the class token": (0, dict),
+    "DeiT, distilled": (2, lambda t: t | DIST | HEADS),
+    "Hugging Face ViT": (1, hugging_face),
+    "Hugging Face ViTModel": (1, lambda t: hugging_face(t, "")),
+    "Hugging Face DeiT": (2, lambda t: hugging_face(t | DIST, "deit.")),
 }
 
 
-def written(path, content):
-    if path.suffix != ".safetensors":
-        return saved(path, content)
-    from safetensors.torch import save_file
-
-    save_file(content, path)
-    return path
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("own_size", [True, False], ids=["own size", "another size"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_forward_pass_is_the_publishers(tmp_path, layout, own_size):
-    positions, n, content, name = layout
-    tensors = vit(positions=positions())
-    side = math.isqrt(tensors["pos_embed"].shape[1] - n)
-    grid = (side, side) if own_size else (7, 5)
-    encoder, images = networks(grid)[0], torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
-    report = load_public_weights(written(tmp_path / name, content(tensors)), encoder)
-    close(encoder(images), with_class_token(tensors, images, grid, n), rtol=0, atol=1e-4)
-    assert any("learned" in line and own_size != ("resampled to 7 x 5" in line) for line in report)
+@pytest.mark.parametrize("n, theirs", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_tensors_of_each_layout(tmp_path, n, theirs):
+    tensors = vit(positions=torch.randn(1, n + 16, 16))
+    for path, content in (("a.pth", {"model": theirs(tensors)}), ("a.safetensors", theirs(tensors))):
+        encoder, _ = networks()
+        load_public_weights(written(tmp_path / path, content), encoder)
+        assert_holds(encoder, tensors, but="pos_embed")
+        close(encoder.pos_embed[:, 1:], tensors["pos_embed"][:, n:], rtol=0, atol=0)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("grid", [(4, 4), (7, 5)], ids=["own size", "another size"])
-@pytest.mark.parametrize("name", ["mae.pth", "model.safetensors", "pytorch_model.bin"])
-def test_forward_pass_of_mae(tmp_path, grid, name):
-    """Encoder and decoder, without masking. For the other size the sines and cosines are computed again."""
-    tensors, (encoder, decoder) = vit() | mae_decoder(), networks(grid)
-    if name == "mae.pth":
-        path = mae_file(tmp_path, tensors)
-    else:
-        path = written(tmp_path / name, hugging_face(tensors))
-    report = load_public_weights(path, encoder, decoder)
-    assert report[0].startswith(f"used {len(tensors)} of {len(tensors)} tensors") and name in report[0]
-    assert f"CRC-32 {zlib.crc32(path.read_bytes()):08x}" in report[0]
-    assert "left" not in str(report) and "sines and cosines" in str(report)
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed for this file only
-    images = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
-    fixed = udapose.sincos_positions(grid, 16)[0, 1:]
-    tokens = vit_forward(tensors, images, fixed, tensors["cls_token"][0, 0])
-    close(encoder(images), tokens, rtol=0, atol=1e-4)
-    parts = {key.removeprefix("decoder_"): w for key, w in tensors.items() if key.startswith("decoder_")}
-    x = tokens @ parts["embed.weight"].T + parts["embed.bias"]
-    # as a ViT whose patches are the pixels of a (B, 8, N, 1) image, and its embedding the identity
-    cls, patches = x[:, 0], x[:, 1:].transpose(1, 2)[..., None]
-    parts["patch_embed.proj.weight"] = torch.eye(8)[..., None, None]
-    parts["patch_embed.proj.bias"] = torch.zeros(8)
-    x = vit_forward(parts, patches, udapose.sincos_positions(grid, 8)[0, 1:], cls[:, None])
-    order = torch.arange(grid[0] * grid[1]).expand(2, -1)
-    predicted = x[:, 1:] @ parts["pred.weight"].T + parts["pred.bias"]
-    close(decoder(tokens, order), predicted, rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("grid", [(16, 12), (10, 10)], ids=["own size", "another size"])
-def test_forward_pass_of_vitpose(tmp_path, grid):
-    """ViTPose has no class token, so our blocks run on the patches alone. It pads by 2 px: ours are moved."""
-    tensors, (encoder, _) = vit(positions=torch.randn(1, 193, 16)), networks(grid)
+def test_tensors_of_vitpose(tmp_path):
+    """No class token, but its position, which is added to all patches."""
+    tensors, (encoder, _) = vit(positions=torch.randn(1, 193, 16)), networks((16, 12))
     before = encoder.cls_token.clone()
     report = load_public_weights(saved(tmp_path / "vitpose.pth", {"state_dict": vitpose(tensors)}), encoder)
     assert any("attention maps" in line and "meaningless" in line for line in report)
-    assert torch.equal(encoder.cls_token, before) and (encoder.pos_embed[:, 0] == 0).all()
-    images, places = torch.randn(2, 3, 8 * grid[0], 8 * grid[1]), tensors["pos_embed"][0]
-    positions = places[1:] + places[:1]
-    positions = positions if grid == (16, 12) else resized(positions, 16, 12, grid)
-    x = encoder.embed(F.pad(images, (2, -2, 2, -2)))[:, 1:]
-    for block in encoder.blocks:
-        x, _ = block(x)
-    close(encoder.norm(x), vit_forward(tensors, images, positions, padding=2), rtol=0, atol=1e-4)
+    assert_holds(encoder, tensors | {"cls_token": before}, but="pos_embed")
+    close(encoder.pos_embed[:, 1:], tensors["pos_embed"][:, 1:] + tensors["pos_embed"][:, :1], rtol=0, atol=0)
+    assert (encoder.pos_embed[:, 0] == 0).all()
+
+
+def test_learned_positions_are_resized_as_pillow_does():
+    """It filters where the grid shrinks: here from 16 rows to 10, and from 12 columns to 14."""
+    positions = torch.randn(1, 193, 8)
+    ours, how = fit_positions(positions, (10, 14), 8, class_token=True)
+    assert how == "learned, 1 + 16 x 12 positions, resampled to 10 x 14"
+    maps = positions[0, 1:].unflatten(0, (16, 12)).numpy()
+    maps = [Image.fromarray(maps[..., i]).resize((14, 10), Image.Resampling.BICUBIC) for i in range(8)]
+    close(ours[0, 1:], torch.from_numpy(np.stack(maps, -1)).flatten(0, 1), rtol=0, atol=1e-5)
+    close(ours[:, 0], positions[:, 0], rtol=0, atol=0)
 
 
 # ==========================================================================================================
@@ -268,14 +222,12 @@ def test_blocks_without_a_place_here_are_left(tmp_path):
 
 
 @pytest.mark.parametrize("theirs, says", [
-    (None, "mask_token"),
-    (dict(width=12), "mask_token is (1, 1, 12) in the file and (1, 1, 8) here"),
-    (dict(patch=4), "decoder_pred.weight is (48, 8) in the file and (192, 8) here"),
-    (dict(depth=0), "there is no decoder_blocks.0.norm1.weight (8,)")])
+    (mae_decoder(width=12), "mask_token is (1, 1, 12) in the file and (1, 1, 8) here"),
+    (mae_decoder(depth=0), "there is no decoder_blocks.0.norm1.weight (8,)")], ids=["wider", "shallower"])
 def test_a_decoder_that_does_not_fit_is_left(tmp_path, theirs, says):
     """It is no error: f^E is filled, f^D keeps its initial values, and the report says so."""
-    tensors, (encoder, decoder) = vit() | (mae_decoder(**theirs) if theirs else {}), networks()
-    before = copy_of(decoder)
+    tensors, (encoder, decoder) = vit() | theirs, networks()
+    before = copy.deepcopy(decoder.state_dict())
     report = load_public_weights(mae_file(tmp_path, tensors), encoder, decoder)
     assert_holds(encoder, tensors)
     assert_holds(decoder, before)
@@ -302,9 +254,7 @@ def test_places_before_the_patches_and_grids(count, n, grid, kind):
     close(ours[0, 1:], udapose.sincos_positions((5, 9), 8)[0, 1:])
 
 
-@pytest.mark.parametrize("prefix", [
-    "module.", "_orig_mod.", "model.", "encoder.", "backbone.", "module._orig_mod.", "_orig_mod.module.",
-    "model.backbone.", "module.model.encoder.backbone."])
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "model.encoder.backbone."])
 @pytest.mark.parametrize("names", [dict, hugging_face], ids=["timm", "Hugging Face"])
 def test_any_stack_of_wrappers(tmp_path, prefix, names):
     """`module.` is from DistributedDataParallel, `_orig_mod.` from torch.compile, the others from classes."""
@@ -332,22 +282,11 @@ def test_a_file_with_numpy_scalars(tmp_path, kind):
 # ==========================================================================================================
 # Files that do not fit: one line that names the file, the tensor and both shapes; nothing is loaded
 # ==========================================================================================================
-def without(tensors, *parts):
-    return {key: tensor for key, tensor in tensors.items() if not any(part in key for part in parts)}
-
-
-CLIP = {"visual.class_embedding": torch.ones(16), "visual.conv1.weight": torch.ones(16, 3, 8, 8)}
 MISFITS = {  # tensors of the file, and what the message has to contain besides the file's name
     "wider": (lambda: vit(D=24), ["cls_token", "(1, 1, 24)", "(1, 1, 16)"]),
-    "another patch": (lambda: vit(patch=4), ["patch_embed.proj.weight", "(16, 3, 4, 4)", "(16, 3, 8, 8)"]),
-    "shallower": (lambda: vit(depth=1), ["blocks.1.norm1.weight", "(16,)"]),
+    "shallower": (lambda: vit(depth=1), ["blocks.1.norm1.weight (16,)", "begins with cls_token, pos_embed"]),
     "deeper": (lambda: vit(depth=3), ["blocks.2.norm1.weight", "deeper"]),
-    "LayerScale": (lambda: vit() | {"blocks.0.ls1.gamma": torch.ones(16)},
-                   ["blocks.0.ls1.gamma", "another kind"]),
-    "BEiT": (lambda: without(vit(), "qkv.bias") | {"blocks.0.attn.q_bias": torch.ones(16)},
-             ["blocks.0.attn.qkv.bias", "(48,)"]),
-    "CLIP": (lambda: CLIP, ["patch_embed.proj.weight", "visual.class_embedding"]),
-    "no key": (lambda: without(hugging_face(vit()), "layer.1.attention.attention.key"),
+    "no key": (lambda: {k: t for k, t in hugging_face(vit()).items() if "1.attention.attention.key" not in k},
                ["blocks.1.attn.qkv.weight", "(48, 16)"]),
     "strange positions": (lambda: vit(positions=torch.randn(1, 8, 16)), ["pos_embed", "8 positions"]),
     "narrow positions": (lambda: vit(positions=torch.randn(1, 17, 12)), ["pos_embed", "(1, 17, 12)", "16"]),
@@ -361,7 +300,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, tensors, says):
     """The line also says which layouts are read."""
     path = saved(tmp_path / "misfit.pth", {"model": tensors() | mae_decoder()})
     encoder, decoder = networks()
-    before = copy_of(encoder), copy_of(decoder)
+    before = copy.deepcopy((encoder.state_dict(), decoder.state_dict()))
     with pytest.raises(InputError) as error:
         load_public_weights(path, encoder, decoder)
     text = str(error.value)
@@ -406,26 +345,6 @@ def test_files_that_are_truncated_or_something_else(tmp_path):
         refused_in_one_line(path, ".*No such file")
     for content in ({}, {"model": {}}, {"epoch": 3}, [1, 2], torch.ones(3), {"model": 5}):
         refused_in_one_line(saved(tmp_path / "x.pth", content), "contains no named tensors")
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("it ran",)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    bare = pickle.dumps(Malicious())
-    (tmp_path / "bare.pth").write_bytes(bare)
-    saved(tmp_path / "zip.pth", {"model": vit() | {"cls_token": Malicious()}})
-    torch.save({"model": Malicious()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    for name in ("bare.pth", "zip.pth", "old.pth"):
-        with pytest.raises(InputError, match=f"{name}: .*read safely"):
-            load_public_weights(tmp_path / name, networks()[0])
-    assert not os.path.exists("it ran")
-    pickle.loads(bare)
-    assert os.path.exists("it ran"), "the fixture was harmless: this test showed nothing"
 
 
 def test_what_is_refused_is_named_with_the_remedy(tmp_path, monkeypatch):
