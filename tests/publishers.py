@@ -26,6 +26,7 @@ from udapose import project
 
 av, h5py = pytest.importorskip("av"), pytest.importorskip("h5py")
 scipy_io, cdfwrite = pytest.importorskip("scipy.io"), pytest.importorskip("cdflib.cdfwrite")
+Rotation = pytest.importorskip("scipy.spatial.transform").Rotation
 
 MIRROR = np.array([-1, 1, 1])
 SWAP = [0, 4, 5, 6, 1, 2, 3, 7, 8, 9, 10, 14, 15, 16, 11, 12, 13]  # a body's left and right exchanged
@@ -281,15 +282,9 @@ STB_K = {"BB_left": lens(822.79041, 822.79041, 318.47345, 250.31296),
          "BB_right": lens(822.79041, 822.79041, 318.47345, 250.31296),
          "SK_color": lens(607.92271, 607.88192, 314.78337, 236.42484)}
 STB_FRAMES, BASELINE = 2, np.array([120.054, 0, 0])
-TURN, SHIFT = (0.00531, -0.01196, 0.00301), np.array([-24.0381, -0.4563, -1.2326])
+TURN = Rotation.from_rotvec((0.00531, -0.01196, 0.00301)).as_matrix()
+SHIFT = np.array([-24.0381, -0.4563, -1.2326])
 STB_SEQUENCES = [f"B{i}{kind}" for i in range(1, 7) for kind in ("Counting", "Random")]
-
-
-def turn_by(vector) -> np.ndarray:
-    """Rodrigues' formula, by columns: v cos + (a x v) sin + a (a . v) (1 - cos)."""
-    angle = np.linalg.norm(vector)
-    a, cos, sin = np.array(vector) / angle, np.cos(angle), np.sin(angle)
-    return np.stack([v * cos + np.cross(a, v) * sin + a * a.dot(v) * (1 - cos) for v in np.eye(3)], axis=1)
 
 
 def stb_hands(sequence: str) -> dict[str, np.ndarray]:
@@ -315,7 +310,7 @@ def write_stb(root: Path) -> None:
             for i in range(STB_FRAMES):
                 image = picture((640, 480), uv_of(points[i], STB_K[kind]))
                 image.save(root / f"images/{sequence}/{kind}_{i}.png", compress_level=1)
-        labels = {"BB": hands["BB_left"], "SK": hands["SK_color"] @ turn_by(TURN).T + SHIFT}  # d = R c + t
+        labels = {"BB": hands["BB_left"], "SK": hands["SK_color"] @ TURN.T + SHIFT}  # d = R c + t
         for camera, points in labels.items():
             scipy_io.savemat(root / f"labels/{sequence}_{camera}.mat", {"handPara": stb_raw(points)})
 
@@ -378,7 +373,8 @@ def write_rhd(root: Path) -> None:
 # ==== PAN =================================================================================================
 PAN_SIZE, PAN_FRAMES = (480, 270), 5
 PAN_K, PAN_LENS = lens(352, 350, 243, 131), (-0.22, 0.07, 0.002, -0.0015, 0.01)  # of HD, in small
-PAN_R = {"00_00": turn_by((0.3, 2.1, -0.4)), "00_01": turn_by((0.3, 2.1, 0.5))}  # world -> camera
+PAN_R = {"00_00": Rotation.from_rotvec((0.3, 2.1, -0.4)).as_matrix(),  # world -> camera
+         "00_01": Rotation.from_rotvec((0.3, 2.1, 0.5)).as_matrix()}
 PAN_T = {"00_00": np.array([35.0, -120, 780]), "00_01": np.array([-60.0, -40, 690])}  # mm
 SEQUENCES = ("171204_pose3", "171204_pose1")  # with pictures, with videos; test, train
 

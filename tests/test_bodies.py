@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DECODER, HEAD, SEGMENTATION, TINY
 
 import evaluate
 import train_finetune
@@ -13,7 +14,7 @@ from support import rendering
 from support.convert import body_fault
 from support.folder import ARRAYS, HUMAN, HUMAN_JOINTS
 from support.rendering import BENCHMARK, KINDS, render_chunk
-from support.run import InputError, parse_settings, random_generator, run_group
+from support.run import random_generator
 from udapose import project
 
 JOINT = {name: i for i, name in enumerate(HUMAN_JOINTS)}
@@ -140,40 +141,13 @@ def test_chance_is_over_the_same_joints():
 
 
 # ==== --task human ========================================================================================
-def settings(script, *arguments: str):
-    return parse_settings(script.Settings, "", script.PRESETS, script.VARIANTS, arguments, script.TASKS)
-
-
-def test_task_changes_defaults_only():
-    for script in (train_pretrain, train_finetune):
-        hand, human = (vars(settings(script, "--task", task)) for task in ("hand", "human"))
-        assert vars(settings(script)) == hand
-        for key in hand:
-            same = hand[key] == human[key]
-            assert same or key in ("task", "lam") or human[key] == hand[key].replace("hands", "bodies"), key
-        assert settings(script, "--task", "human", "--source", "mine").source == "mine"
-        assert settings(script, "--preset", "paper-human").task == "human"
-        with pytest.raises(InputError, match="--task human: preset paper-hand is for hand"):
-            settings(script, "--preset", "paper-hand", "--task", "human")
-    assert settings(train_finetune, "--task", "human", "--variant", "scratch").lam == 0
-    assert settings(train_finetune, "--preset", "paper-human").lam == 10
-    assert [run_group(p, "human") for p in ("small", "paper-human")] == ["small-human", "paper-human"]
-
-
-SMALL = ["--width", "16", "--depth", "2", "--heads", "2", "--threads", "1", "--device", "cpu",
-         "--precision", "float32", "--log-every", "2"]
-
-
 def test_human_from_nothing_to_table_and_pictures(tmp_path, monkeypatch, capsys):
     """The three commands, with --task human and no folder named: renders, trains, measures, draws."""
     monkeypatch.chdir(tmp_path)
     few = {name: (domain, 24) for name, (domain, _) in BENCHMARK.items()}
     monkeypatch.setattr(rendering, "BENCHMARK", few)
-    small = ["--decoder-width", "16", "--decoder-heads", "2", "--seg-channels", "4", "--seg-steps", "3",
-             "--seg-batch", "8", "--batch", "16", "--epochs", "1"]
-    assert not train_pretrain.main(["--task", "human", *SMALL, *small])
-    tune = ["--task", "human", *SMALL, "--head-channels", "8", "--labels", "16", "--batch", "8", "--epochs",
-            "2", "--warmup", "2"]
+    assert not train_pretrain.main(["--task", "human", "--epochs", "1", *TINY, *DECODER, *SEGMENTATION])
+    tune = ["--task", "human", "--epochs", "2", *TINY, *HEAD]
     assert not train_finetune.main(tune) and not train_finetune.main(tune + ["--variant", "scratch"])
     assert not evaluate.main(["--device", "cpu", "--threads", "1"])
     text = capsys.readouterr().out

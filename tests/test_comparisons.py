@@ -103,22 +103,13 @@ def dan_by_loops(phi_s, phi_t):
     return total / B**2
 
 
-def parts(k, B, take=torch.mean):
-    return take(k[:B, :B]) + take(k[B:, B:]), take(k[:B, B:])
-
-
-def difference(k, B):
-    inside, across = parts(k, B)
-    return inside - 2 * across
-
-
-def dan_with(sigma2=lambda d2: d2.detach().mean(), kernels=sum, alphas=(1 / 8, 1 / 4, 1 / 2, 1, 2), factor=2,
-             power=lambda d2: d2, mean=difference):
+def dan_with(sigma2=lambda d2: d2.detach().mean(), alphas=(1 / 8, 1 / 4, 1 / 2, 1, 2),
+             mean=lambda ss, tt, st: ss.mean() + tt.mean() - 2 * st.mean()):
     def loss(phi_s, phi_t):
-        phi = torch.cat([phi_s, phi_t])
+        B, phi = len(phi_s), torch.cat([phi_s, phi_t])
         d2 = (phi[:, None] - phi[None]).square().sum(-1)
-        k = kernels([torch.exp(-power(d2) / (factor * a * sigma2(d2))) for a in alphas])
-        return mean(k, len(phi_s))
+        k = sum(torch.exp(-d2 / (2 * a * sigma2(d2))) for a in alphas)
+        return mean(k[:B, :B], k[B:, B:], k[:B, B:])
 
     return loss
 
@@ -127,18 +118,14 @@ WRONG_DAN = {
     "bandwidth not detached": dan_with(sigma2=lambda d2: d2.mean()),
     "bandwidth of 1": dan_with(sigma2=lambda d2: 1.0),
     "bandwidth of the source": dan_with(sigma2=lambda d2: d2[:5, :5].detach().mean()),
-    "median for the mean": dan_with(sigma2=lambda d2: d2.detach().median()),
     "self-pairs not in the mean distance": dan_with(sigma2=lambda d2: d2.detach().sum() / (10 * 9)),
-    "mean instead of sum over kernels": dan_with(kernels=lambda k: sum(k) / 5),
+    "2 of 2 sigma² missing": dan_with(sigma2=lambda d2: d2.detach().mean() / 2),
     "one kernel": dan_with(alphas=(1,)),
-    "2 of 2 sigma² missing": dan_with(factor=1),
-    "distances not squared": dan_with(power=lambda d2: (d2 + 1e-12).sqrt()),
-    "unbiased": dan_with(
-        mean=lambda k, B: (parts(k, B, torch.sum)[0] - 10 * B) / (B * (B - 1)) - 2 * parts(k, B)[1]),
-    "cross term once": dan_with(mean=lambda k, B: parts(k, B)[0] - parts(k, B)[1]),
-    "cross term added": dan_with(mean=lambda k, B: parts(k, B)[0] + 2 * parts(k, B)[1]),
-    "sums over the pairs": dan_with(mean=lambda k, B: B * B * difference(k, B)),
-    "pairs of equal place": dan_with(mean=lambda k, B: 10 - 2 * k[:B, B:].diagonal().mean()),
+    "mean over kernels": lambda s, t: dan_loss(s, t) / 5,
+    "sums over the pairs": lambda s, t: dan_loss(s, t) * 25,
+    "unbiased": dan_with(mean=lambda ss, tt, st: (ss.sum() + tt.sum() - 2 * 25) / 20 - 2 * st.mean()),
+    "cross term once": dan_with(mean=lambda ss, tt, st: ss.mean() + tt.mean() - st.mean()),
+    "cross term added": dan_with(mean=lambda ss, tt, st: ss.mean() + tt.mean() + 2 * st.mean()),
 }
 
 
@@ -175,9 +162,9 @@ def check_dann(function):
     close(ours[-2:], tuple(-ramp * gradient for gradient in theirs[-2:]))
 
 
-def dann_with(reverse=lambda phi, ramp: ScaleGradient.apply(phi, -ramp), last=lambda loss, ramp: loss,
+def dann_with(reverse=lambda phi, ramp: ScaleGradient.apply(phi, -ramp),
               terms=lambda s, t: (F.softplus(-s).mean() + F.softplus(t).mean()) / 2):
-    return lambda phi_s, phi_t, D, ramp: last(terms(D(reverse(phi_s, ramp)), D(reverse(phi_t, ramp))), ramp)
+    return lambda phi_s, phi_t, D, ramp: terms(D(reverse(phi_s, ramp)), D(reverse(phi_t, ramp)))
 
 
 WRONG_DANN = {
@@ -185,14 +172,10 @@ WRONG_DANN = {
     "scaled, not reversed": dann_with(reverse=lambda phi, ramp: ScaleGradient.apply(phi, ramp)),
     "reversed, not scaled": dann_with(reverse=lambda phi, ramp: ScaleGradient.apply(phi, -1.0)),
     "features detached": dann_with(reverse=lambda phi, ramp: phi.detach() + 0 * phi),
-    "reversed after the discriminator": dann_with(
-        reverse=lambda phi, ramp: phi, last=lambda loss, ramp: ScaleGradient.apply(loss, -ramp)),
-    "loss negative": dann_with(reverse=lambda phi, ramp: phi, last=lambda loss, ramp: -ramp * loss),
-    "ramp on the loss": dann_with(
-        reverse=lambda phi, ramp: ScaleGradient.apply(phi, -1.0), last=lambda loss, ramp: ramp * loss),
+    "discriminator reversed": lambda *given: ScaleGradient.apply(dann_loss(*given), -1.0),
+    "loss negative": lambda *given: -dann_loss(*given),
     "labels exchanged": dann_with(terms=lambda s, t: (F.softplus(s).mean() + F.softplus(-t).mean()) / 2),
-    "half missing": dann_with(terms=lambda s, t: F.softplus(-s).mean() + F.softplus(t).mean()),
-    "sum over the batch": dann_with(terms=lambda s, t: (F.softplus(-s).sum() + F.softplus(t).sum()) / 2),
+    "half missing": lambda *given: 2 * dann_loss(*given),
     "target alone": dann_with(terms=lambda s, t: F.softplus(t).mean() + 0 * s.sum()),
 }
 
@@ -256,6 +239,8 @@ def test_variants():
         s = settings(train_finetune, "--variant", name, "--seed", "3", "--preset", "small")
         assert s.init == (init and f"runs/small/pretrain-{init}-seed3")
         assert (s.lam, s.adapt, s.adapt_weight) == (100 * (init == "full"), name.split("-")[-1], weight)
+    human = settings(train_finetune, "--preset", "paper-human")
+    assert human.lam == 10 and human.out == "runs/paper-human/full-seed0"
 
 
 def test_progress_runs_from_0_to_1(sets, tmp_path, monkeypatch):
