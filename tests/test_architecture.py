@@ -51,7 +51,8 @@ def shapes(module, *inputs) -> dict:
 def test_parameter_counts(paper):
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in paper.items()}
     assert counts == {"f^E": 85_647_360, "f^D": 3_941_632, "f^S": 895_681, "f^H": 4_541_248}
-    assert udapose.LN_EPS == 1e-6  # MAE's; torch's is 1e-5
+    parts = [part for network in paper.values() for part in network.modules()]
+    assert {part.eps for part in parts if isinstance(part, torch.nn.LayerNorm)} == {1e-6}  # MAE's
 
 
 def test_table_5_encoder_and_decoder(paper):
@@ -169,11 +170,13 @@ def test_pose_estimator_sends_each_domain_its_own_way():
     "build, says",
     [
         (lambda: udapose.Encoder((60, 64), 16, 16, 1, 2), "60 x 64.*patch, 16"),
+        (lambda: udapose.Encoder((64, 60), 16, 16, 1, 2), "64 x 60.*patch, 16"),
         (lambda: udapose.Encoder((32, 32), 16, 18, 1, 2), "18.*divisible by 4"),
         (lambda: udapose.Encoder((32, 32), 16, 16, 1, 3), "16.*heads, 3"),
         (lambda: udapose.UNet(4)(torch.randn(1, 3, 16, 64)), "32 px"),
         (lambda: udapose.KeypointHead((4, 6), 8, 8, 3), "square.*4 x 6"),
         (lambda: udapose.random_masking(torch.rand(2, 16), 0.01), "r = 0.01"),
+        (lambda: udapose.random_masking(torch.rand(2, 16), 0.99), "r = 0.99"),
         (lambda: udapose.Encoder((32, 32), 16, 16, 1, 2)(torch.randn(1, 3, 48, 32)), r"\(32, 32\).*\(48, 32"),
     ],
 )

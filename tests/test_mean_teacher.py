@@ -81,7 +81,8 @@ def test_half_of_the_joints_count_and_none_outside():
     """Peaks above the median of the batch count, unless the student's crop does not show the joint."""
     centres = torch.full((4, K, 3), 7.0)
     heights = torch.arange(1.0, 13.0).view(4, K, 1, 1, 1)
-    heatmaps = heights * udapose.true_heatmaps(centres, S, 1.0)
+    blobs = [udapose.true_heatmaps(centres[:2], S, sigma) for sigma in (2.0, 1.0)]  # low ones have more mass
+    heatmaps = heights * torch.cat(blobs)
     still = torch.eye(2, 3).expand(4, 2, 3).clone()
     close(teacher_labels(heatmaps, still, IMAGE)[1].flatten(), torch.tensor([0.0] * 6 + [1.0] * 6))
     still[3, 0, 2] = 100.0  # the last crop is shifted out of sight

@@ -260,7 +260,7 @@ def test_any_stack_of_wrappers(tmp_path, prefix, names):
     """`module.` is from DistributedDataParallel, `_orig_mod.` from torch.compile, the others from classes."""
     tensors, (encoder, decoder) = vit() | mae_decoder(), networks()
     wrapped = {prefix + key: tensor for key, tensor in names(tensors).items()}
-    report = load_public_weights(saved(tmp_path / "wrapped.pth", {"model": wrapped}), encoder, decoder)
+    report = load_public_weights(saved(tmp_path / "wrapped.pth", {"encoder": wrapped}), encoder, decoder)
     assert_holds(encoder, tensors)
     assert_holds(decoder, tensors)
     assert report[0].startswith(f"used {len(tensors)} of {len(tensors)} tensors")
