@@ -534,7 +534,7 @@ def show_adapted(paths: list[Path], dataset: Dataset, a: argparse.Namespace, dev
 def predict_photo(estimator, state: dict, photo: Path, a: argparse.Namespace, folder: Path, device) -> None:
     """Predict the pose in one photograph, and write PHOTO_pose.png and PHOTO_pose.json."""
     s, skeleton = state["settings"], state["skeleton"]
-    picture, _ = open_picture(photo)  # (H, W, 3) uint8
+    picture = open_picture(photo)  # (H, W, 3) uint8
     size = picture.shape[1::-1]  # W, H
     if min(size) < 16:
         raise InputError(f"{photo}: {size[0]} x {size[1]} px; give a picture of at least 16 x 16 px")

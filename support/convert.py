@@ -184,23 +184,22 @@ def crop_window(uv: np.ndarray, box: float) -> tuple[np.ndarray, float]:
     return (low + high) / 2 + 0.5 - width / 2, width
 
 
-def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample: Sample,
-                     shrunk: int) -> np.ndarray:
+def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample: Sample) -> np.ndarray:
     """`crop_square` of the picture that a lens without distortion would have taken.
 
-    `shrunk` x `shrunk` of the picture's own pixels are one of `pixels`. The part in question is shrunk to
-    about two pixels per pixel of the crop. Each half pixel of the crop fetches its colour there. The lens is
-    computed at 65 x 65 places and linear between them, which is exact to a few hundredths of a pixel.
+    The part in question is shrunk to about two pixels per pixel of the crop. Each half pixel of the crop
+    fetches its colour there. The lens is computed at 65 x 65 places and linear between them, which is exact
+    to a few hundredths of a pixel.
     """
     K, fine = sample.intrinsics, 2 * side
     places = np.linspace(0.5, fine - 0.5, 65) * width / fine - 0.5
     u, v = np.meshgrid(corner[0] + places, corner[1] + places)  # (65, 65) px, undistorted
     xy = (np.stack([u, v], axis=-1) - K[:2, 2]) @ np.linalg.inv(K[:2, :2]).T  # (65, 65, 2) at z = 1
-    uv = (distort(xy, sample.distortion) @ K[:2, :2].T + K[:2, 2] + 0.5) / shrunk  # (65, 65, 2) from the edge
+    uv = distort(xy, sample.distortion) @ K[:2, :2].T + K[:2, 2] + 0.5  # (65, 65, 2) px from the edge
     seen = np.clip(uv, 0, pixels.shape[1::-1])
     low = seen.min(axis=(0, 1))
     extent = (seen.max(axis=(0, 1)) - low).max() + 1e-6
-    patch = crop_square(pixels, low, extent, math.ceil(extent * min(1, shrunk * fine / width))).copy()
+    patch = crop_square(pixels, low, extent, math.ceil(extent * min(1, fine / width))).copy()
     patch = torch.from_numpy(patch.reshape(*patch.shape[:2], -1))  # (h, w, C)
     patch = patch.permute(2, 0, 1)[None].float()  # (1, C, h, w)
     grid = torch.from_numpy((uv - low) * (2 / extent) - 1).permute(2, 0, 1)[None].float()  # (1, 2, 65, 65)
@@ -210,23 +209,21 @@ def crop_undistorted(pixels: np.ndarray, corner, width: float, side: int, sample
     return found.numpy().reshape(side, side, *pixels.shape[2:])
 
 
-def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[str, np.ndarray]:
-    """One row of each array: the window (corner, width) of picture and mask, labels, intrinsics of the crop.
-    The picture (h, w, 3) may have been decoded smaller than its own size (W, H)."""
+def crop_sample(sample: Sample, image, mask, window, side: int) -> dict[str, np.ndarray]:
+    """One row of each array: the window (corner, width) of image and mask, labels, the crop's intrinsics."""
     corner, width = window
     s = side / width
-    shrunk = min((1, 2, 4, 8), key=lambda n: abs(-(-size[0] // n) - image.shape[1]))  # own pixels per pixel
     K = np.diag([s, s, 1.0])
     K[:2, 2] = (0.5 - corner) * s - 0.5  # u' = (u + 0.5 - corner) s - 0.5
     row = {"keypoints": np.float32(sample.keypoints), "intrinsics": np.float32(K @ sample.intrinsics)}
-    for name, pixels, n in (("images", image, shrunk), ("masks", mask, 1)):
+    for name, pixels in (("images", image), ("masks", mask)):
         if pixels is None:
             continue
         pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
         if sample.distortion is None:
-            row[name] = crop_square(pixels, corner / n, width / n, side)
+            row[name] = crop_square(pixels, corner, width, side)
         else:
-            row[name] = crop_undistorted(pixels, corner, width, side, sample, n)
+            row[name] = crop_undistorted(pixels, corner, width, side, sample)
     if sample.left:
         row = {name: x[:, ::-1] if name in ("images", "masks") else x for name, x in row.items()}
         row["keypoints"] = row["keypoints"] * np.float32([-1, 1, 1])
@@ -235,28 +232,25 @@ def crop_sample(sample: Sample, image, mask, size, window, side: int) -> dict[st
     return row
 
 
-def open_sample(root: Path, sample: Sample, side: int, width: float) -> tuple:
-    """Picture (h, w, 3) uint8, its mask (H, W) bool or None, and the picture's own size (W, H).
-
-    A JPEG of which `width` px become `side` px may be decoded smaller.
-    """
+def open_sample(root: Path, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
+    """Picture (H, W, 3) uint8 and its mask (H, W) bool, if it has one."""
     for name in (sample.image, sample.mask or ""):  # these names can come from files of labels
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise InputError(f"{root}: its labels name {name!r}, which lies outside of it: refused")
     path, mask = root / sample.image, None
-    if sample.frame is None:  # `crop_undistorted` wants twice the pixels
-        image, size = open_picture(path, side if sample.distortion is None else 2 * side, width)
+    if sample.frame is None:
+        image = open_picture(path)
     else:
         with reading(path, "video"):
             image = open_video(path).frame(sample.frame)
-        size = image.shape[1::-1]
     if sample.mask:
         mask = open_mask(root / sample.mask, sample.foreground, sample.mask_key)
-    expected = tuple(sample.size or size)
-    for name, found in ((sample.image, size), (sample.mask, expected if mask is None else mask.shape[1::-1])):
-        if found != expected:
-            raise Missing(f"size: {name} is {found[0]} x {found[1]} px, not {expected[0]} x {expected[1]}")
-    return image, mask, size
+    expected = tuple(sample.size or image.shape[1::-1])
+    for name, pixels in ((sample.image, image), (sample.mask, mask)):
+        if pixels is not None and pixels.shape[1::-1] != expected:
+            (w, h), (W, H) = pixels.shape[1::-1], expected
+            raise Missing(f"size: {name} is {w} x {h} px, not {W} x {H}")
+    return image, mask
 
 
 def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dict[str, np.ndarray]:
@@ -264,20 +258,20 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     if sample.fault:
         raise Missing(sample.fault)
     if sample.keypoints is None:
-        image, _, _ = open_sample(root, sample, side, 0)
+        image, _ = open_sample(root, sample)
         size = np.array(image.shape[1::-1])  # the crop is the square at its centre
         return {"images": crop_square(image, (size - size.min()) / 2, size.min(), side)}
     held = sample.keypoints if sample.around is None else np.vstack([sample.keypoints, sample.around])
     window = crop_window(to_uv(held, sample.intrinsics), skeleton["box"])
-    image, mask, size = open_sample(root, sample, side, window[1] if np.isfinite(window[1]) else 0)
+    image, mask = open_sample(root, sample)
     uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)  # (K, 2) px
-    fault = fault_of(skeleton["joints"], sample.keypoints, uv, size, window[1], mask, sample.uv,
+    fault = fault_of(skeleton["joints"], sample.keypoints, uv, image.shape[1::-1], window[1], mask, sample.uv,
                      sample.tolerance, sample.left)
     if fault:
         raise Missing(fault)
     if sample.around is not None and sample.around[:, 2].min() < 100:
         raise Missing("projection: the crop has to hold a point less than 100 mm before the camera")
-    return crop_sample(sample, image, mask, size, window, side)
+    return crop_sample(sample, image, mask, window, side)
 
 
 def convert_samples(root: Path, side: int, skeleton: dict, job: list[Sample]) -> tuple[dict, list[str]]:

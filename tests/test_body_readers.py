@@ -13,9 +13,9 @@ from support.readers import _3dhp, _3dpw, formats, h36m, surreal
 # isort: off
 from publishers import (
     BODY_READERS, FLAGS, GREEN, H36M_FRAMES, H36M_NAMES, MPI_ENLARGED, MPI_ROWS,
-    NOT_IN_SMPL, PW3D_SPLIT, SURREAL_CLIPS, SURREAL_K, assert_sound, body, check_case, command,
-    h36m_people, h36m_videos, impossible, mpi_people, mpi_truth, ours, pw3d_truth, refused, scipy_io,
-    share_on_mask, surreal_people, surreal_truth, universal, uv_of, without, write_clip, write_pickle,
+    PW3D_SPLIT, SURREAL_CLIPS, SURREAL_K, assert_sound, body, check_case, command, h36m_people,
+    h36m_videos, impossible, mpi_people, mpi_truth, ours, pw3d_truth, scipy_io, share_on_mask,
+    surreal_people, surreal_truth, universal, uv_of, without, write_clip, write_pickle,
     write_pose)
 # isort: on
 
@@ -46,11 +46,6 @@ def test_h36m(h36m_set, capsys):
     green = np.abs(h36m_set.images[:].astype(int) - GREEN).sum(-1) < 30  # (n, H, H)
     assert share_on_mask(h36m_set) > 0.99 and (h36m_set.masks[:][green] < 128).mean() > 0.99
     assert 0.02 < (h36m_set.masks[:] >= 128).mean() < 0.2
-
-
-def test_h36m_lens_is_found(h36m_root):
-    for sample in h36m.read(h36m_root)[1]:
-        assert np.abs(uv_of(sample.keypoints, sample.intrinsics, sample.distortion) - sample.uv).max() < 0.1
 
 
 def test_h36m_lens_of_the_publisher_s_own_form():
@@ -102,6 +97,7 @@ H36M_CASES = {
     "mono_universal": (universal_skeleton, "camera 54138969: no lens takes its 3D to its 2D"),
     "masks of another video": (other_masks, "for 'mask' .* joints on the mask: labels of another moment"),
     "a video less": (without("S11/Videos/Directions 1.58860488.mp4"), "Directions 1.58860488.mp4: missing"),
+    "a subject less": (without("S11"), "S11/MySegmentsMat/ground_truth_bs: missing"),
     "no masks": (without("S9/MySegmentsMat"), "S9/MySegmentsMat/ground_truth_bs: missing"),
     "no masks of one video": (without("S9/MySegmentsMat/ground_truth_bs/Posing.58860488.mat"),
                               "for 'mask' .*Posing.58860488.mp4 frame 0: mask: no Posing.58860488.mat"),
@@ -232,24 +228,23 @@ def test_surreal(surreal_root, tmp_path, capsys):
     assert np.abs(np.nanmean(apart, axis=(0, 1))).max() < 0.15  # of rounding, half a pixel a joint
 
 
-def test_surreal_all_frames_of_a_run(surreal_root, tmp_path, capsys):
-    flags = ["--split", "val", "--frames", "all"]
-    dataset = command(surreal, surreal_root, tmp_path / "all", *flags, "--stride", 2)
+def test_surreal_all_frames(surreal_root, tmp_path, capsys):
+    flags = ["--split", "val", "--frames", "all", "--stride", 2]
+    dataset = command(surreal, surreal_root, tmp_path / "all", *flags)
     assert_sound(dataset, surreal_truth("val", lambda people: people[::2]), capsys)
-    truth = ours(surreal_people("val", "run2/01_01/01_01_c0001"), NOT_IN_SMPL)
     for root in (surreal_root / "SURREAL", surreal_root / "SURREAL/data"):
-        assert_sound(command(surreal, root, tmp_path / root.name, *flags, "--runs", "2"), truth, capsys)
+        assert len(list(surreal.read(root, "val")[1])) == len(SURREAL_CLIPS["val"])
 
 
-@pytest.mark.parametrize("right, rows", [(1000, 2), (3000, 1)])  # mm; the picture ends at 1067
+@pytest.mark.parametrize("right, rows", [(1000, 4), (3000, 3)])  # mm; the picture ends at 1067
 def test_surreal_people_partly_outside_stay(right, rows, surreal_root, tmp_path, monkeypatch):
     """Half the joints inside is enough; who is gone is left out."""
     root = Path(shutil.copytree(surreal_root, tmp_path / "surreal"))
     clip = root / "SURREAL/data/cmu/val/run0/01_01/01_01_c0002"
     write_clip(clip, [body(np.random.default_rng(0), (right, 0, 4000))])
     monkeypatch.setattr(surreal, "MAX_SKIPPED", 0.6)
-    dataset = command(surreal, root, tmp_path / "out", "--split", "val", "--runs", "0")
-    assert len(dataset) == rows and len(dataset.meta["skipped"]) == 2 - rows
+    dataset = command(surreal, root, tmp_path / "out", "--split", "val")
+    assert len(dataset) == rows and len(dataset.meta["skipped"]) == 4 - rows
     assert all("joints fall on the picture" in line for line in dataset.meta["skipped"])
 
 
@@ -264,21 +259,3 @@ CASES = impossible({h36m: H36M_CASES, _3dpw: PW3D_CASES, _3dhp: MPI_CASES, surre
 @pytest.mark.parametrize("reader, put_in, message", CASES)
 def test_mistakes_are_told(reader, put_in, message, request, tmp_path):
     check_case(reader, request.getfixturevalue(BODY_READERS[reader]), tmp_path, put_in, message)
-
-
-# ==== What all share ======================================================================================
-@pytest.mark.parametrize("reader, flags, subjects, rows", [
-    (h36m, ["--split", "test"], "11", 6), (h36m, ["--split", "test", "--masks", "no"], "S9", 4),
-    (_3dhp, ["--cameras", "4", "--stride", 1], "1", 7), (_3dhp, ["--split", "test"], "2,5", 6)])
-def test_some_subjects(reader, flags, subjects, rows, request, tmp_path):
-    """Only their folders have to be there."""
-    root = Path(shutil.copytree(request.getfixturevalue(BODY_READERS[reader]), tmp_path / "root"))
-    flags = [*flags, "--subjects", subjects]
-    if reader is h36m or "--split" in flags:
-        kept = [f"S{s.strip('S')}" for s in subjects.split(",")] + [f"TS{s}" for s in subjects.split(",")]
-        for folder in [*root.glob("S[0-9]*"), *root.glob("*/TS*")]:
-            if folder.name not in kept:
-                shutil.rmtree(folder)
-    assert len(command(reader, root, tmp_path / "out", *flags)) == rows
-    with refused("--subjects 12: choose from"):
-        command(reader, root, tmp_path / "no", *flags[:-1], "12")

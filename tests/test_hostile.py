@@ -13,7 +13,7 @@ from publishers import h5py, refused, scipy_io, write_video
 
 from support.convert import Sample, open_sample
 from support.folder import open_array
-from support.readers.formats import Video, open_mask, open_picture, read_h5, read_mat, read_pickle
+from support.readers.formats import Video, open_picture, read_h5, read_mat, read_pickle
 from support.run import read_checkpoint
 
 
@@ -143,18 +143,6 @@ def test_hostile_hdf5(what, tmp_path, monkeypatch):
 
 
 # ==== Pictures, videos, names =============================================================================
-@pytest.mark.parametrize("side", [40, 60])  # of the first Pillow only warns
-def test_decompression_bombs(side, tmp_path, monkeypatch):
-    path = tmp_path / "bomb.png"
-    Image.new("L", (side, side)).save(path)
-    assert open_picture(path)[1] == (side, side) and Image.MAX_IMAGE_PIXELS == 200 * 10**6
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for read in (open_picture, lambda path: open_mask(path, (1, 255), None)):
-        with refused("bomb.png: broken (picture|mask).*: Image size .* exceeds limit") as caught:
-            read(path)
-        assert "\n" not in str(caught.value)
-
-
 def test_postscript_is_no_picture(tmp_path, monkeypatch):
     """Pillow would hand it to Ghostscript, an interpreter of programs."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/canary\n")
@@ -176,7 +164,7 @@ def test_a_playlist_is_no_video(text, tmp_path):
     assert Video(tmp_path / "secret.ts").frame(0).shape == (64, 64, 3)
     (tmp_path / "a.mp4").write_text(text.format(tmp_path / "secret.ts"))
     with refused("a.mp4: broken video"):
-        open_sample(tmp_path, Sample("a.mp4", frame=0), 16, 0)
+        open_sample(tmp_path, Sample("a.mp4", frame=0))
 
 
 def test_names_cannot_leave_their_root(tmp_path):
@@ -186,10 +174,10 @@ def test_names_cannot_leave_their_root(tmp_path):
         picture.save(path)
     for name in ("../secret.png", "in/../../secret.png", str(tmp_path / "secret.png"), "in/../in/a..png"):
         with refused("its labels name .*, which lies outside of it: refused"):
-            open_sample(root, Sample(name), 16, 0)
+            open_sample(root, Sample(name))
         with refused("outside of it: refused"):
-            open_sample(root, Sample("in/a..png", mask=name), 16, 0)
+            open_sample(root, Sample("in/a..png", mask=name))
     os.makedirs(tmp_path / "other")
     (tmp_path / "other/in").symlink_to(root / "in")  # a download on two disks
     for place in (root, tmp_path / "other"):
-        assert open_sample(place, Sample("in/a..png"), 16, 0)[2] == (40, 40)
+        assert open_sample(place, Sample("in/a..png"))[0].shape == (40, 40, 3)

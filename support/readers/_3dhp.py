@@ -7,9 +7,8 @@
 Millimetres, camera; 17 of 28 joints in train, all 17 in test; the pelvis is above Human3.6M's. --labels
 univ_annot3 (people enlarged to one height: the official protocol) or annot3 (as they are). The cameras of
 train are in camera.calibration; that of a test sequence is fitted to annot3 and annot2. --stride and
---cameras (the customary 8 of 14, none at the ceiling) choose from train only, --subjects 1,2 from both. Frame
-i of a video is row i; img_000001.jpg is row 0. No masks. Left out: rows of S4/Seq2 whose left and right are
-exchanged.
+--cameras (the customary 8 of 14, none at the ceiling) choose from train only. Frame i of a video is row i;
+img_000001.jpg is row 0. No masks. Left out: rows of S4/Seq2 whose left and right are exchanged.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from support.convert import Sample
 from support.folder import HUMAN
-from support.readers.formats import chosen_subjects, need_files, read_h5, read_mat, reading
+from support.readers.formats import need_files, read_h5, read_mat, reading
 from support.readers.h36m import ALL_BUT_ROOT
 from support.run import InputError
 
@@ -71,9 +70,9 @@ def enlarged(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndarr
     return s * points
 
 
-def read_test(root: Path, labels: str, subjects: str) -> tuple:
+def read_test(root: Path, labels: str) -> tuple[int, Iterator[Sample]]:
     base = "mpi_inf_3dhp_test_set/" if (root / "mpi_inf_3dhp_test_set").is_dir() else ""
-    names = [f"{base}{name}" for name in chosen_subjects(subjects, [f"TS{i}" for i in range(1, 7)])]
+    names = [f"{base}{name}" for name in ("TS1", "TS2", "TS3", "TS4", "TS5", "TS6")]
     files = ("annot_data.mat", "imageSequence/img_000001.jpg")
     need_files(root, [f"{name}/{file}" for name in names for file in files])
 
@@ -97,26 +96,23 @@ def read_test(root: Path, labels: str, subjects: str) -> tuple:
 
 def read(root: Path, split: Literal["train", "test"] = "train",
          labels: Literal["univ_annot3", "annot3"] = "univ_annot3", stride: int = 10,
-         cameras: str = "0,1,2,4,5,6,7,8", subjects: str = "") -> tuple[int, Iterator[Sample]]:
+         cameras: str = "0,1,2,4,5,6,7,8") -> tuple[int, Iterator[Sample]]:
     if split == "test":
-        return read_test(root, labels, subjects)
+        return read_test(root, labels)
     chosen = [int(word) for word in cameras.split(",") if word.isdecimal()]
     if len(set(chosen)) < len(cameras.split(",")):
         raise InputError(f"--cameras {cameras}: give numbers, each once, as 0,1,2")
-    people = chosen_subjects(subjects, dict.fromkeys(name.partition("/")[0] for name in FRAMES))
-    counts = {name: n for name, n in FRAMES.items() if name.partition("/")[0] in people}
-    if EXCHANGED[0] in counts:
-        print("left out, for left and right are exchanged: rows 3,759 to 5,852 of S4/Seq2", flush=True)
+    print("left out, for left and right are exchanged: rows 3,759 to 5,852 of S4/Seq2", flush=True)
     files = ["annot.mat", "camera.calibration", *(f"imageSequence/video_{c}.avi" for c in chosen)]
-    need_files(root, [f"{name}/{file}" for name in counts for file in files])
-    calibrated = {name: read_calibration(root / name / "camera.calibration") for name in counts}
+    need_files(root, [f"{name}/{file}" for name in FRAMES for file in files])
+    calibrated = {name: read_calibration(root / name / "camera.calibration") for name in FRAMES}
     for name, known in calibrated.items():
         missing = set(chosen) - set(known)
         if missing:
             raise InputError(f"{root / name}/camera.calibration: has no camera {min(missing)}")
 
     def samples() -> Iterator[Sample]:
-        for name, frames in counts.items():
+        for name, frames in FRAMES.items():
             file = root / name / "annot.mat"
             keys = {"annot2": 2, "annot3": 3, labels: 3}  # two, if labels is annot3 itself
             found = read_mat(file, *keys)
@@ -132,4 +128,4 @@ def read(root: Path, split: Literal["train", "test"] = "train",
                         continue
                     yield Sample(f"{name}/imageSequence/video_{c}.avi", points[i], K, uv=uv[i], size=size,
                                  frame=i, tolerance=TOLERANCE)
-    return sum(len(range(0, n, stride)) for n in counts.values()) * len(chosen), samples()
+    return sum(len(range(0, n, stride)) for n in FRAMES.values()) * len(chosen), samples()

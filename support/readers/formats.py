@@ -9,20 +9,16 @@ import math
 import os
 import pickle
 import re
-import warnings
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from support.run import InputError, first_line
 
 VIDEOS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts"
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow's EPS would run Ghostscript
-Image.MAX_IMAGE_PIXELS = 200 * 10**6
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-         7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF's orientation
 
 
 class Missing(Exception):
@@ -37,9 +33,7 @@ class Damaged(InputError):
 def reading(path: Path, what: str):
     """Context in which any failure to read a file becomes one line that names the file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     except (InputError, Missing):
         raise
     except ImportError as error:
@@ -54,15 +48,6 @@ def reading(path: Path, what: str):
 def listed(folder: Path, pattern: str) -> list[Path]:
     """What matches in a folder, sorted, without names that begin with a dot: a Mac adds `._name` to files."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-
-
-def chosen_subjects(given: str, known) -> list[str]:
-    """Those of the `known` folders, such as S1 or TS1, that `given` numbers, as 1,5; all if it is empty."""
-    numbers = {folder.lstrip("ST"): folder for folder in known}
-    wanted = given.replace("S", "").split(",") if given else list(numbers)
-    if not set(wanted) <= set(numbers):
-        raise InputError(f"--subjects {given}: choose from {','.join(numbers)}, as 1,2")
-    return [folder for number, folder in numbers.items() if number in wanted]
 
 
 def need_files(root: Path, names) -> None:
@@ -81,22 +66,10 @@ def read_json_array(path: Path, *shape: int) -> np.ndarray:
         return array
 
 
-def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarray, tuple[int, int]]:
-    """Any picture file as (h, w, 3) uint8, turned as its EXIF says, and its own size (W, H).
-
-    What is transparent becomes white. If `width` px of it (0: its shorter side) are to become `side` px, a
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves enough pixels, which takes a quarter of the
-    time. A turned one is not: its incomplete last pixels would shift the picture against its labels.
-    """
+def open_picture(path: Path) -> np.ndarray:
+    """Any picture file as (H, W, 3) uint8, turned as its EXIF says. What is transparent becomes white."""
     with reading(path, "picture (JPEG, PNG ..)"), Image.open(path, formats=PICTURES) as image:
-        if image.format == "TIFF":
-            image.load()  # Pillow turns a TIFF when it loads it, and forgets the tag
-        turned = TURNS.get(image.getexif().get(0x0112))  # no other tag is looked at: it may be broken
-        if turned:
-            image = image.transpose(Image.Transpose[turned])
-        size, share = image.size, side / (width or min(image.size))
-        if side and not turned:
-            image.draft("RGB", [math.ceil(share * length) for length in size])
+        image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             raise ValueError("its pixels are fractions, of an unknown range")
         if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255; 32 bits may hold 0 to 255
@@ -104,7 +77,7 @@ def open_picture(path: Path, side: int = 0, width: float = 0) -> tuple[np.ndarra
             image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:  # the colour under it is arbitrary
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(image.convert("RGB")), size
+        return np.asarray(image.convert("RGB"))
 
 
 class Video:

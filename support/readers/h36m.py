@@ -8,9 +8,8 @@
 train: subjects 1, 5, 6, 7, 8; test: 9, 11; of every video each `stride`-th frame. Millimetres, camera (the
 positions called mono; mono_universal is another body). Frame i of a video is pose i. Intrinsics and lens are
 not in these files: they are fitted to the publisher's 3D and 2D positions, for each subject and camera.
---masks no does without masks, --subjects 1,5 reads some of the subjects only. Left out: "_ALL", which is no
-action; S11's Directions of camera 54138969, whose video is corrupt; S9's Greeting, SittingDown 1 and Waiting
-1, whose labels are 200 mm off.
+--masks no does without masks. Left out: "_ALL", which is no action; S11's Directions of camera 54138969,
+whose video is corrupt; S9's Greeting, SittingDown 1 and Waiting 1, whose labels are 200 mm off.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from support.convert import Sample, pinhole
 from support.folder import HUMAN
-from support.readers.formats import chosen_subjects, listed, need_files, read_cdf
+from support.readers.formats import listed, need_files, read_cdf
 from support.run import InputError
 
 ALL_BUT_ROOT = {  # indices of the joints over which errors are averaged, and what to say with the number
@@ -64,7 +63,7 @@ def fit_lens(points: np.ndarray, uv: np.ndarray, name: str) -> tuple[np.ndarray,
 
 
 def read(root: Path, split: Literal["train", "test"] = "train", stride: int = 5,
-         masks: Literal["yes", "no"] = "yes", subjects: str = "") -> tuple[int, Iterator[Sample]]:
+         masks: Literal["yes", "no"] = "yes") -> tuple[int, Iterator[Sample]]:
     def place(subject: str, kind: str) -> str:
         apart = f"{subject}/Poses_{kind}"  # one folder per download
         return apart if (root / apart).is_dir() else f"{subject}/MyPoseFeatures/{kind}"
@@ -78,7 +77,7 @@ def read(root: Path, split: Literal["train", "test"] = "train", stride: int = 5,
     videos, lenses, longest = {}, {}, 0  # of (subject, camera)
     if split == "test":
         print(f"left out, for their labels are 200 mm off: {', '.join(SHIFTED)}", flush=True)
-    for subject in chosen_subjects(subjects, SUBJECTS[split]):
+    for subject in SUBJECTS[split]:
         kinds = {f"{subject}/Videos": ".mp4", place(subject, "D3_Positions_mono"): ".cdf"}
         found = {path.stem for folder, end in kinds.items() for path in listed(root / folder, f"*{end}")}
         kinds[place(subject, "D2_Positions")] = ".cdf"

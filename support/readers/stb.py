@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from support.convert import Sample, pinhole
 from support.folder import HAND
@@ -29,12 +28,6 @@ CAMERAS = {  # its pictures, each with (fx, fy, cx, cy) px, and the rotation vec
            ("BB_right", (822.79041, 822.79041, 318.47345, 250.31296), (0, 0, 0), (120.054, 0, 0))],
     "sk": [("SK_color", (607.92271, 607.88192, 314.78337, 236.42484), (0.00531, -0.01196, 0.00301),
             (-24.0381, -0.4563, -1.2326))]}
-
-
-def rotation_by(vector) -> np.ndarray:
-    """Rotation matrix (3, 3) about `vector` (3,) by its length in radians."""
-    x, y, z = vector
-    return torch.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)).numpy()
 
 
 def read_hands(path: Path, wrist: str) -> np.ndarray:
@@ -58,10 +51,12 @@ def read(root: Path, split: Literal["train", "test"] = "train", camera: Literal[
                       for kind, *_ in CAMERAS[camera] for i in range(n)])
 
     def samples() -> Iterator[Sample]:
+        from scipy.spatial.transform import Rotation
         for name, file in labels.items():
             for i, hand in enumerate(read_hands(root / file, wrist)):
                 for kind, lens, turn, shift in CAMERAS[camera]:
-                    there = (hand - shift) @ rotation_by(turn)  # (21, 3) rows: R^T of columns
+                    R = Rotation.from_rotvec(turn).as_matrix()
+                    there = (hand - shift) @ R  # (21, 3) rows: R^T of columns
                     image = f"images/{name}/{kind}_{i}.png"
                     yield Sample(image, there, pinhole(*lens), size=(640, 480), left=True)
     return sum(counts.values()) * len(CAMERAS[camera]), samples()

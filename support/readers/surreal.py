@@ -40,15 +40,12 @@ def read_clip(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(root: Path, split: Literal["train", "val", "test"] = "train",
-         frames: Literal["middle", "all"] = "middle", stride: int = 1,
-         runs: str = "012") -> tuple[int, Iterator[Sample]]:
-    if set(runs) - set("012"):
-        raise InputError(f"--runs {runs!r}: some of 012")
+         frames: Literal["middle", "all"] = "middle", stride: int = 1) -> tuple[int, Iterator[Sample]]:
     if stride > 1 and frames == "middle":
         raise InputError(f"--stride {stride}: goes with --frames all")
     base = next((base for base in ("SURREAL/data/cmu", "data/cmu") if (root / base).is_dir()), "cmu")
     clips = sorted({path.relative_to(root).as_posix()[:-len(end)] for end in ENDS
-                    for path in listed(root / base / split, f"run[{runs}]/*/*{end}")})
+                    for path in listed(root / base / split, f"run[012]/*/*{end}")})
     need_files(root, [clip + end for clip in clips for end in ENDS])
 
     def samples() -> Iterator[Sample]:
