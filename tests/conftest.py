@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["publishers"]  # fixtures of the publishers' files
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it computes

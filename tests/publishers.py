@@ -24,6 +24,7 @@ from support.rendering import render
 from support.run import InputError, random_generator
 from udapose import project
 
+# without one of these, as on a GPU machine, pytest leaves this plugin out
 av, h5py = pytest.importorskip("av"), pytest.importorskip("h5py")
 scipy_io, cdfwrite = pytest.importorskip("scipy.io"), pytest.importorskip("cdflib.cdfwrite")
 Rotation = pytest.importorskip("scipy.spatial.transform").Rotation
@@ -832,7 +833,7 @@ def surreal_truth(split: str, choose) -> np.ndarray:
 # ==== Fixtures, one per publisher =========================================================================
 def shipped(name: str, write):
     """A fixture: the folder `name` with the files that write(folder) puts there."""
-    @pytest.fixture(scope="module")
+    @pytest.fixture(scope="session")
     def root(tmp_path_factory) -> Path:
         folder = tmp_path_factory.mktemp("publisher") / name
         write(folder)
@@ -840,7 +841,7 @@ def shipped(name: str, write):
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hands() -> dict:
     return windows()
 

@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import publishers
 import pytest
 
 from support.convert import to_uv
@@ -18,9 +17,6 @@ from publishers import (
     surreal_people, surreal_truth, universal, uv_of, without, write_clip, write_pickle,
     write_pose)
 # isort: on
-
-h36m_root, pw3d_root = publishers.h36m_root, publishers.pw3d_root
-mpi_root, surreal_root, two_sequences = publishers.mpi_root, publishers.surreal_root, publishers.two_sequences
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import publishers
 import pytest
 import torch
 from PIL import Image
@@ -25,10 +24,6 @@ from publishers import (
     pan_hands, pan_truth, refused, rhd_hands, scipy_io, sound, stb_hands, stb_raw, stb_truth, uv_of,
     without, write_numbers, write_pickle)
 # isort: on
-
-freihand_root, stb_root, rhd_root = publishers.freihand_root, publishers.stb_root, publishers.rhd_root
-pan_root, gan_root = publishers.pan_root, publishers.gan_root
-hands = publishers.hands
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import publishers
 import pytest
 from PIL import Image
 
@@ -27,11 +26,6 @@ from publishers import (
     BODY_READERS, FLAGS, HAND_READERS, MIRROR, SWAP, command, contents, cut, refused, scipy_io, write_cdf,
     write_h5, write_pickle, write_video)
 # isort: on
-
-freihand_root, stb_root, rhd_root = publishers.freihand_root, publishers.stb_root, publishers.rhd_root
-pan_root, gan_root, hands = publishers.pan_root, publishers.gan_root, publishers.hands
-h36m_root, pw3d_root = publishers.h36m_root, publishers.pw3d_root
-mpi_root, surreal_root, two_sequences = publishers.mpi_root, publishers.surreal_root, publishers.two_sequences
 
 K = np.array([[300.0, 0, 119.5], [0, 300, 111.5], [0, 0, 1]])  # of 240 x 224 px
 POSE = np.float64([  # mm, HUMAN, facing the camera: walking, right knee and left elbow bent

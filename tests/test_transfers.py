@@ -24,11 +24,6 @@ from support.folder import Dataset, read_meta
 from support.readers import _3dhp, _3dpw, freihand, gan, h36m, imagenet, pan, rhd, stb, surreal
 from support.run import random_generator
 
-freihand_root, stb_root, rhd_root = publishers.freihand_root, publishers.stb_root, publishers.rhd_root
-pan_root, gan_root, hands = publishers.pan_root, publishers.gan_root, publishers.hands
-h36m_root, pw3d_root = publishers.h36m_root, publishers.pw3d_root
-mpi_root, surreal_root, two_sequences = publishers.mpi_root, publishers.surreal_root, publishers.two_sequences
-
 CPU = torch.device("cpu")
 HAND = ["wrist"] + [f"{name}_{i}" for name in ("thumb", "index", "middle", "ring", "little")
                     for i in (1, 2, 3, 4)]
