@@ -95,8 +95,8 @@ class DomainDiscriminator(nn.Sequential):
     1024 hidden units, as in public code. No BatchNorm: the result would depend on the micro-batch.
     """
 
-    def __init__(self, width: int, hidden: int = 1024):
-        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+    def __init__(self, width: int):
+        super().__init__(nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 1))
 
 
 def dann_loss(phi_s: Tensor, phi_t: Tensor, discriminator: nn.Module, ramp: float) -> Tensor:

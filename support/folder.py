@@ -28,14 +28,11 @@ HUMAN = {"joints": HUMAN_JOINTS, "bones": HUMAN_BONES, "root": 0, "depth_range":
 
 
 class Dataset:
-    """A data-set folder, its arrays memory-mapped. `fields` names those to open besides the images.
-
-    No other file is touched. It pickles as its folder and field names, so that a worker of a DataLoader opens
-    the arrays again instead of receiving a copy of them.
-    """
+    """A data-set folder, its arrays memory-mapped. `fields` names those to open besides the images; no other
+    file is touched."""
 
     def __init__(self, folder: str | Path, *fields: str):
-        self.folder, self.fields, self.meta = Path(folder), fields, read_meta(Path(folder))
+        self.folder, self.meta = Path(folder), read_meta(folder)
         self.images = open_array(self.folder / "images.npy", np.uint8, ("n", "H", "H", 3))
         n, H, W, _ = self.images.shape
         if H != W or n == 0:
@@ -51,9 +48,6 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def __reduce__(self):
-        return Dataset, (self.folder, *self.fields)
 
     @property
     def fingerprint(self) -> str:
@@ -197,7 +191,7 @@ def check_masks(masks: np.ndarray, path: str | Path, remedy: str) -> None:
                          f"255 foreground, or {remedy}")
 
 
-def same_skeleton(dataset: Dataset, skeleton: dict, whose: str = "the model") -> None:
+def same_skeleton(dataset: Dataset, skeleton: dict, whose: str) -> None:
     """InputError unless the data set's joints, root and depth range are those of `whose` skeleton."""
     for key in ("joints", "root", "depth_range"):
         found, known = dataset.meta[key], skeleton[key]

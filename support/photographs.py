@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.readers.formats import listed
 from support.run import InputError, read_json
 
 
@@ -15,8 +16,7 @@ def photographs(places: list[str]) -> list[Path]:
     """These files and, of these folders, the files inside. Names that begin with a dot are ignored."""
     found = []
     for place in map(Path, places):
-        inside = sorted(place.iterdir()) if place.is_dir() else []
-        found += [p for p in inside if p.is_file() and p.name[0] != "."] if place.is_dir() else [place]
+        found += [path for path in listed(place, "*") if path.is_file()] if place.is_dir() else [place]
     if not found:
         raise InputError(f"{' '.join(places)}: no photograph here")
     return found

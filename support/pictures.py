@@ -229,11 +229,6 @@ def attention_sheet(looks: dict[str, dict], test: str) -> Image.Image:
     return sheet(rows, titles, heading)
 
 
-LOGGED = {"L_seg": "L_seg of f^S", "L_WMAE": "L_WMAE, Eq. (3)", "pixel": "squared error of a hidden pixel",
-          "L_kpt": "L_kpt, Eq. (5)", "L_attn": "L_attn, Eq. (6)",
-          "source_val_epe": "error on source validation, mm"}
-
-
 def curves_sheet(logs: dict[str, list[dict]]) -> Image.Image | None:
     """Every logged value over the steps, one chart per value. logs: {run: lines of its log.jsonl}."""
     panels, keys = [], dict.fromkeys(key for lines in logs.values() for line in lines for key in line)
@@ -242,31 +237,19 @@ def curves_sheet(logs: dict[str, list[dict]]) -> Image.Image | None:
         for run, lines in logs.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             curves |= {run: tuple(np.transpose(points))} if points else {}
-        panels.append((chart(f"{LOGGED.get(key, key)}, over steps", curves, None, list(logs)), ""))
+        panels.append((chart(f"{key}, over steps", curves, None, list(logs)), ""))
     rows = [panels[i : i + 2] for i in range(0, len(panels), 2)]
     return sheet(rows, [], "Training, first seed of each run") if rows else None
 
 
-def positions(values: list) -> np.ndarray:
-    """Places of sorted values on an axis: words 1 apart; numbers, or their log10 if they span a factor of 4.
-    Then 0 is as far below the next value as that one is below its next."""
-    if any(isinstance(v, str) for v in values):
-        return np.arange(len(values), dtype=float)
-    above = [v for v in values if v > 0]
-    if len(above) < 2 or above[-1] < 4 * above[0]:
-        return np.array(values, dtype=float)
-    logs = np.log10(above)
-    return np.append([2 * logs[0] - logs[1]] * (len(values) - len(above)), logs)
-
-
 def sweep_chart(lines: dict[str, dict], title: str, words) -> Image.Image:
-    """Mean and standard deviation over seeds, against a setting. lines: {line: {value: [errors]}}; `words`
-    turns a value into text."""
+    """Mean and standard deviation over seeds, against the sorted values of a setting, equally far apart.
+    lines: {line: {value: [errors]}}; `words` turns a value into text."""
     values = sorted({v for points in lines.values() for v in points}, key=lambda v: (isinstance(v, str), v))
-    at, curves = dict(zip(values, positions(values).tolist(), strict=True)), {}
+    curves = {}
     for name, points in lines.items():
         mean = np.array([np.mean(e) for e in points.values()])
         deviation = np.array([np.std(e, ddof=1) if len(e) > 1 else np.nan for e in points.values()])
-        curves[name] = [at[v] for v in points], mean, deviation
-    panel = chart(title, curves, {x: words(v) for v, x in at.items()})
+        curves[name] = [values.index(v) for v in points], mean, deviation
+    panel = chart(title, curves, {i: words(v) for i, v in enumerate(values)})
     return sheet([[(panel, "")]], [], "Mean and standard deviation over seeds; a ring: one seed")

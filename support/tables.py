@@ -283,13 +283,6 @@ def show_table(lines: list[list[str]], markdown: bool = False) -> str:
 # ==========================================================================================================
 # More columns of a row, and the table of pre-training runs
 # ==========================================================================================================
-def second_term(result: dict) -> float:
-    """The weighted second term of Eq. (7), or of a comparison method, over L_kpt, at the end of training."""
-    s, logged = result["settings"], result.get("logged", {})
-    weight, term = (s["adapt_weight"], f"L_{s['adapt']}") if s.get("adapt") else (s.get("lam"), "L_attn")
-    return weight * logged[term] / logged["L_kpt"] if weight and term in logged else np.nan
-
-
 def more_columns(runs: list[dict], reference: list[dict] | None, against: str, rigid: bool) -> dict[str, str]:
     """{title: text} of a row besides the default columns. rigid: PA errors are aligned without scale."""
     target = [r["target"] for r in runs]
@@ -302,7 +295,6 @@ def more_columns(runs: list[dict], reference: list[dict] | None, against: str, r
         "in plane, depth": means([[t.get(k, np.nan) for k in ("in_plane", "depth")] for t in target], 1),
         "lift before": means([r.get("pretraining", {}).get("target", {}).get("lift") for r in runs], 2),
         "lift": means([t.get("lift") for t in target], 2),
-        "2nd term / L_kpt": spread([second_term(r) for r in runs], 4),
         "target, seed by seed": " ".join(f"{e:.1f}" for e in by_seed(runs).values()),
         "minutes": spread([r["seconds"] / 60 for r in runs]),
     }

@@ -153,7 +153,7 @@ def dann_by_loops(phi_s, phi_t, discriminator):
 
 def check_dann(function):
     """Its value; the discriminator's gradient as it is; the features' gradient times -ramp."""
-    D, phi, ramp = DomainDiscriminator(3, 8).double(), both_domains(), 0.3
+    D, phi, ramp = DomainDiscriminator(3).double(), both_domains(), 0.3
     inputs = [*D.parameters(), *phi]
     ours, theirs = function(*phi, D, ramp), dann_by_loops(*phi, D)
     close(ours, theirs)
@@ -257,7 +257,7 @@ def gradients(method: str, rank: int = 0, world: int = 1) -> dict:
     """Gradient of Eq. (7) with the method's loss at all weights, on this process's share of a batch."""
     torch.manual_seed(0)
     encoder, images = udapose.Encoder((16, 16), 4, 8, 2, 2), torch.randn(2, 6, 3, 16, 16)
-    D = DomainDiscriminator(8, 16) if method == "dann" else None
+    D = DomainDiscriminator(8) if method == "dann" else None
     head = udapose.KeypointHead(encoder.grid, 8, 4, 2)
     estimator = udapose.PoseEstimator(encoder, head, D).eval()  # no batch statistics
     model = DistributedDataParallel(estimator) if world > 1 else estimator
