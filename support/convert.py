@@ -4,8 +4,6 @@ Needed by `python data.py NAME ROOT OUT` and by the embedded benchmark. Readers 
 """
 import collections
 import concurrent.futures
-import contextlib
-import fcntl
 import itertools
 import json
 import math
@@ -26,7 +24,7 @@ from PIL import Image
 
 from support.folder import HAND_JOINTS, HUMAN_JOINTS, MARGIN, write_folder
 from support.readers.formats import Damaged, Missing, open_mask, open_picture, open_video, reading
-from support.run import InputError, Progress, write_atomically
+from support.run import InputError, Progress, lock, write_atomically
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SAMPLES_PER_JOB = 16
@@ -319,7 +317,7 @@ def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, wo
 
     shards, rows, skipped = [], 0, []
     progress = Progress(folder.name, total, unit="images", every=5)
-    with claimed(part):
+    with lock(part):
         if any(part.glob("*.npz")):
             print(f"{part}: continues; if you changed the reader, remove this folder first", flush=True)
         for path, count, new in in_order(make_shard, tasks(), workers or CORES):
@@ -338,20 +336,6 @@ def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, wo
             raise InputError(f"{part}: could not be written ({error.strerror}); run it again") from error
         shutil.rmtree(part, ignore_errors=True)
     return meta | {"rows": rows, "skipped": skipped}
-
-
-@contextlib.contextmanager
-def claimed(part: Path):
-    """Context in which this process alone writes to the folder `part`; it is made if it is not there."""
-    part.mkdir(parents=True, exist_ok=True)
-    lock = os.open(part, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise InputError(f"{part}: another process writes it; wait for that one") from error
-    finally:
-        os.close(lock)
 
 
 def make_shard(task: tuple) -> tuple[Path, int, list[str]]:

@@ -283,6 +283,17 @@ def write_atomically(path: str | Path, write) -> None:
         raise InputError(f"{path}: could not be written ({first_line(error)}); {kept}") from error
 
 
+def lock(folder: Path):
+    """Make the folder, and return an open file: until it is closed, this process alone writes there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{folder}: another process writes here; wait, or name another place") from error
+    return file
+
+
 def write_json(path: str | Path, value) -> None:
     """Write a JSON file, whole or not at all."""
     write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
@@ -422,12 +433,7 @@ class Run:
 
     def claim(self, config: dict) -> dict:
         """Lock the folder. Write config.json, or compare the one that is there and return it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{self.folder}: another process trains here; give another --out") from error
+        self.lock = lock(self.folder)
         path, config = self.folder / "config.json", json.loads(json.dumps(config))
         if not any(self.folder.glob("*.pt")):  # nothing is lost by beginning again
             (self.folder / "target_masks.npy").unlink(missing_ok=True)  # of another f^S

@@ -19,7 +19,7 @@ from support.folder import HAND, HUMAN, HUMAN_JOINTS
 from support.readers import _3dhp, formats, freihand, gan, h36m, pan, rhd, surreal
 from support.readers.formats import Missing, Video, open_mask
 from support.rendering import render
-from support.run import random_generator
+from support.run import lock, random_generator
 
 # isort: off
 from publishers import (
@@ -324,7 +324,7 @@ def test_finished_shards_are_not_made_again(tmp_path):
         return small_work(int(job))
     with pytest.raises(KeyboardInterrupt):
         build_small(tmp_path / "set", 1, work, map(str, range(40)))
-    with refused("set.part: another process writes it"), conversion.claimed(tmp_path / "set.part"):
+    with refused("set.part: another process writes here"), lock(tmp_path / "set.part"):
         build_small(tmp_path / "set")
     build_small(tmp_path / "set", 1, work, ["00", *map(str, range(1, 40))])
     assert done == [*map(str, range(30)), "00", *map(str, range(29, 40))]

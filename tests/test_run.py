@@ -374,7 +374,7 @@ def test_a_run_writes_its_settings_and_is_taken_up_again(tmp_path):
     assert config["settings"] == dataclasses.asdict(Settings()) and config["precision"] == "float32"
     assert config["facts"]["n"] == 5 and config["facts"]["torch"] == torch.__version__
     assert config["facts"]["threads"] == 1
-    with pytest.raises(InputError, match="another process trains here; give another --out"):
+    with pytest.raises(InputError, match="another process writes here"):
         Stage(tmp_path / "deep" / "a")
     first.close()
     assert Stage(tmp_path / "deep" / "a").run.config == config
