@@ -244,13 +244,12 @@ def read_log(path: Path) -> list[dict]:
 
 
 def base_result(path: Path, state: dict, kind: str) -> dict:
-    """What results of both stages hold: settings, facts of config.json, the last of all logged values."""
+    """What results of both stages contain: settings, facts of config.json, steps, time."""
     s, config = state["settings"], path.with_name("config.json")
     config = run.read_json(config) if config.exists() else {"facts": {}}
     facts = config["facts"] | {k: v for k, v in config.items() if k not in ("settings", "facts")}
-    logged = {k: v for line in read_log(path) for k, v in line.items() if k not in ("stage", "step")}
     return {"kind": kind, "row": tables.row_name(s), "settings": s, "steps": state["step"],
-            "seconds": round(state["seconds"], 1), "made_by": facts, "logged": logged}
+            "seconds": round(state["seconds"], 1), "made_by": facts}
 
 
 def pretraining_of(path: Path, result: dict) -> Path | None:

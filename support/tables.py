@@ -265,10 +265,8 @@ def in_order(value) -> tuple:
 
 
 def paper_order(name: str) -> tuple:
-    """Sorting key of a row's name: where the paper has it last, then the alphabet. Rows of another length of
-    pre-training follow the row that they repeat: mae-epochs50 after mae, epochs50 after full."""
-    own = re.sub(r"-?epochs\d+$", "", name) or "full"
-    return -ROWS[::-1].index(own) if own in ROWS else 1, name
+    """Sorting key of a row's name: where the paper has it last, then the alphabet."""
+    return -ROWS[::-1].index(name) if name in ROWS else 1, name
 
 
 def show_table(lines: list[list[str]], markdown: bool = False) -> str:
@@ -338,20 +336,6 @@ def notes(rows: list[Row]) -> list[str]:
 # ==========================================================================================================
 # The paper's tables
 # ==========================================================================================================
-def tables_with(names: set[str]) -> dict[str, tuple]:
-    """TABLES, each followed by its repetitions with a shorter pre-training, from the rows named ROW-epochsN.
-    The row `epochsN` alone is `full` with N epochs."""
-    lengths = sorted({name.rpartition("-")[2] for name in names if re.search(r"epochs\d+$", name)})
-    tables = {}
-    for title, rows in TABLES.items():
-        tables[title] = rows
-        for length in lengths:
-            short = [(row and f"{row}-{length}".removeprefix("full-"), *words) for row, *words in rows]
-            if any(row in names for row, *_ in short if row != length):
-                tables[f"{title}, {length}"] = short
-    return tables
-
-
 def paper_tables(rows: list[Row], table, human: bool) -> dict[str, list[list[str]]]:
     """{title: lines} in the paper's order and words, with its numbers in the last column.
 
@@ -360,7 +344,7 @@ def paper_tables(rows: list[Row], table, human: bool) -> dict[str, list[list[str
     header, *lines = table(rows)
     ours, empty, tables = list(zip(rows, lines, strict=True)), [""] * (len(header) - 2), {}
     reference = f"paper: {'Human3.6M to 3DHP' if human else 'FreiHAND to RHD'}"
-    for title, entries in tables_with({row.name for row in rows}).items():
+    for title, entries in TABLES.items():
         tables[title] = [[*header, reference]]
         for name, words, *errors in entries:
             number = str(errors[human])
