@@ -448,7 +448,8 @@ class KeypointHead(nn.Module):
 
     def heatmaps(self, features: Tensor) -> Tensor:
         """The last convolution: (B, C, S, S) to H^ (B, K, S, S, S), index order K Z Y X."""
-        return self.conv(features).unflatten(1, (self.keypoints, self.side))  # L20, L21
+        x = self.conv(features.contiguous())  # (B, K S, S, S), L20; channels last would be copied in decoding
+        return x.unflatten(1, (self.keypoints, self.side))  # (B, K, S, S, S), L21
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.heatmaps(self.features(tokens))  # Eq. (4), (B, K, S, S, S)
