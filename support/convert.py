@@ -364,7 +364,7 @@ def check_skipped(folder: Path, rows: int, skipped: list[str], limit: float) -> 
     if rows and len(skipped) <= limit * seen:
         return
     if not seen:
-        raise InputError(f"{folder}: not one sample; check ROOT and the flags (`python data.py NAME -h`)")
+        raise InputError(f"{folder}: not one sample; with -h this command shows what belongs into ROOT")
     kinds = [line.partition(": ")[2].partition(":")[0] for line in skipped]
     (most, count), = collections.Counter(kinds).most_common(1)
     raise InputError(f"{folder}: {len(skipped)} of {seen} samples left out, {count} for {most!r} "

@@ -139,7 +139,7 @@ PW3D_CASES = {
     "millimetres taken for metres": (update("jointPositions", lambda v: [1000 * x for x in v]), "'bone'"),
     "camera of another frame": (update("cam_poses", lambda v: np.roll(v, 1, axis=0)), "'projection'"),
     "labels of the other person": (update("jointPositions", lambda v: v[::-1]), "px from the publisher's"),
-    "no pictures": (without("imageFiles"), "imageFiles/.*jpg: missing; .*data.py NAME -h"),
+    "no pictures": (without("imageFiles"), "imageFiles/.*jpg: missing; with -h this command"),
     "no cameras": (sequences(lambda found: found.pop("cam_poses"), "outdoors_up_01"),
                    "up_01.pkl: broken sequence of 3DPW: KeyError .*cam_poses"),
     "fewer people": (update("poses2d", lambda v: v[:-1]), "pkl: broken sequence of 3DPW"),
@@ -245,11 +245,11 @@ def test_surreal_people_partly_outside_stay(right, rows, surreal_root, tmp_path,
 
 
 CLIP = "SURREAL/data/cmu/val/run0/01_01/01_01_c0001"
-SURREAL_CASES = {"no masks": (without(f"{CLIP}_segm.mat"), "c0001_segm.mat: missing; .*data.py NAME -h")}
+SURREAL_CASES = {"no masks": (without(f"{CLIP}_segm.mat"), "c0001_segm.mat: missing; with -h this command")}
 
 
 CASES = impossible({h36m: H36M_CASES, _3dpw: PW3D_CASES, _3dhp: MPI_CASES, surreal: SURREAL_CASES},
-                   "missing|not one sample; check ROOT")
+                   "missing|not one sample; with -h")
 
 
 @pytest.mark.parametrize("reader, put_in, message", CASES)

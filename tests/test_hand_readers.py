@@ -257,7 +257,7 @@ def test_far_outside_a_lens_folds_back():
 PAN_CASES = {
     "another size": (lambda r: Image.new("RGB", (240, 135)).save(
         r / f"{SEQUENCES[0]}/hdImgs/00_01/00_01_00000000.jpg"), "jpg is 240 x 135 px, not 480 x 270"),
-    "no hands there": (without(f"{SEQUENCES[0]}/hdHand3d"), "not one sample; check ROOT"),
+    "no hands there": (without(f"{SEQUENCES[0]}/hdHand3d"), "not one sample; with -h"),
     "a picture missing": (without(f"{SEQUENCES[0]}/hdImgs/00_01/00_01_00000002.jpg"),
                           "00_01_00000002.jpg: missing"),
 }
@@ -305,7 +305,7 @@ GAN_CASES = {
 
 
 CASES = impossible({freihand: FREIHAND_CASES, stb: STB_CASES, rhd: RHD_CASES, pan: PAN_CASES, gan: GAN_CASES},
-                   "missing|not one sample; check ROOT")
+                   "missing|not one sample; with -h")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # 0 / 0: the knuckle of relative joints

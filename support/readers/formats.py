@@ -54,7 +54,7 @@ def need_files(root: Path, names) -> None:
     """InputError unless all files are there: now, not in an hour."""
     for name in names:
         if not os.path.exists(f"{root}/{name}"):
-            raise InputError(f"{root / name}: missing; `python data.py NAME -h` shows what belongs into ROOT")
+            raise InputError(f"{root / name}: missing; with -h this command shows what belongs into ROOT")
 
 
 def read_json_array(path: Path, *shape: int) -> np.ndarray:
