@@ -166,6 +166,8 @@ def train_segmentation(s: Settings, run: Run, source: Dataset, unconstrained: Da
     optimiser = torch.optim.AdamW(groups, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     start = run.resume("segmentation.pt", optimiser, scaler, {"segmentation": net}, "segmentation")
+    if start == 0 and run.rank == 0:
+        (run.folder / "target_masks.npy").unlink(missing_ok=True)  # of another f^S
     model = DistributedDataParallel(net) if world > 1 else net
     micro = runs.micro_batches(s.seg_batch, 0, run.rank, world, "--seg-batch")
     steps = range(start, s.seg_steps)
@@ -292,23 +294,15 @@ def pretraining_batch(s: Settings, rows: PretrainingRows, domains: list[Domain],
     return PretrainingBatch(data.normalise(x), torch.cat(weights), data.to_device(rows.noise, device))
 
 
-def train_autoencoder(s: Settings, run: Run, domains: list[Domain], unconstrained, world: int, device):
+def train_autoencoder(s: Settings, run: Run, mae, domains: list[Domain], unconstrained, world: int, device):
     """Train f^E and f^D by Eq. (3), Sec. 3.1."""
-    torch.manual_seed(s.seed)
-    encoder, decoder = networks(s)
-    if s.init:
-        report = load_public_weights(s.init, encoder, decoder)
-        if run.rank == 0:
-            print("\n".join(report), flush=True)
-    encoder.checkpointing = s.checkpointing
-    mae = MaskedAutoencoder(encoder, decoder).to(device)
     groups = udapose.parameter_groups(mae, s.weight_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-    modules = {"encoder": encoder, "decoder": decoder}
+    modules = {"encoder": mae.encoder, "decoder": mae.decoder}
     start = run.resume("checkpoint.pt", optimiser, scaler, modules, "pretraining")
     if s.compile:
-        runs.compile_blocks(encoder.blocks, decoder.decoder_blocks)
+        runs.compile_blocks(mae.encoder.blocks, mae.decoder.decoder_blocks)
     model = DistributedDataParallel(mae) if world > 1 else mae
     steps = max(1, round(s.epochs * sum(len(domain.dataset) for domain in domains) / s.batch))
     if steps < 200 and run.rank == 0:
@@ -397,14 +391,21 @@ def main(arguments=None) -> None:
     sets = {"source": source, "target": target, "unconstrained": unconstrained}
     facts = {f"{name}'s data": dataset.fingerprint for name, dataset in sets.items() if dataset is not None}
     target_masks = None
-    if s.init:
-        facts["init"] = runs.file_checksum(s.init)
     if s.target_masks:
         path = runs.masks_of(s.target_masks, target.fingerprint)
         target_masks = open_masks(path, target)
         if Path(s.target_masks).is_file():  # a file of the user's; f^S itself may be unsure
             check_masks(target_masks, path, "leave out --target-masks")
         facts["target_masks"] = runs.file_checksum(path)
+    torch.manual_seed(s.seed)
+    encoder, decoder = networks(s)
+    encoder.checkpointing = s.checkpointing
+    if s.init:
+        report = load_public_weights(s.init, encoder, decoder)
+        facts["init"] = runs.file_checksum(s.init)
+        if rank == 0:
+            print("\n".join(report), flush=True)
+    mae = MaskedAutoencoder(encoder, decoder).to(device)
     run = Run(s.out, s, facts | {"world": world}, rank, device)
 
     if needs_f_S:
@@ -414,7 +415,7 @@ def main(arguments=None) -> None:
     domains = [Domain(source, source.masks, s.masks != "none")]
     if target is not None:
         domains.append(Domain(target, target_masks, s.masks == "both"))
-    train_autoencoder(s, run, domains, unconstrained, world, device)
+    train_autoencoder(s, run, mae, domains, unconstrained, world, device)
     if rank == 0:
         print(f"finished: {run.folder}; train_finetune.py can start from it", flush=True)
 

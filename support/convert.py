@@ -334,7 +334,7 @@ def build_dataset(folder: str | Path, meta: dict, jobs: Iterable, total: int, wo
             os.replace(part / "whole", folder)
         except OSError as error:
             raise InputError(f"{part}: could not be written ({error.strerror}); run it again") from error
-        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
     return meta | {"rows": rows, "skipped": skipped}
 
 

@@ -48,19 +48,22 @@ def run_script(main) -> None:
     leave, text = os._exit if "RANK" in os.environ else sys.exit, ""
     try:
         status = main() or 0
+        sys.stdout.flush()
         if several_processes():
             distributed.destroy_process_group()
     except (InputError, OSError) as error:
         status, text = 2, f"error: {error}"
+        leave = os._exit if isinstance(error, OSError) else leave  # no room to print: none at the exit either
     except torch.OutOfMemoryError as error:
         status, text = 2, f"error: the GPU is out of memory ({first_line(error)}); lower --micro-batch"
     except (KeyboardInterrupt, SystemExit) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else error.code
         if status in (130, 143):
             text = "stopped; the same command continues from the last checkpoint"
-    if text:
-        print(text, file=sys.stderr, flush=True)
-    sys.stdout.flush()  # os._exit does not
+    with contextlib.suppress(OSError):
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()  # os._exit does not
     leave(status)
 
 
@@ -74,6 +77,8 @@ def setup_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
         raise InputError("--device cuda: torch finds no CUDA device; choose --device cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set, but LOCAL_RANK is not: start processes with torchrun")
     local = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local)
@@ -268,7 +273,10 @@ def parse_settings(cls, doc: str, presets: dict, variants: dict, arguments, task
 # Files: written whole or not at all, read without running anything that is in them
 # ==========================================================================================================
 def write_atomically(path: str | Path, write) -> None:
-    """Call write(temporary), flush to disk, rename: a reader sees the old file or the new one, never half."""
+    """Call write(temporary), flush to disk, rename: a reader sees the old file or the new one, never half.
+
+    For one writer at a time: run folders and conversions are locked.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.part")
     try:
@@ -436,7 +444,6 @@ class Run:
         self.lock = lock(self.folder)
         path, config = self.folder / "config.json", json.loads(json.dumps(config))
         if not any(self.folder.glob("*.pt")):  # nothing is lost by beginning again
-            (self.folder / "target_masks.npy").unlink(missing_ok=True)  # of another f^S
             write_json(path, config)
             return config
         there = read_json(path)

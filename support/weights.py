@@ -121,7 +121,7 @@ def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     for name in [name for name in plain if ".attn.query." in name]:  # Hugging Face: q, k and v apart
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in plain for part in parts):
+        if all(part in plain and plain[part].shape == plain[name].shape for part in parts):
             plain[name.replace(".query.", ".qkv.")] = torch.cat([plain.pop(part) for part in parts])
     return plain
 

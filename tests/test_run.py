@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import types
 import zipfile
@@ -14,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import passes_only
+from conftest import ROOT, passes_only
 
 from support import run as runs
 from support.run import InputError
@@ -79,6 +80,8 @@ def test_a_process_takes_its_gpu_before_the_processes_meet(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: order.append(f"device {gpu}"))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: order.append(backend))
     monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="LOCAL_RANK is not: start processes with torchrun$"):
+        runs.setup_distributed("cuda")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert runs.setup_distributed("cuda")[2] == torch.device("cuda", 1)
     assert order == ["device 1", "cpu:gloo,cuda:nccl"]
@@ -249,6 +252,16 @@ def test_a_script_ends_in_one_line(main, code, says, capsys, monkeypatch):
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ValueError):
         runs.run_script(raises(ValueError("a bug")))
+
+
+def test_no_room_for_what_is_printed():
+    """One line, and no second complaint of Python's at the end."""
+    code = "from support import run\nrun.run_script(lambda: print('x'))"
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
+    assert done.stderr == "error: [Errno 28] No space left on device\n" and done.returncode == 2
 
 
 # ==========================================================================================================
@@ -471,3 +484,14 @@ def test_another_machine_torch_or_thread_count_is_said_and_may_continue(tmp_path
     out = capsys.readouterr().out
     assert f"machine: a GPU there, {runs.machine(CPU)} now: the run continues, but not bit for bit" in out
     assert "threads: 99 there, 1 now" in out
+
+
+def test_progress_line(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(runs, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    progress = runs.Progress("MAE", 100, images=32, start=10)
+    clock[0] = 105.0
+    progress.show(15, {"loss": 1.0})  # too early for a line
+    clock[0] = 120.0
+    progress.show(30, {"loss": 0.25})
+    assert capsys.readouterr().out == "MAE: 30/100 steps | loss 0.25 | 32 images/s | 1:10 left\n"

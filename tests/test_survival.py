@@ -94,14 +94,17 @@ def two_ranks(place: Path, main) -> list:
 
 def until_logged(process, place: Path, lines: int) -> None:
     """Wait for so many lines of the log, or for the end of the process."""
-    path = place / OUT / "log.jsonl"
+    path, end = place / OUT / "log.jsonl", time.monotonic() + 120
     while process.is_alive() and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
+        assert time.monotonic() < end, "it hangs"
         time.sleep(0.001)
 
 
 def ended(process, place: Path) -> tuple[int, str]:
     """Exit status, negative for the signal that killed it, and what it printed."""
     process.join(120)
+    process.kill()  # if it hangs
+    process.join()
     return process.exitcode, (place / f"printed-{process.pid}").read_text()
 
 

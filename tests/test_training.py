@@ -337,6 +337,7 @@ def test_init_from_the_shipped_encoder(sets, tmp_path):
         ("--target-masks nowhere.npy", "nowhere.npy: missing"),
         ("--target= --target-masks nowhere.npy", "target"),
         ("--device cuda", "^--device cuda: torch finds no CUDA device"),
+        ("--init /dev/null", "null: "),
         ("tune --init nowhere", "^--init nowhere: neither a pre-training run"),
         ("tune --width 32 --heads 4", "another .* width 16 there, 32 here, heads 2 there, 4 here$"),
         ("tune --init= --lam 3", "needs a pre-trained f"),
