@@ -121,11 +121,18 @@ bodies_finetuning() {
 
 hands_with_144_patches() {
     local runs=runs/patch4 size="--patch 4 --epochs"
-    python $pretrain $size 40 --out $runs/pretrain-full-seed0
-    python $pretrain $size 40 --variant no-fcr --target-masks $runs/pretrain-full-seed0 --out $runs/pretrain-no-fcr-seed0
-    for variant in full no-fcr; do
-        python $finetune $size 32 --variant $variant --init $runs/pretrain-$variant-seed0 --out $runs/$variant-seed0
+    for seed in 0 1; do
+        python $pretrain $size 40 --seed $seed --out $runs/pretrain-full-seed$seed
+        python $pretrain $size 40 --seed $seed --variant no-fcr --target-masks $runs/pretrain-full-seed$seed \
+            --out $runs/pretrain-no-fcr-seed$seed
+        for variant in full no-ar no-fcr no-fcr-ar; do
+            local before=full
+            [[ $variant == no-fcr* ]] && before=no-fcr
+            python $finetune $size 32 --seed $seed --variant $variant --init $runs/pretrain-$before-seed$seed \
+                --out $runs/$variant-seed$seed
+        done
     done
+    python $finetune $size 32 --variant scratch --out $runs/scratch-seed0
     python evaluate.py $runs --pictures none
 }
 
