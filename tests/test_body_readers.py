@@ -170,6 +170,11 @@ def test_3dhp_stride_cameras_and_unpacked_test_set(mpi_root, tmp_path, capsys):
     assert_sound(dataset, np.concatenate(truth), capsys)
     dataset = command(_3dhp, mpi_root / "mpi_inf_3dhp_test_set", tmp_path / "two", "--split", "test")
     assert_sound(dataset, MPI_ENLARGED * mpi_truth("test"), capsys)
+    twice = tmp_path / "twice/mpi_inf_3dhp_test_set"  # as the publisher's get_testset.sh unpacks it
+    twice.mkdir(parents=True)
+    (twice / twice.name).symlink_to(mpi_root / twice.name)
+    for root in (twice.parent, twice):
+        assert len(list(_3dhp.read(root, "test")[1])) == len(mpi_truth("test"))
 
 
 def test_3dhp_rows_with_exchanged_sides_are_left_out(mpi_root, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
     S1/Seq1/  annot.mat  camera.calibration  imageSequence/video_0.avi ..
     S1/Seq2/  ..  S8/Seq2/
     mpi_inf_3dhp_test_set/TS1/  annot_data.mat  imageSequence/img_000001.jpg ..
+    (or mpi_inf_3dhp_test_set/mpi_inf_3dhp_test_set/TS1/ .., as get_testset.sh leaves it)
 
 Millimetres, camera; 17 of 28 joints in train, all 17 in test; the pelvis is above Human3.6M's. --labels
 univ_annot3 (people enlarged to one height: the official protocol) or annot3 (as they are). The cameras of
@@ -71,7 +72,8 @@ def enlarged(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndarr
 
 
 def read_test(root: Path, labels: str) -> tuple[int, Iterator[Sample]]:
-    base = "mpi_inf_3dhp_test_set/" if (root / "mpi_inf_3dhp_test_set").is_dir() else ""
+    folder = "mpi_inf_3dhp_test_set/"  # the publisher's script unpacks it into one of the same name
+    base = next((base for base in (2 * folder, folder) if (root / base).is_dir()), "")
     names = [f"{base}{name}" for name in ("TS1", "TS2", "TS3", "TS4", "TS5", "TS6")]
     files = ("annot_data.mat", "imageSequence/img_000001.jpg")
     need_files(root, [f"{name}/{file}" for name in names for file in files])
