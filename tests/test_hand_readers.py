@@ -230,6 +230,17 @@ def test_pan_a_view_that_a_sequence_lacks_is_left_out(pan_root, tmp_path, capsys
         command(pan, root, tmp_path / "none", "--split", "test", "--stride", 1)
 
 
+def test_pan_pictures_extracted_as_png(pan_root, tmp_path):
+    """The publisher's hdImgsExtractor.sh writes either."""
+    root = Path(shutil.copytree(pan_root, tmp_path / "root"))
+    for path in root.glob(f"{SEQUENCES[0]}/hdImgs/*/*.jpg"):
+        Image.open(path).save(path.with_suffix(".png"), compress_level=1)
+        path.unlink()
+    found, kept = (command(pan, top, tmp_path / out, "--split", "test", "--stride", 1)
+                   for top, out in ((root, "png"), (pan_root, "jpg")))
+    assert np.array_equal(found.images, kept.images) and np.array_equal(found.keypoints, kept.keypoints)
+
+
 def test_pan_stride_views_and_thresholds(pan_root, tmp_path):
     """A hand with one bad joint is no label; with the thresholds open, it is."""
     some = command(pan, pan_root, tmp_path / "some", "--stride", 3, "--views", 1)

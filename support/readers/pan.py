@@ -2,7 +2,7 @@
 
     171204_pose3/  calibration_171204_pose3.json
                    hdHand3d/handRecon3D_hd00000000.json ..    (hdHand3d.tar)
-                   hdImgs/00_00/00_00_00000000.jpg ..  or  hdVideos/hd_00_00.mp4 ..
+                   hdImgs/00_00/00_00_00000000.jpg (.png) ..  or  hdVideos/hd_00_00.mp4 ..
     171204_pose1/  ..
 
 --split test: the sequence 171204_pose3; train: all others in ROOT. Of the frames (29.97 per second) those
@@ -87,7 +87,8 @@ def read(root: Path, split: Literal["train", "test"] = "train", stride: int = 30
     def shot(name: str, view: str, i: int) -> tuple[str, int | None]:
         if not (root / name / "hdImgs").is_dir():
             return f"{name}/hdVideos/hd_{view}.mp4", i
-        return f"{name}/hdImgs/{view}/{view}_{i:08d}.jpg", None
+        place = f"{name}/hdImgs/{view}/{view}_{i:08d}"
+        return f"{place}.png" if (root / f"{place}.png").exists() else f"{place}.jpg", None
 
     for name, numbers in frames.items():  # not every sequence has all views
         place = "hdImgs/{}" if (root / name / "hdImgs").is_dir() else "hdVideos/hd_{}.mp4"
