@@ -344,26 +344,6 @@ DEFAULTS = {kind: {field.name: field.default for field in dataclasses.fields(scr
             for kind, script in (("pretraining", train_pretrain), ("finetuning", train_finetune))}
 
 
-def table(rows: list[tables.Row], reference: tables.Row | None, every=False, rigid=False) -> list[list[str]]:
-    """Lines of text, the header first, for the rows of one family. every: all columns."""
-    to = reference and reference.runs
-    against = f"minus {reference.label} [95 %]" if reference else "difference"
-    lines = []
-    for _, label, runs in rows:
-        target, source, gap = ([tables.error(r, of) for r in runs] for of in ("target", "source", "gap"))
-        cells = {
-            "run": label,
-            "seeds": str(len(runs)),
-            f"target {runs[0]['metric']}": tables.spread(target),
-            against: tables.paired_difference(runs, to),
-            f"source {runs[0]['metric']}": tables.spread(source),
-            "gap": tables.spread(gap),
-        }
-        cells |= tables.more_columns(runs, to, against, rigid) if every else {}
-        lines.append(list(cells.values()))
-    return [list(cells), *lines]
-
-
 def rows_of(results: list[dict], kind: str) -> list[tables.Row]:
     """The rows of a family, from runs of one kind. Runs from before a setting existed had its default."""
     return tables.rows_of(results, kind, DEFAULTS)
@@ -375,15 +355,9 @@ def show_family(results: list[dict], a: argparse.Namespace) -> None:
     if before and a.all:
         print(tables.show_table(tables.pretraining_table(before), a.markdown))
     if rows:
-        reference, human = tables.reference_row(rows, a.minus), rows[0].runs[0]["metric"] == "MPJPE"
-
-        def lines(some):
-            return table(some, reference, a.all, a.rigid)
-
-        titled = tables.paper_tables(rows, lines, human) if a.paper else {"": lines(rows)}
-        list(titled.values())[-1].append(tables.chance_line(rows, len(lines(rows)[0]) + a.paper))
-        if a.paper and (text := tables.effects({row.name: tables.by_seed(row.runs) for row in rows})):
-            titled["FCR, X_C, AR in all eight cells"] = text
+        lines = tables.table(rows, tables.reference_row(rows, a.minus), a.all, a.rigid)
+        lines.append(tables.chance_line(rows, len(lines[0])))
+        titled = tables.paper_tables(rows, lines) if a.paper else {"": lines}
         for title, text in titled.items():
             print(f"{title}\n\n" * bool(title) + tables.show_table(text, a.markdown))
         print("\n".join(tables.notes(rows)))
@@ -414,7 +388,7 @@ def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None
             print(f"\n{title}\n")
         for line, points in lines.items():
             rows = [tables.Row(str(v), f"{line}, {setting} {tables.plain(v)}", r) for v, r in points.items()]
-            text = table(rows, tables.reference_row(rows, a.minus), a.all, a.rigid)
+            text = tables.table(rows, tables.reference_row(rows, a.minus), a.all, a.rigid)
             print(tables.show_table(text, a.markdown))
         if lines and a.pictures != "none":
             errors = {line: {v: list(tables.by_seed(runs).values()) for v, runs in points.items()}

@@ -279,23 +279,43 @@ def show_table(lines: list[list[str]], markdown: bool = False) -> str:
 
 
 # ==========================================================================================================
-# More columns of a row, and the table of pre-training runs
+# The table of fine-tuned runs, and that of pre-training runs
 # ==========================================================================================================
-def more_columns(runs: list[dict], reference: list[dict] | None, against: str, rigid: bool) -> dict[str, str]:
-    """{title: text} of a row besides the default columns. rigid: PA errors are aligned without scale."""
-    target = [r["target"] for r in runs]
-    name = f"{'rigid ' * rigid}PA-{runs[0]['metric']}"
-    return {
-        f"source {against}": paired_difference(runs, reference, "source"),
-        f"gap {against}": paired_difference(runs, reference, "gap"),
-        name: spread([t.get("pa_rigid" if rigid else "pa_epe", np.nan) for t in target]),
-        "AUC": spread([t["auc"] for t in target], 3),
-        "in plane, depth": means([[t.get(k, np.nan) for k in ("in_plane", "depth")] for t in target], 1),
-        "lift before": means([r.get("pretraining", {}).get("target", {}).get("lift") for r in runs], 2),
-        "lift": means([t.get("lift") for t in target], 2),
-        "target, seed by seed": " ".join(f"{e:.1f}" for e in by_seed(runs).values()),
-        "minutes": spread([r["seconds"] / 60 for r in runs]),
-    }
+def table(rows: list[Row], reference: Row | None, every=False, rigid=False) -> list[list[str]]:
+    """Lines of text, the header first, for the rows of one family.
+
+    every: all columns; rigid: PA errors are aligned without scale.
+    """
+    to = reference and reference.runs
+    against = f"minus {reference.label} [95 %]" if reference else "difference"
+    lines = []
+    for _, label, runs in rows:
+        name, target = runs[0]["metric"], [r["target"] for r in runs]
+        cells = {
+            "run": label,
+            "seeds": str(len(runs)),
+            f"target {name}": spread([error(r, "target") for r in runs]),
+            against: paired_difference(runs, to),
+            f"source {name}": spread([error(r, "source") for r in runs]),
+            "gap": spread([error(r, "gap") for r in runs]),
+        }
+        if every:
+            aligned = "pa_rigid" if rigid else "pa_epe"
+            parts = [[t.get(part, np.nan) for part in ("in_plane", "depth")] for t in target]
+            before = [r.get("pretraining", {}).get("target", {}) for r in runs]
+            cells |= {
+                f"source {against}": paired_difference(runs, to, "source"),
+                f"gap {against}": paired_difference(runs, to, "gap"),
+                f"{'rigid ' * rigid}PA-{name}": spread([t.get(aligned, np.nan) for t in target]),
+                "AUC": spread([t["auc"] for t in target], 3),
+                "in plane, depth": means(parts, 1),
+                "lift before": means([b.get("lift") for b in before], 2),
+                "lift": means([t.get("lift") for t in target], 2),
+                "target, seed by seed": " ".join(f"{e:.1f}" for e in by_seed(runs).values()),
+                "minutes": spread([r["seconds"] / 60 for r in runs]),
+            }
+        lines.append(list(cells.values()))
+    return [list(cells), *lines]
 
 
 def pretraining_table(rows: list[Row]) -> list[list[str]]:
@@ -336,13 +356,14 @@ def notes(rows: list[Row]) -> list[str]:
 # ==========================================================================================================
 # The paper's tables
 # ==========================================================================================================
-def paper_tables(rows: list[Row], table, human: bool) -> dict[str, list[list[str]]]:
+def paper_tables(rows: list[Row], lines: list[list[str]]) -> dict[str, list[list[str]]]:
     """{title: lines} in the paper's order and words, with its numbers in the last column.
 
-    rows: of one test set. `table(rows)` gives the header and one line per row. Rows that nobody ran say so.
+    rows: of one test set; lines: the header, one of each row, and chance. Rows that nobody ran say so.
     """
-    header, *lines = table(rows)
+    header, *lines, chance = lines
     ours, empty, tables = list(zip(rows, lines, strict=True)), [""] * (len(header) - 2), {}
+    human = rows[0].runs[0]["metric"] == "MPJPE"
     reference = f"paper: {'Human3.6M to 3DHP' if human else 'FreiHAND to RHD'}"
     for title, entries in TABLES.items():
         tables[title] = [[*header, reference]]
@@ -353,6 +374,9 @@ def paper_tables(rows: list[Row], table, human: bool) -> dict[str, list[list[str
             found = [[f"{line[0]}: {words}", *line[1:]] for row, line in ours if name and row.name == name]
             absent = [f"{name}: {words}", "not run"] if name else [words, "reported"]
             tables[title] += [[*line, number] for line in found or [[*absent, *empty]]]
+    tables[title].append([*chance, ""])
+    if text := effects({row.name: by_seed(row.runs) for row in rows}):
+        tables["FCR, X_C, AR in all eight cells"] = text
     return tables
 
 
