@@ -380,23 +380,23 @@ def show_tables(results: list[dict], a: argparse.Namespace) -> None:
 
 def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None:
     """Print and draw the error against one setting, for runs of a variant that differ in nothing else."""
-    setting, found = a.sweep.replace("-", "_"), False
-    for title, some in tables.families(results):
-        lines = tables.sweep([r for r in some if r["kind"] == "finetuning"], setting, DEFAULTS)
-        if lines:
-            found = True
-            print(f"\n{title}\n")
+    setting = a.sweep.replace("-", "_")
+    posed = [r for r in results if r["kind"] == "finetuning"]
+    swept = [(title, tables.sweep(some, setting, DEFAULTS)) for title, some in tables.families(posed)]
+    swept = [(title, lines) for title, lines in swept if lines]
+    if not swept:
+        raise InputError(f"--sweep {a.sweep}: no two runs of a variant differ in it and in nothing else")
+    for title, lines in swept:
+        print(f"\n{title}\n")
         for line, points in lines.items():
             rows = [tables.Row(str(v), f"{line}, {setting} {tables.plain(v)}", r) for v, r in points.items()]
             text = tables.table(rows, tables.reference_row(rows, a.minus), a.all, a.rigid)
             print(tables.show_table(text, a.markdown))
-        if lines and a.pictures != "none":
+        if a.pictures != "none":
             errors = {line: {v: list(tables.by_seed(runs).values()) for v, runs in points.items()}
                       for line, points in lines.items()}
             picture = pictures.sweep_chart(errors, f"error in mm over {setting}, {title}", tables.plain)
             pictures.save_picture(picture, folder / f"sweep-{setting}-{re.sub('[ /]+', '-', title)}.png")
-    if not found:
-        raise InputError(f"--sweep {a.sweep}: no two runs of a variant differ in it and in nothing else")
 
 
 # ==========================================================================================================
@@ -451,27 +451,27 @@ def draw_reconstruction(path: Path, name: str, tests: dict, rows: np.ndarray, de
     return pictures.reconstruction_sheet(heading, list(zip(*images, strict=True)), names, masks, weights)
 
 
-def draw_all(paths: list[Path], results: list[dict], tests: dict, wanted: list[int], folder: Path, device):
+def draw_all(results: dict[Path, dict], tests: dict, wanted: list[int], folder: Path, device) -> None:
     """Draw these runs on the `wanted` target images. Of the seeds of a row, the first is shown."""
-    where = {id(result): path for path, result in zip(paths, results, strict=True)}
-    first = {before + row.label: where[id(row.runs[0])]
-             for kind, before in (("pretraining", "pretrain "), ("finetuning", ""))
-             for row in rows_of(results, kind)}
-    rows = with_root(tests["target"])
+    where = {id(result): path for path, result in results.items()}
+    before, posed = ({row.label: where[id(row.runs[0])] for row in rows_of(list(results.values()), kind)}
+                     for kind in ("pretraining", "finetuning"))
+    shown = {f"pretrain {name}": path for name, path in before.items()} | posed
+    test = tests["target"]
+    rows = with_root(test)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]  # first, middle and last: not chosen
-    rows = np.array(wanted) if wanted else rows[: max(1, 12 // len(first))]
-    if rows.max() >= len(tests["target"]) or rows.min() < 0:
-        raise InputError(f"--rows: {tests['target'].folder} has rows 0 to {len(tests['target']) - 1}")
-    test, bones = tests["target"].folder.name, tests["target"].meta["bones"]
-    looks = {name: look_at(path, tests["target"], rows, device) for name, path in first.items()}
-    posed = {name: seen for name, seen in looks.items() if "pose" in seen}
-    drawn = {"attention": pictures.attention_sheet(looks, test)}
-    drawn["curves"] = pictures.curves_sheet({name: read_log(path) for name, path in first.items()})
+    rows = np.array(wanted) if wanted else rows[: max(1, 12 // len(shown))]
+    if rows.max() >= len(test) or rows.min() < 0:
+        raise InputError(f"--rows: {test.folder} has rows 0 to {len(test) - 1}")
+    looks = {name: look_at(path, test, rows, device) for name, path in shown.items()}
+    drawn = {"attention": pictures.attention_sheet(looks, test.folder.name),
+             "curves": pictures.curves_sheet({name: read_log(path) for name, path in shown.items()})}
     if posed:
-        drawn["poses"] = pictures.poses_sheet(posed, bones, test)
-    for name in first.keys() - posed.keys():
-        short = re.sub("[ ,/]+", "-", name.replace("pretrain", "reconstruction", 1))[:150]
-        drawn[short] = draw_reconstruction(first[name], name, tests, rows, device)
+        poses = {name: looks[name] for name in posed}
+        drawn["poses"] = pictures.poses_sheet(poses, test.meta["bones"], test.folder.name)
+    for name, path in before.items():
+        short = re.sub("[ ,/]+", "-", f"reconstruction {name}")[:150]
+        drawn[short] = draw_reconstruction(path, f"pretrain {name}", tests, rows, device)
     for name, picture in drawn.items():
         if picture is not None:
             pictures.save_picture(picture, folder / f"{name}.png")
@@ -576,21 +576,21 @@ def finished_runs(folders: list[str]) -> dict[Path, dict]:
         for path in paths:
             state = run.read_checkpoint(path)
             if state["step"] == state["steps"]:
-                runs[path.resolve()] = path, {k: state[k] for k in ("settings", "skeleton") if k in state}
+                runs[path] = {k: state[k] for k in ("settings", "skeleton") if k in state}
             else:
                 say(f"left out, not finished ({state['step']} of {state['steps']} steps): {path.parent}")
     if not runs:
         raise InputError(f"{', '.join(folders)}: no run is finished; its training command continues it")
-    return dict(runs.values())
+    return runs
 
 
-def open_tests(paths: list[Path], runs: dict[Path, dict], a: argparse.Namespace) -> dict[str, Dataset]:
-    """Labelled test sets of both domains for these runs: the given folders, else the embedded benchmark's."""
-    kind = {"hand": "hands", "human": "bodies"}[runs[paths[0]]["settings"].get("task", "hand")]
+def open_tests(task: str, runs: dict[Path, dict], a: argparse.Namespace) -> dict[str, Dataset]:
+    """Labelled test sets of both domains for the runs of a task: the given folders, else the benchmark's."""
+    kind = {"hand": "hands", "human": "bodies"}[task]
     folders = {"source": a.source_test or f"datasets/{kind}/source_test",
                "target": a.target_test or f"datasets/{kind}/target_test"}
-    learned = [(path, runs[path]["settings"][name]) for path in paths for name in ("source", "target")]
-    for path, folder in learned:
+    for path, name in itertools.product(runs, folders):
+        folder = runs[path]["settings"][name]
         own = folder and not (in_benchmark(folder) and Path(folder).parent.parent == Path("datasets"))
         if own and not (a.source_test and a.target_test):
             raise InputError(f"{path.parent}: trained on {folder}; name labelled test images of your own: "
@@ -601,9 +601,9 @@ def open_tests(paths: list[Path], runs: dict[Path, dict], a: argparse.Namespace)
         masks = ["masks"] if (Path(folder) / "masks.npy").exists() else []
         tests[name] = Dataset(folder, "keypoints", "intrinsics", *masks)
         with_root(tests[name])
-        for path in paths:
-            if "skeleton" in runs[path]:
-                same_skeleton(tests[name], runs[path]["skeleton"], str(path))
+        for path, known in runs.items():
+            if "skeleton" in known:
+                same_skeleton(tests[name], known["skeleton"], str(path))
     return tests
 
 
@@ -668,28 +668,27 @@ def main(arguments=None) -> None:
             else:
                 show_tables(tables.read_results(a.runs, a.only), a)
         return
-    runs, by_task = finished_runs(a.runs), {}
-    for path in runs:
-        by_task.setdefault(runs[path]["settings"].get("task", "hand"), []).append(path)
-    tests = {task: open_tests(paths, runs, a) for task, paths in by_task.items()}
+    by_task = {}
+    for path, known in finished_runs(a.runs).items():
+        by_task.setdefault(known["settings"].get("task", "hand"), {})[path] = known
+    tests = {task: open_tests(task, runs, a) for task, runs in by_task.items()}
     if a.ttt is not None:
-        for task, paths in by_task.items():
-            posed = [path for path in paths if "skeleton" in runs[path]]
+        for task, runs in by_task.items():
+            posed = [path for path, known in runs.items() if "skeleton" in known]
             if not posed:
                 raise InputError("--ttt: name fine-tuned runs, of train_finetune.py --variant probe")
             if rank == 0:  # nothing to share
                 show_adapted(posed, tests[task]["target"], a, device)
         return
-    results = {}
-    for task, paths in by_task.items():
-        known = {}  # pre-training runs, measured once
-        results[task] = [measure(path, tests[task], device, known) for path in paths]
+    before = {}  # results of pre-training runs, each measured once
+    results = {task: {path: measure(path, tests[task], device, before) for path in runs}
+               for task, runs in by_task.items()}
     if rank == 0:
-        show_tables([r for some in results.values() for r in some], a)
+        show_tables([r for some in results.values() for r in some.values()], a)
     if rank == 0 and a.pictures != "none":
         for task, some in results.items():
             place = folder / task if len(results) > 1 else folder
-            draw_all(by_task[task], some, tests[task], a.rows, place, device)
+            draw_all(some, tests[task], a.rows, place, device)
 
 
 if __name__ == "__main__":
