@@ -395,7 +395,7 @@ def show_sweep(results: list[dict], a: argparse.Namespace, folder: Path) -> None
         if a.pictures != "none":
             errors = {line: {v: list(tables.by_seed(runs).values()) for v, runs in points.items()}
                       for line, points in lines.items()}
-            picture = pictures.sweep_chart(errors, f"error in mm over {setting}, {title}", tables.plain)
+            picture = pictures.sweep_chart(errors, f"error in mm over {setting}, {title}")
             pictures.save_picture(picture, folder / f"sweep-{setting}-{re.sub('[ /]+', '-', title)}.png")
 
 

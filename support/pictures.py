@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from support.run import write_atomically
+from support.tables import in_order, plain
 
 CELL, CHART, GAP, LINE = 384, (1000, 640), 14, 42  # a panel, a chart, the space between, a line of text
 LEFT, TOP, RIGHT, FOOT = 72, 54, 30, 48  # margins of axes; both sums are equal, so that a square stays one
@@ -139,33 +140,31 @@ def view(pose: np.ndarray, truth: np.ndarray | None, across: int, bones: list) -
 
 
 def chart(title: str, curves: dict[str, tuple], marks: dict | None = None, names: list | None = None):
-    """Curves {name: (x, y)} or, with error bars, {name: (x, y, half)}, with a legend below.
+    """Curves {name: (x, y, half the length of error bars)}, all (n,), with a legend below.
 
     marks: {x: words} at the points of a sweep; without them x starts at 0. names: of the curves in all charts
     of a sheet, so that each has one colour and the charts are equally high.
     """
-    xs = np.concatenate([curve[0] for curve in curves.values()])
-    bars = {name: np.nan_to_num(half[0]) if half else 0 for name, (_, _, *half) in curves.items()}
-    low = min(np.min(np.asarray(curve[1]) - bars[name]) for name, curve in curves.items())
-    high = max(np.max(np.asarray(curve[1]) + bars[name]) for name, curve in curves.items())
-    room = 0.1 * max(high - low, 1e-3)
+    xs = np.concatenate([x for x, _, _ in curves.values()])
+    ys = np.concatenate([y + sign * np.nan_to_num(half)
+                         for _, y, half in curves.values() for sign in (-1, 1)])
+    room = 0.1 * max(np.ptp(ys), 1e-3)
     margin = 0.05 * np.ptp(xs) if marks else 0
     x = (xs.min() - margin if marks else 0, xs.max() + margin)
-    panel, place = axes(CHART, x, (low - room, high + room), marks)
+    panel, place = axes(CHART, x, (ys.min() - room, ys.max() + room), marks)
     names = names or list(curves)
     panel = ImageOps.expand(panel, (0, 0, 0, 38 * len(names)), PAPER)
     draw = ImageDraw.Draw(panel)
     draw.text((LEFT, 6), title, INK, FONT)
-    for i, (name, (x, y, *half)) in enumerate(curves.items()):
+    for i, (name, (x, y, half)) in enumerate(curves.items()):
         colour = COLOURS[names.index(name) % len(COLOURS)]
         draw.line(place(np.transpose([x, y])).ravel().tolist(), colour, 5, joint="curve")
-        if len(x) == 1:  # a line would not show
-            draw.circle(tuple(place((x[0], y[0]))), 9, colour)
-        for v, mean, bar in zip(x, y, *half, strict=True) if half else ():
+        for v, mean, bar in zip(x, y, half, strict=True):
             if bar > 0:
                 draw.line([*place((v, mean - bar)), *place((v, mean + bar))], colour, 3)
-            inside = PAPER if np.isnan(bar) else colour  # a ring: one seed
-            draw.circle(tuple(place((v, mean))), 9, inside, colour, 4)
+            if marks or len(x) == 1:  # a line of one point would not show
+                inside = PAPER if np.isnan(bar) else colour  # a ring: one seed
+                draw.circle(tuple(place((v, mean))), 9, inside, colour, 4)
         draw.text((LEFT, CHART[1] + 38 * i), fitting(name, CHART[0] - LEFT), colour, FONT)
     return panel
 
@@ -235,21 +234,21 @@ def curves_sheet(logs: dict[str, list[dict]]) -> Image.Image | None:
     for key in (key for key in keys if key not in ("stage", "step", "lr")):
         curves = {}
         for run, lines in logs.items():
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            curves |= {run: tuple(np.transpose(points))} if points else {}
+            points = [(line["step"], line[key], 0) for line in lines if key in line]  # 0: no error bars
+            curves |= {run: np.transpose(points)} if points else {}
         panels.append((chart(f"{key}, over steps", curves, None, list(logs)), ""))
     rows = [panels[i : i + 2] for i in range(0, len(panels), 2)]
     return sheet(rows, [], "Training, first seed of each run") if rows else None
 
 
-def sweep_chart(lines: dict[str, dict], title: str, words) -> Image.Image:
+def sweep_chart(lines: dict[str, dict], title: str) -> Image.Image:
     """Mean and standard deviation over seeds, against the sorted values of a setting, equally far apart.
-    lines: {line: {value: [errors]}}; `words` turns a value into text."""
-    values = sorted({v for points in lines.values() for v in points}, key=lambda v: (isinstance(v, str), v))
+    lines: {line: {value: [errors]}}."""
+    values = sorted({v for points in lines.values() for v in points}, key=in_order)
     curves = {}
     for name, points in lines.items():
         mean = np.array([np.mean(e) for e in points.values()])
         deviation = np.array([np.std(e, ddof=1) if len(e) > 1 else np.nan for e in points.values()])
         curves[name] = [values.index(v) for v in points], mean, deviation
-    panel = chart(title, curves, {i: words(v) for i, v in enumerate(values)})
+    panel = chart(title, curves, {i: plain(v) for i, v in enumerate(values)})
     return sheet([[(panel, "")]], [], "Mean and standard deviation over seeds; a ring: one seed")

@@ -413,18 +413,17 @@ def sweep(results: list[dict], setting: str, defaults: dict[str, dict]) -> dict[
     found = {}
     for variant in dict.fromkeys(r["settings"]["variant"] for r in results):
         runs = [r for r in results if r["settings"]["variant"] == variant]
-        runs.sort(key=lambda r: (r["row"] != r["settings"]["variant"], len(r["row"])))
+        runs.sort(key=lambda r: (r["row"] != variant, len(r["row"])))
         lines: dict[tuple, dict] = {}
         for result, own in zip(runs, settings_of(runs, defaults), strict=True):
             key = setting if setting in own else f"pretraining.{setting}"
             if key in own:
-                others = tuple((k, plain(v)) for k, v in own.items() if k != key)
-                group = lines.setdefault(others, {}).setdefault(own[key], {})
-                group.setdefault(result["settings"]["seed"], result)
+                value = own.pop(key)
+                points = lines.setdefault(tuple(own.items()), {})
+                points.setdefault(value, {}).setdefault(result["settings"]["seed"], result)
         lines = {others: points for others, points in lines.items() if len(points) > 1}
-        differ = [len(set(column)) > 1 for column in zip(*lines, strict=True)]
         for others, points in lines.items():
-            what = [f", {k} {v}" for (k, v), differs in zip(others, differ, strict=True) if differs]
+            what = [f", {k} {plain(v)}" for k, v in others if any((k, v) not in line for line in lines)]
             values = sorted(points, key=in_order)
             found["".join([variant, *what])] = {value: list(points[value].values()) for value in values}
     return found
