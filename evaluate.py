@@ -97,12 +97,6 @@ def attention_lift(maps: Tensor, masks: Tensor, patch: int) -> tuple[Tensor, Ten
     return share, area.mean(dim=1)
 
 
-def overlap(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Pixels (n, 2) in the intersection and in the union of masks (n, 1, H, W), cut at 0.5."""
-    p, t = predicted.flatten(1) >= 0.5, truth.flatten(1) >= 0.5
-    return torch.stack([(p & t).sum(dim=1), (p | t).sum(dim=1)], dim=1)
-
-
 def reconstruction_error(predicted: Tensor, patches: Tensor, m: Tensor, area: Tensor) -> Tensor:
     """For each image and region, the summed error of its hidden patches, and their number: (n, 2, 3).
 
@@ -188,11 +182,12 @@ def measure_reconstruction(mae, dataset: Dataset, s: dict, device) -> list[float
 
 
 def measure_masks(net, dataset: Dataset, side: int, device) -> float:
-    """Intersection over union of f^S's masks and the true ones, over a whole test set."""
+    """Intersection over union of f^S's masks and the true ones, cut at 0.5, over a whole test set."""
 
     def measured(rows):
         x, m = with_masks(dataset, rows, side, device)
-        return overlap(net(x).sigmoid(), m)  # (b, 2)
+        p, t = net(x).sigmoid().flatten(1) >= 0.5, m.flatten(1) >= 0.5  # (b, H * W)
+        return torch.stack([(p & t).sum(dim=1), (p | t).sum(dim=1)], dim=1)  # (b, 2)
 
     both, either = over_images(dataset, "masks", measured).sum(dim=0)
     return float(both / either)  # NaN if neither has foreground

@@ -54,12 +54,14 @@ def place_in_space(uv: np.ndarray, depth: np.ndarray, focal: float, size: tuple,
     A, B, C = (grow**2).sum(), (grow * rest).sum(), (rest**2).sum() - total
     if not known.any():
         z = focal * skeleton["depth_range"] / np.ptp(uv, axis=0).max()
-        return rays * (z + depth)[:, None], "a guess, because no bone is labelled in training"
-    if C < -0.1 * total:
+        why = "a guess, because no bone is labelled in training"
+    elif C < -0.1 * total:
         z = (-B + np.sqrt(B * B - A * C)) / A
-        return rays * (z + depth)[:, None], "bones are as long as in training"
-    z = np.sqrt(0.1 * total / A)
-    return rays * (z + depth)[:, None], "a guess, because the depths alone are longer than bones in training"
+        why = "bones are as long as in training"
+    else:
+        z = np.sqrt(0.1 * total / A)
+        why = "a guess, because the depths alone are longer than bones in training"
+    return rays * (z + depth)[:, None], why
 
 
 def free_name(folder: Path, stem: str, photo: Path) -> Path:

@@ -211,6 +211,14 @@ def test_an_image_whose_root_has_no_label_counts_nowhere(toy, tmp_path):
         assert a[key] == pytest.approx(b[key], rel=1e-5), key
 
 
+def test_overlap_of_masks(toy):
+    """Predicted: the left half, barely. True: 20 x 20 px in the middle, of which half is there."""
+    left = torch.full((1, 1, SIDE, SIDE), -0.1)
+    left[..., : SIDE // 2] = 0.0
+    iou = evaluate.measure_masks(lambda x: left.expand(len(x), -1, -1, -1), toy, SIDE, CPU)
+    assert iou == pytest.approx(200 / (SIDE * SIDE / 2 + 400 - 200))
+
+
 def test_measures_of_nothing_are_no_numbers(toy):
     """No foreground, in the truth or predicted: neither a bad overlap nor a perfect reconstruction."""
     np.save(toy.folder / "masks.npy", np.zeros((N, 60, 60), np.uint8))

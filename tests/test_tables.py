@@ -357,13 +357,6 @@ def test_attention_lift():
     assert torch.allclose(share / area[:, None], torch.ones(2, 3))  # indifference
 
 
-def test_overlap():
-    predicted = torch.tensor([[0.9, 0.6, 0.4, 0.1], [0.5, 0.0, 0.0, 0.0]])
-    truth = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    assert evaluate.overlap(predicted, truth).tolist() == [[1, 3], [1, 1]]
-    assert evaluate.overlap(torch.zeros(2, 4), torch.zeros(2, 4)).tolist() == [[0, 0], [0, 0]]
-
-
 def test_reconstruction_error():
     """Hidden patches alone, on, at the edge of, and beside the foreground; a pixel's mean: sums, numbers."""
     patches = torch.zeros(2, 4, 2)  # squared errors 5, 4, 8, 49
