@@ -274,10 +274,11 @@ def measure_pretrained(path: Path, tests: dict[str, Dataset], device, known: dic
         mae, net = load_autoencoder(path, state, device), load_segmentation(path, s, device)
         for name, dataset in tests.items():
             result[name] = {}
-            if dataset.masks is not None:
-                result[name]["lift"] = measure_attention(mae.encoder, dataset, s["image"], device)
-                result[name]["reconstruction"] = measure_reconstruction(mae, dataset, s, device)
-            if dataset.masks is not None and net is not None:
+            if dataset.masks is None:
+                continue
+            result[name]["lift"] = measure_attention(mae.encoder, dataset, s["image"], device)
+            result[name]["reconstruction"] = measure_reconstruction(mae, dataset, s, device)
+            if net is not None:
                 result[name]["mask_iou"] = measure_masks(net, dataset, s["image"], device)
         known[path.resolve()] = result
     return known[path.resolve()]
@@ -298,7 +299,8 @@ def measure_finetuned(path: Path, tests: dict[str, Dataset], device, known: dict
         result["pretraining"] = measure_pretrained(before, tests, device, known)
     elif s["init"].endswith(".pt") and Path(s["init"]).is_file():  # it may keep its settings
         init = run.torch_load(s["init"])
-        result |= {"pretraining": {"settings": init["settings"]}} if "settings" in init else {}
+        if "settings" in init:
+            result["pretraining"] = {"settings": init["settings"]}
     for name, dataset in tests.items():
         result[name] = measure_pose(estimator, dataset, s["image"], device)
         result[name]["chance"] = mean_pose_error(labelled, result["labels"], dataset) if labelled else np.nan
@@ -335,8 +337,8 @@ def measure(path: Path, tests: dict[str, Dataset], device, known: dict) -> dict:
 # ==========================================================================================================
 # One table over runs
 # ==========================================================================================================
-DEFAULTS = {kind: {field.name: field.default for field in dataclasses.fields(script.Settings)}
-            for kind, script in (("pretraining", train_pretrain), ("finetuning", train_finetune))}
+DEFAULTS = {"pretraining": dataclasses.asdict(train_pretrain.Settings()),
+            "finetuning": dataclasses.asdict(train_finetune.Settings())}
 
 
 def rows_of(results: list[dict], kind: str) -> list[tables.Row]:

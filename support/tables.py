@@ -68,6 +68,7 @@ TABLES = {
     "Bounds": (("oracle", "target labels instead of the source's", "-", "-"),),
 }
 ROWS = [row for rows in TABLES.values() for row, *_ in rows]
+ORDER = {row: place for place, row in enumerate(ROWS)}  # of a row in several tables: its last place
 CELLS = {  # which of FCR, X_C, AR are on in these eight rows
     "full": (1, 1, 1),
     "no-ar": (1, 1, 0),
@@ -96,13 +97,13 @@ def read_lines(path: Path) -> list[dict]:
 
 def read_results(places: list[str], only: list[str]) -> list[dict]:
     """The results in these files and in all .jsonl files below these folders; `only` those of some rows."""
-    paths = {}  # each file once
+    paths = []
     for place in map(Path, places):
         if not place.exists():
             raise InputError(f"{place}: no such folder or file")
-        found = [place] if place.is_file() else sorted(place.rglob("*.jsonl"))
-        paths |= {path.resolve(): path for path in found if path.name != "log.jsonl"}
-    results = [r for path in paths.values() for r in read_lines(path)]
+        paths += [place] if place.is_file() else sorted(place.rglob("*.jsonl"))
+    paths = dict.fromkeys(path for path in paths if path.name != "log.jsonl")  # each file once
+    results = [r for path in paths for r in read_lines(path)]
     if not results:
         raise InputError(f"{', '.join(places)}: no results here; measure first, without --table")
     names = [(r["row"], f"{r['row']}-seed{r['settings']['seed']}") for r in results]
@@ -179,12 +180,13 @@ def settings_of(results: list[dict], defaults: dict[str, dict]) -> list[dict]:
 
 
 def rows_of(results: list[dict], kind: str, defaults: dict[str, dict]) -> list[Row]:
-    """The rows of a family, in the paper's order. Of two runs of a row and a seed, the first counts."""
+    """The rows of a family, in the paper's order, then in that of the alphabet. Of two runs of a row and a
+    seed, the first counts."""
     named, rows = {}, []
     for r in results:
         if r["kind"] == kind:
             named.setdefault(r["row"], []).append(r)
-    for name in sorted(named, key=paper_order):
+    for name in sorted(named, key=lambda name: (ORDER.get(name, len(ROWS)), name)):
         known, groups = settings_of(named[name], defaults), {}
         differ = [k for k in known[0] if len({own[k] for own in known}) > 1]
         for r, own in zip(named[name], known, strict=True):
@@ -208,15 +210,15 @@ def reference_row(rows: list[Row], minus: str) -> Row | None:
 # ==========================================================================================================
 def spread(values: list[float], digits: int = 1) -> str:
     """Mean and, over several seeds, the sample standard deviation. "-" if a value is not known (NaN)."""
-    if not len(values) or np.isnan(values).any():
+    if np.isnan(values).any():
         return "-"
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def means(values: list[list[float] | None], digits: int) -> str:
-    """Means over the seeds of lists (seeds, n). "-" if a seed has none, another n, or a NaN."""
-    if not values or not all(values) or len(set(map(len, values))) > 1 or np.isnan(values).any():
+    """Means over the seeds of lists (seeds, n). "-" if a seed has none, or a NaN."""
+    if not values or not all(values) or np.isnan(values).any():
         return "-"
     return " ".join(f"{v:.{digits}f}" for v in np.mean(values, axis=0))
 
@@ -262,11 +264,6 @@ def plain(value) -> str:
 def in_order(value) -> tuple:
     """Sorting key of settings' values: numbers before words."""
     return (False, value) if isinstance(value, (int, float)) else (True, str(value))
-
-
-def paper_order(name: str) -> tuple:
-    """Sorting key of a row's name: where the paper has it last, then the alphabet."""
-    return -ROWS[::-1].index(name) if name in ROWS else 1, name
 
 
 def show_table(lines: list[list[str]], markdown: bool = False) -> str:
@@ -386,9 +383,7 @@ def effects(errors: dict[str, dict[int, float]]) -> list[list[str]]:
     errors: {row: {seed: error}}. An interval is over the seeds that all cells have, each with the mean of its
     four pairs.
     """
-    if not all(cell in errors for cell in CELLS):
-        return []
-    seeds = sorted(set.intersection(*(set(errors[cell]) for cell in CELLS)))
+    seeds = sorted(set.intersection(*(set(errors.get(cell, ())) for cell in CELLS)))
     if not seeds:
         return []
     lines = [["switch", "seeds", "target error with it minus without [95 %]", "lower in"]]
