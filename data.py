@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from support.convert import convert, fault_of, to_uv
+from support.convert import Sample, convert, fault_of, to_uv
 from support.folder import ARRAYS, Dataset, check_masks, read_meta
 from support.pictures import draw_skeleton
 from support.rendering import BENCHMARK, KINDS, make_benchmark
@@ -319,10 +319,9 @@ def check(folder: str) -> None:
         if np.isfinite(keypoints).all(axis=1).sum() < 2:  # too few labels to be impossible
             continue
         mask = None if dataset.masks is None else dataset.masks[i] >= 128
+        H, sample = dataset.images.shape[1], Sample("", keypoints, K)
         with np.errstate(all="ignore"):
-            uv = to_uv(keypoints, K)
-        H = dataset.images.shape[1]
-        fault = fault_of(dataset.meta["joints"], keypoints, uv, (H, H), H, mask)
+            fault = fault_of(dataset.meta["joints"], sample, (H, H), H, mask)
         if fault:
             faults.append(f"row {i}: {fault}")
     print(f"labels: {len(faults)} of {len(dataset)} rows are impossible", *faults[:5], sep="\n  ")

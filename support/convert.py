@@ -128,14 +128,14 @@ def projection_fault(keypoints, uv, size, mask=None, published=None, tolerance=2
             return f"mask: {np.mean(near):.0%} of the joints on the mask: labels of another moment?"
 
 
-def fault_of(joints: list[str], keypoints, uv, size, width: float, mask=None, published=None, tolerance=2.0,
-             left: bool = False) -> str | None:
-    """What is impossible about one sample of this skeleton. Bodies have to be on their mask, widened by 5 %
-    of `width`, that of the crop in px."""
+def fault_of(joints: list[str], sample: Sample, size, width: float, mask=None) -> str | None:
+    """What is impossible about a sample of this skeleton, in a picture of `size` (w, h). Bodies have to be on
+    their mask (H, W) bool, widened by 5 % of `width`, that of the crop in px."""
     judge = {tuple(HAND_JOINTS): hand_fault, tuple(HUMAN_JOINTS): body_fault}.get(tuple(joints))
-    fault = judge(keypoints * [-1, 1, 1] if left else keypoints) if judge else None
+    fault = judge(sample.keypoints * [-1, 1, 1] if sample.left else sample.keypoints) if judge else None
+    uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)  # (K, 2) px
     reach = 0.05 * width if judge is body_fault else None
-    return fault or projection_fault(keypoints, uv, size, mask, published, tolerance, reach)
+    return fault or projection_fault(sample.keypoints, uv, size, mask, sample.uv, sample.tolerance, reach)
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
@@ -214,16 +214,14 @@ def crop_sample(sample: Sample, image, mask, window, side: int) -> dict[str, np.
     K = np.diag([s, s, 1.0])
     K[:2, 2] = (0.5 - corner) * s - 0.5  # u' = (u + 0.5 - corner) s - 0.5
     row = {"keypoints": np.float32(sample.keypoints), "intrinsics": np.float32(K @ sample.intrinsics)}
-    for name, pixels in (("images", image), ("masks", mask)):
-        if pixels is None:
-            continue
-        pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
+    pictures = {"images": image} if mask is None else {"images": image, "masks": mask * np.uint8(255)}
+    for name, pixels in pictures.items():
         if sample.distortion is None:
-            row[name] = crop_square(pixels, corner, width, side)
+            crop = crop_square(pixels, corner, width, side)
         else:
-            row[name] = crop_undistorted(pixels, corner, width, side, sample)
+            crop = crop_undistorted(pixels, corner, width, side, sample)
+        row[name] = crop[:, ::-1] if sample.left else crop
     if sample.left:
-        row = {name: x[:, ::-1] if name in ("images", "masks") else x for name, x in row.items()}
         row["keypoints"] = row["keypoints"] * np.float32([-1, 1, 1])
         row["intrinsics"][0, 1:] *= -1  # skew, and cx -> side - 1 - cx
         row["intrinsics"][0, 2] += side - 1
@@ -262,9 +260,7 @@ def convert_sample(root: Path, side: int, skeleton: dict, sample: Sample) -> dic
     held = sample.keypoints if sample.around is None else np.vstack([sample.keypoints, sample.around])
     window = crop_window(to_uv(held, sample.intrinsics), skeleton["box"])
     image, mask = open_sample(root, sample)
-    uv = to_uv(sample.keypoints, sample.intrinsics, sample.distortion)  # (K, 2) px
-    fault = fault_of(skeleton["joints"], sample.keypoints, uv, image.shape[1::-1], window[1], mask, sample.uv,
-                     sample.tolerance, sample.left)
+    fault = fault_of(skeleton["joints"], sample, image.shape[1::-1], window[1], mask)
     if fault:
         raise Missing(fault)
     if sample.around is not None and sample.around[:, 2].min() < 100:

@@ -259,10 +259,11 @@ def test_straight_limbs_do_not_tell():
 
 def test_a_skeleton_is_judged_by_its_own_rules():
     """Seventeen joints of other names are nobody's body."""
-    uv, wrong = to_uv(body("").keypoints, K), body("").keypoints * MIRROR
-    assert "handedness" in fault_of(HUMAN_JOINTS, wrong, uv, (240, 224), 224)
-    assert fault_of([f"joint {i}" for i in range(17)], wrong, uv, (240, 224), 224) is None
-    assert fault_of(HUMAN_JOINTS, wrong, uv, (240, 224), 224, left=True) is None
+    right, seen = body(""), np.diag([-1, 1, 1.0])
+    wrong = right._replace(keypoints=right.keypoints * MIRROR, intrinsics=K @ seen)  # where `right` is seen
+    assert "handedness" in fault_of(HUMAN_JOINTS, wrong, (240, 224), 224)
+    assert fault_of([f"joint {i}" for i in range(17)], wrong, (240, 224), 224) is None
+    assert fault_of(HUMAN_JOINTS, wrong._replace(left=True), (240, 224), 224) is None
 
 
 # ==== Files of labels =====================================================================================
