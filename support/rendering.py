@@ -301,11 +301,8 @@ def auto_folder(value: str, source: str, name: str) -> str:
 
 
 def ensure_benchmark(folders: list[str]) -> None:
-    """Render the embedded benchmark if one of these folders belongs to it and is not there. InputError for
-    another folder that is not there."""
-    for folder in map(Path, filter(None, folders)):
-        if not folder.exists() and not in_benchmark(folder):
-            Dataset(folder)  # raises: there is no data set
-        if not folder.exists():
+    """Render the embedded benchmark if one of these folders belongs to it and is not there."""
+    for folder in map(Path, folders):
+        if in_benchmark(folder) and not folder.exists():
             wanted = {folder.name: (BENCHMARK | HALF_GAPS)[folder.name]}
             make_benchmark(folder.parent.name, folder.parent, BENCHMARK | wanted)
