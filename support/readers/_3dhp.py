@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from support.convert import Sample
+from support.convert import Sample, pinhole
 from support.folder import HUMAN
 from support.readers.formats import need_files, read_h5, read_mat, reading
 from support.readers.h36m import ALL_BUT_ROOT
@@ -50,11 +50,10 @@ def read_calibration(path: Path) -> dict[int, tuple]:
 
 def fit_pinhole(points: np.ndarray, uv: np.ndarray) -> np.ndarray:
     """Intrinsics (3, 3) px, without skew, that project points (n, 3) mm, camera, nearest to uv (n, 2) px."""
-    good, K = np.isfinite(points).all(axis=1) & np.isfinite(uv).all(axis=1) & (points[:, 2] != 0), np.eye(3)
-    for axis in (0, 1):
-        slope = points[good, axis] / points[good, 2]
-        K[axis, axis], K[axis, 2] = np.polyfit(slope, uv[good, axis], 1)  # u = f x / z + c
-    return K
+    good = np.isfinite(points).all(axis=1) & np.isfinite(uv).all(axis=1) & (points[:, 2] != 0)
+    xy, uv = points[good, :2] / points[good, 2:], uv[good]
+    (fx, cx), (fy, cy) = (np.polyfit(xy[:, axis], uv[:, axis], 1) for axis in (0, 1))  # u = fx x + cx
+    return pinhole(fx, fy, cx, cy)
 
 
 def enlarged(points: np.ndarray, normalised: np.ndarray, file: Path) -> np.ndarray:

@@ -36,10 +36,9 @@ def read_numbers(path: Path, count: int) -> np.ndarray:
 def read(root: Path, split: Literal["train", "test"] = "train", share: float = 0.1,
          seed: int = 0) -> tuple[int, Iterator[Sample]]:
     need_files(root, ["data/noObject", "data/withObject"])
-    folders = sorted(f"data/{path.parent.name}/{path.name}" for path in listed(root, "data/*Object/*"))
+    folders = [path.relative_to(root).as_posix() for path in listed(root, "data/*Object/*")]
     folders = [name for name in folders
-               if (random_generator(seed, f"gan {name}").random() < share) == (split == "test")
-               and (root / name).is_dir()]
+               if (random_generator(seed, f"gan {name}").random() < share) == (split == "test")]
     starts = [f"{folder}/{path.name.removesuffix(PICTURE)}" for folder in folders
               for path in listed(root / folder, f"*{PICTURE}")]
     need_files(root, (f"{start}_{kind}.txt" for start in starts for kind in FILES))
