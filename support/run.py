@@ -206,19 +206,16 @@ def random_generator(seed: int, purpose: str, step: int = 0) -> np.random.Genera
 # ==========================================================================================================
 # Settings from the command line
 # ==========================================================================================================
-def setting(default, *, above=None, low=None, below=None, high=None, choices=None):
+def setting(default, **bounds):
     """A field of a Settings class with bounds: above < value < below, low <= value <= high, or `choices`."""
-    bounds = {"above": above, "low": low, "below": below, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata={k: v for k, v in bounds.items() if v is not None})
+    return dataclasses.field(default=default, metadata=bounds)
 
 
 def check_bounds(field: dataclasses.Field, value) -> None:
-    """InputError if a setting is out of the bounds that its field declares."""
-    flag, bounds = f"--{field.name.replace('_', '-')} {value}", dict(field.metadata)
-    if value not in bounds.get("choices", [value]):
-        raise InputError(f"{flag}: choose {', '.join(filter(None, bounds['choices']))}")
+    """InputError if a number is out of the bounds that its field declares. argparse checks `choices`."""
     if isinstance(value, (str, bool)):
         return
+    bounds = dict(field.metadata)
     if not {"below", "high"} & set(bounds):
         bounds["high"] = 1e6  # no setting makes sense beyond it, and some would overflow
     kinds = {"above": (operator.gt, "above"), "low": (operator.ge, "not below"),
@@ -226,7 +223,7 @@ def check_bounds(field: dataclasses.Field, value) -> None:
     asked = [(*kinds[name], bound) for name, bound in bounds.items()]
     if not all(fits(value, bound) for fits, _, bound in asked):  # NaN fits no bound
         words = " and ".join(f"{text} {bound:g}" for _, text, bound in asked)
-        raise InputError(f"{flag}: give a number {words}")
+        raise InputError(f"--{field.name.replace('_', '-')} {value}: give a number {words}")
 
 
 def run_group(preset: str, task: str = "hand") -> str:
@@ -311,9 +308,7 @@ def read_json(path: str | Path):
     """The content of a JSON file of a run or a data set."""
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not a readable JSON file ({first_line(error)}); remove it") from error
 
 
@@ -447,10 +442,7 @@ class Run:
             write_json(path, config)
             return config
         there = read_json(path)
-        try:
-            old, now = ({**self.defaults, **c["settings"], **c["facts"]} for c in (there, config))
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: not the config.json of a run; remove {self.folder}") from error
+        old, now = ({**self.defaults, **c["settings"], **c["facts"]} for c in (there, config))
         changed = {key: f"{key}: {old.get(key)} there, {value} now" for key, value in now.items()
                    if key not in self.MAY_DIFFER and old.get(key) != value}
         if others := [text for key, text in changed.items() if key not in self.NOTED]:
