@@ -36,8 +36,8 @@ FRAMES = dict(zip((f"S{subject}/Seq{sequence}" for subject in range(1, 9) for se
     strict=True))  # of a sequence's videos; annot.mat has rows beyond their end
 
 
-def read_calibration(path: Path) -> dict[int, tuple]:
-    """camera.calibration: {camera: ((width, height) px, intrinsics (3, 3) px)}."""
+def read_calibration(path: Path, chosen: list[int]) -> dict[int, tuple]:
+    """{camera: ((width, height) px, K (3, 3) px)} of a file; InputError if it lacks a `chosen` camera."""
     cameras = {}
     with reading(path, "camera.calibration"):
         for part in path.read_text().split("name")[1:]:
@@ -45,6 +45,9 @@ def read_calibration(path: Path) -> dict[int, tuple]:
             size, matrix = (words.index(word) + 1 for word in ("size", "intrinsic"))
             K = np.reshape([float(word) for word in words[matrix:matrix + 16]], (4, 4))[:3, :3]
             cameras[int(words[0])] = (tuple(int(word) for word in words[size:size + 2]), K)
+    missing = set(chosen) - set(cameras)
+    if missing:
+        raise InputError(f"{path}: has no camera {min(missing)}")
     return cameras
 
 
@@ -106,11 +109,7 @@ def read(root: Path, split: Literal["train", "test"] = "train",
     print("left out, for left and right are exchanged: rows 3,759 to 5,852 of S4/Seq2", flush=True)
     files = ["annot.mat", "camera.calibration", *(f"imageSequence/video_{c}.avi" for c in chosen)]
     need_files(root, [f"{name}/{file}" for name in FRAMES for file in files])
-    calibrated = {name: read_calibration(root / name / "camera.calibration") for name in FRAMES}
-    for name, known in calibrated.items():
-        missing = set(chosen) - set(known)
-        if missing:
-            raise InputError(f"{root / name}/camera.calibration: has no camera {min(missing)}")
+    calibrated = {name: read_calibration(root / name / "camera.calibration", chosen) for name in FRAMES}
 
     def samples() -> Iterator[Sample]:
         for name, frames in FRAMES.items():
