@@ -282,8 +282,7 @@ def write_atomically(path: str | Path, write) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         kept = "the previous one is intact" if path.exists() else "nothing was saved"
         raise InputError(f"{path}: could not be written ({first_line(error)}); {kept}") from error
 
