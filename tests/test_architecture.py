@@ -16,9 +16,7 @@ import udapose
 close = torch.testing.assert_close
 
 
-# ==========================================================================================================
-# Tables 5 to 8: ViT-B/16, 256 x 256 px, K = 21
-# ==========================================================================================================
+# ==== Tables 5 to 8: ViT-B/16, 256 x 256 px, K = 21 =====================================================
 @pytest.fixture(scope="module")
 def paper():
     with torch.device("meta"):
@@ -185,9 +183,7 @@ def test_sizes_that_do_not_fit_are_refused(build, says):
         build()
 
 
-# ==========================================================================================================
-# Patches and positions
-# ==========================================================================================================
+# ==== Patches and positions =============================================================================
 def check_patches(cut):
     """MAE's order: patches row by row; inside a patch row, column, channel."""
     images, P = torch.randn(2, 3, 4, 6), 2
@@ -263,9 +259,7 @@ def test_initial_weights_are_maes():
         assert 0.0007 < layer.weight.std() < 0.0013
 
 
-# ==========================================================================================================
-# Masking m^b and the decoder
-# ==========================================================================================================
+# ==== Masking m^b and the decoder =======================================================================
 def test_masking_by_hand():
     """The largest noise is hidden: patches 2 and 0. Sequence [visible 1, 3 | masked 0, 2]: 0 is third."""
     visible, restore, m = udapose.random_masking(torch.tensor([[0.3, 0.1, 0.4, 0.2], [1.0, 2, 3, 4]]), 0.5)
@@ -326,9 +320,7 @@ def test_masked_pixels_are_never_seen():
     assert mae.decoder.mask_token.grad.abs().sum() > 0
 
 
-# ==========================================================================================================
-# Backgrounds from X_C
-# ==========================================================================================================
+# ==== Backgrounds from X_C ==============================================================================
 def background_by_rules(x, mask, x_c):
     """One image. Foreground stays, background comes from x_c. A mask under 1 % or over 90 % is not used."""
     pixels = [(i, j) for i in range(mask.shape[1]) for j in range(mask.shape[2])]

@@ -31,9 +31,7 @@ def check_like(function, by_loops) -> None:
     close(torch.autograd.grad(ours, phi), torch.autograd.grad(theirs, phi))
 
 
-# ==========================================================================================================
-# The feature, and the two helpers
-# ==========================================================================================================
+# ==== The feature, and the two helpers ==================================================================
 def test_the_feature_is_the_mean_of_the_patch_tokens():
     """The class token is left out. The mean of bfloat16 tokens is float32: bfloat16 has no 1 + 1/256."""
     tokens = torch.tensor([[[100.0, -100.0], [1.0, 4.0], [3.0, 0.0]]])
@@ -58,9 +56,7 @@ def test_a_method_is_called_by_its_name():
     close(gradients[1], gradients[2] * comparisons.dann_ramp(0.05) / comparisons.dann_ramp(1.0))
 
 
-# ==========================================================================================================
-# DDC  |mean phi_s - mean phi_t|²
-# ==========================================================================================================
+# ==== DDC  |mean phi_s - mean phi_t|² ===================================================================
 def ddc_by_loops(phi_s, phi_t):
     (B, D), total = phi_s.shape, 0.0
     for c in range(D):
@@ -82,9 +78,7 @@ def test_ddc():
     passes_only(lambda loss: check_like(loss, ddc_by_loops), ddc_loss, WRONG_DDC)
 
 
-# ==========================================================================================================
-# DAN  mean k(s, s') + mean k(t, t') - 2 mean k(s, t)
-# ==========================================================================================================
+# ==== DAN  mean k(s, s') + mean k(t, t') - 2 mean k(s, t) ===============================================
 def dan_by_loops(phi_s, phi_t):
     B, both = len(phi_s), [*phi_s, *phi_t]
 
@@ -138,9 +132,7 @@ def test_dan():
     assert loss == 0 and collapsed.grad.abs().max() == 0
 
 
-# ==========================================================================================================
-# DANN  (mean -log d(phi_s) + mean -log(1 - d(phi_t))) / 2, gradient reversed before the discriminator
-# ==========================================================================================================
+# ==== DANN  (mean -log d(phi_s) + mean -log(1 - d(phi_t))) / 2, gradient reversed before the discriminator
 def dann_by_loops(phi_s, phi_t, discriminator):
     """The discriminator's own loss, without reversal."""
 
@@ -206,9 +198,7 @@ def test_ramp():
     assert (torch.tensor([comparisons.dann_ramp(i / 50) for i in range(51)]).diff() > 0).all()
 
 
-# ==========================================================================================================
-# In the fine-tuning
-# ==========================================================================================================
+# ==== In the fine-tuning ================================================================================
 @pytest.fixture(scope="module")
 def scratch(sets, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "scratch"
@@ -250,9 +240,7 @@ def test_progress_runs_from_0_to_1(sets, tmp_path, monkeypatch):
     assert asked == [step / 6 for step in range(6)]
 
 
-# ==========================================================================================================
-# Two processes against one
-# ==========================================================================================================
+# ==== Two processes against one =========================================================================
 def gradients(method: str, rank: int = 0, world: int = 1) -> dict:
     """Gradient of Eq. (7) with the method's loss at all weights, on this process's share of a batch."""
     torch.manual_seed(0)

@@ -30,9 +30,7 @@ def randomised(module: torch.nn.Module, std: float = 0.5) -> torch.nn.Module:
     return module.double()
 
 
-# ==========================================================================================================
-# Eq. (1)  F' = F_i + MHSA(LN(F_i));  F_{i+1} = F' + FFN(LN(F'))
-# ==========================================================================================================
+# ==== Eq. (1)  F' = F_i + MHSA(LN(F_i));  F_{i+1} = F' + FFN(LN(F')) ====================================
 def norm_by_loops(norm, token):
     mean = sum(token) / len(token)
     variance = sum((t - mean) ** 2 for t in token) / len(token)
@@ -97,9 +95,7 @@ def test_eq1_block():
     passes_only(check_eq1, lambda block, x: block(x)[0], WRONG_1)
 
 
-# ==========================================================================================================
-# Eq. (2)  w_i = N ŵ_i / sum_k ŵ_k,  ŵ_i = exp(alpha (w*_i - 0.5))
-# ==========================================================================================================
+# ==== Eq. (2)  w_i = N ŵ_i / sum_k ŵ_k,  ŵ_i = exp(alpha (w*_i - 0.5)) ==================================
 def weights_by_loops(masks, P, alpha):
     B, _, H, W = masks.shape
     result = []
@@ -135,9 +131,7 @@ def test_eq2_weights():
     passes_only(check_eq2, weights, WRONG_2)
 
 
-# ==========================================================================================================
-# Eq. (3)  L_WMAE = 1/N sum_i w_i m_i ||x^_i - x_i||²_2, mean over the batch
-# ==========================================================================================================
+# ==== Eq. (3)  L_WMAE = 1/N sum_i w_i m_i ||x^_i - x_i||²_2, mean over the batch ========================
 def wmae_by_loops(predicted, patches, w, m):
     B, N, pixels = patches.shape
     total = 0.0
@@ -170,9 +164,7 @@ def test_eq3_loss():
     passes_only(check_eq3, udapose.weighted_mae_loss, WRONG_3)
 
 
-# ==========================================================================================================
-# Eq. (4)  H^ = Conv(Deconv(Deconv(F_img))), with ReLU and BatchNorm after each deconvolution (Table 7)
-# ==========================================================================================================
+# ==== Eq. (4)  H^ = Conv(Deconv(Deconv(F_img))), with ReLU and BatchNorm after each deconvolution (Table 7)
 def head_by_loops(head, tokens):
     """Eq. (4) and Table 7 in evaluation mode for one image's tokens (1 + N, D), to (K, Z, Y, X)."""
     rows, columns = head.grid
@@ -221,9 +213,7 @@ def test_eq4_head():
     passes_only(check_eq4, lambda head, tokens: head(tokens), WRONG_4)
 
 
-# ==========================================================================================================
-# Eq. (5)  L_kpt = ||H^ - H||²_2, sum over keypoints and voxels, mean over the batch
-# ==========================================================================================================
+# ==== Eq. (5)  L_kpt = ||H^ - H||²_2, sum over keypoints and voxels, mean over the batch ================
 def kpt_by_loops(predicted, centres, valid, sigma):
     B, K, S = predicted.shape[:3]
     total = 0.0
@@ -266,9 +256,7 @@ def test_eq5_loss():
     passes_only(check_eq5, loss, WRONG_5)  # keypoint_loss_expanded: see test_fast_forms.py
 
 
-# ==========================================================================================================
-# Eq. (6)  L_attn = ||a_cls^E - a_cls^A||_1, and the attention maps a_cls in it (Sec. 3.2, Table 8)
-# ==========================================================================================================
+# ==== Eq. (6)  L_attn = ||a_cls^E - a_cls^A||_1, and the attention maps a_cls in it (Sec. 3.2, Table 8) =
 def class_rows_by_loops(q, k):
     """Attention of the class token, "excluding the j-th element", its own; mean over heads: (B, N)."""
     B, M, T, d = q.shape
@@ -342,9 +330,7 @@ def test_eq6_gradient_reaches_queries_and_keys_only():
     assert q.any() and k.any() and not v.any()
 
 
-# ==========================================================================================================
-# Eq. (7)  L_HPE = L_kpt + lambda_attn L_attn
-# ==========================================================================================================
+# ==== Eq. (7)  L_HPE = L_kpt + lambda_attn L_attn =======================================================
 def check_eq7(function):
     """The value, and the gradient at both terms: 1 and lambda."""
     for L_kpt, L_attn, lam in ((3.0, 0.5, 100.0), (7.0, 2.0, 10.0), (5.0, 4.0, 0.0)):

@@ -11,9 +11,7 @@ import udapose
 close = torch.testing.assert_close
 
 
-# ==========================================================================================================
-# Attention: fused for every token, and the class row apart, Eq. (1) and Eq. (6)
-# ==========================================================================================================
+# ==== Attention: fused for every token, and the class row apart, Eq. (1) and Eq. (6) ====================
 def plain_maps(encoder, images):
     """Tokens, and a_cls of every block from the whole matrix: class row, head mean, class column dropped."""
     x, maps = encoder.embed(images), []
@@ -72,9 +70,7 @@ def test_only_visible_patches_are_embedded():
         close(some[b, 0], everything[b, 0])
 
 
-# ==========================================================================================================
-# Eq. (5) without a heatmap
-# ==========================================================================================================
+# ==== Eq. (5) without a heatmap =========================================================================
 def fitting_problem(B=3, K=4, S=12, C=6, weight=0.3):
     features, conv = torch.randn(B, C, S, S), torch.nn.Conv2d(C, K * S, 1)
     for p in conv.parameters():
@@ -134,9 +130,7 @@ def test_expanded_loss_equals_the_readable_one():
         check_expanded(right, **problem)
 
 
-# ==========================================================================================================
-# Precision: functions that promise float32 compute in float32, inside autocast too
-# ==========================================================================================================
+# ==== Precision: functions that promise float32 compute in float32, inside autocast too =================
 def float32_functions():
     features, conv, centres, valid, sigma = fitting_problem()
     heatmaps = conv(features).unflatten(1, (4, 12)).detach()

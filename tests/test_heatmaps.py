@@ -10,9 +10,7 @@ close = torch.testing.assert_close
 NAN = float("nan")
 
 
-# ==========================================================================================================
-# Decoding (for the Gaussians themselves, see Eq. (5) in test_equations.py)
-# ==========================================================================================================
+# ==== Decoding (for the Gaussians themselves, see Eq. (5) in test_equations.py) =========================
 def check_decoding(decode, S=24, sigma=1.8):
     """decode(encode(x)) is x within 0.05 voxel, up to the very border of the volume, for any peak height."""
     inside = torch.rand(1, 30, 3) * (S - 1)
@@ -54,9 +52,7 @@ def test_decoding_stays_beside_the_largest_voxel():
         assert (centres - largest_voxel(heatmaps)).abs().max() <= 2.5
 
 
-# ==========================================================================================================
-# Pixels and millimetres
-# ==========================================================================================================
+# ==== Pixels and millimetres ============================================================================
 def test_voxels_by_hand():
     """256 px on 64 voxels: pixel 0 has its centre at voxel 1/8 - 1/2; the root is in the middle. And back."""
     uv = torch.tensor([[[0.0, 255.0], [-0.5, 255.5], [127.5, 31.5]]])
@@ -88,9 +84,7 @@ def test_projection_by_hand():
     close(udapose.back_project(uv, torch.tensor([[50.0]]), camera), point)
 
 
-# ==========================================================================================================
-# Errors of Sec. 4.1
-# ==========================================================================================================
+# ==== Errors of Sec. 4.1 ================================================================================
 def test_joint_errors_by_hand():
     """Root 1. Relative to it, joint 0 is predicted at (3, 4, 0) and truly at (0, 0, 0): 5 mm. The root: 0."""
     predicted = torch.tensor([[[13.0, 14.0, 10.0], [10.0, 10.0, 10.0], [10.0, 10.0, 22.0]]])

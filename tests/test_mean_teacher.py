@@ -16,9 +16,7 @@ close = torch.testing.assert_close
 IMAGE, S, K = 16, 16, 3
 
 
-# ==========================================================================================================
-# The moving average
-# ==========================================================================================================
+# ==== The moving average ================================================================================
 def test_average_has_the_closed_form_and_covers_running_statistics():
     """After n updates with a constant student: teacher = 0.999^n start + (1 - 0.999^n) student."""
     teacher, student = torch.nn.BatchNorm1d(2).double(), torch.nn.BatchNorm1d(2).double()
@@ -36,9 +34,7 @@ def test_average_has_the_closed_form_and_covers_running_statistics():
     assert same(teacher.state_dict(), student.state_dict())
 
 
-# ==========================================================================================================
-# Labels and loss
-# ==========================================================================================================
+# ==== Labels and loss ===================================================================================
 def test_centres_move_as_the_image_does():
     """Bright pixels of the plain crop, warped to the student's crop by `augment`, lie at the moved labels."""
     side = 48
@@ -99,9 +95,7 @@ def test_the_loss_is_eq_5(flag):
     close(loss, udapose.keypoint_loss(head.heatmaps(features), centres, valid, 1.5))
 
 
-# ==========================================================================================================
-# In the fine-tuning
-# ==========================================================================================================
+# ==== In the fine-tuning ================================================================================
 @pytest.mark.parametrize("variant", ["mt", "full-mt"])
 def test_variant_trains_and_resumes_bitwise(sets, pretrained, tmp_path, monkeypatch, variant):
     """The loss sets in at its share of the steps. The result is the teacher; the student is kept as well."""

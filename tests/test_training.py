@@ -34,9 +34,7 @@ from udapose import Encoder, KeypointHead, PoseEstimator
 CPU = torch.device("cpu")
 
 
-# ==========================================================================================================
-# Resume: the same bits as a run that was not disturbed. test_survival.py does this with kill -9.
-# ==========================================================================================================
+# ==== Resume: the same bits as a run that was not disturbed. test_survival.py does this with kill -9. ===
 @pytest.mark.parametrize(
     "more",
     [
@@ -97,9 +95,7 @@ def test_micro_batches_give_the_same_pretraining(sets, pretrained, tmp_path):
     assert not same(ours, theirs), "this test compares two different orders of summation"
 
 
-# ==========================================================================================================
-# Two processes. One start of torchrun does all the work, because starting takes longer than training.
-# ==========================================================================================================
+# ==== Two processes. One start of torchrun does all the work, because starting takes longer than training.
 TWO = """
 import sys
 
@@ -190,9 +186,7 @@ def test_every_variant_compiled_is_the_eager_one(two_processes, script):
         same_log(eager, compiled, 1e-3)
 
 
-# ==========================================================================================================
-# What is read
-# ==========================================================================================================
+# ==== What is read ======================================================================================
 def test_target_labels_and_masks_are_never_opened(sets, pretrained, finetuned, tmp_path):
     bare = tmp_path / "target"
     shutil.copytree(sets / "target", bare)
@@ -238,9 +232,7 @@ def test_auto_is_the_sibling_folder_of_the_benchmark_and_nothing_else():
     assert settings(train_finetune, "--variant", "no-xc-ar").init == "runs/tiny/pretrain-no-xc-seed0"
 
 
-# ==========================================================================================================
-# Variants: each switch changes its own term
-# ==========================================================================================================
+# ==== Variants: each switch changes its own term ========================================================
 def batch_of(sets: Path, *arguments: str):
     """The first batch of pre-training."""
     s = settings(train_pretrain, "--batch", "16", *arguments)
@@ -290,9 +282,7 @@ def test_a_new_part_of_the_network_is_trained_or_refused():
     train_finetune.optimiser_groups(s, estimator)
 
 
-# ==========================================================================================================
-# Where fine-tuning starts from
-# ==========================================================================================================
+# ==== Where fine-tuning starts from =====================================================================
 def test_init_from_finished_runs_of_today_and_of_earlier_commits(sets, pretrained, tmp_path, monkeypatch):
     """Earlier checkpoints have other settings and other values besides the weights."""
     state = checkpoint(pretrained)
@@ -320,9 +310,7 @@ def test_init_from_the_shipped_encoder(sets, tmp_path):
     assert len(theirs.keys() & ours.keys()) > 40
 
 
-# ==========================================================================================================
-# Refusals: one line, before work is lost
-# ==========================================================================================================
+# ==== Refusals: one line, before work is lost ===========================================================
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -407,9 +395,7 @@ def test_validation_sets_that_cannot_be_measured_are_refused(sets, tmp_path):
         finetune(sets, tmp_path / "run", "", "--lam", "0", "--validation", other)
 
 
-# ==========================================================================================================
-# Run folders: one run, its settings, its data
-# ==========================================================================================================
+# ==== Run folders: one run, its settings, its data ======================================================
 def test_a_finished_run_says_so_and_changes_nothing(sets, pretrained, finetuned, capsys):
     before = {path: path.read_bytes() for run in (pretrained, finetuned) for path in run.iterdir()}
     pretrain(sets, pretrained)
@@ -485,9 +471,7 @@ def test_own_data_with_another_joint_set(sets, tmp_path):
     assert 5 < log(tmp_path / "b")[-1]["source_val_epe"] < 500
 
 
-# ==========================================================================================================
-# What users bring: public weights, masks of another run, few target images, changed validation images
-# ==========================================================================================================
+# ==== What users bring: public weights, masks of another run, few target images, changed validation images
 def test_stage_1_starts_from_public_weights(sets, pretrained, tmp_path, capsys):
     state = checkpoint(pretrained)
     torch.save({"model": state["encoder"] | state["decoder"]}, tmp_path / "mae.pth")  # MAE's key names

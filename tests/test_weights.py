@@ -23,9 +23,7 @@ from support.weights import fit_positions, load_public_weights, read_tensors
 close = torch.testing.assert_close
 
 
-# ==========================================================================================================
-# The publishers' layouts, with random numbers
-# ==========================================================================================================
+# ==== The publishers' layouts, with random numbers ======================================================
 def linear(name, out, into):
     return {f"{name}.weight": torch.randn(out, into) / into**0.5, f"{name}.bias": torch.randn(out) / 4}
 
@@ -115,9 +113,7 @@ def assert_holds(module, tensors: dict, but=None):
             close(own, tensors[key], rtol=0, atol=0, msg=key)
 
 
-# ==========================================================================================================
-# What is loaded: a forward pass for MAE, the tensors for the other layouts
-# ==========================================================================================================
+# ==== What is loaded: a forward pass for MAE, the tensors for the other layouts =========================
 def transformer(tensors, x, heads=2):
     """Tokens x (B, T, D) after all blocks and the last norm of a pre-norm ViT, in float64."""
     w, x, D = {key: tensor.double() for key, tensor in tensors.items()}, x.double(), x.shape[-1]
@@ -203,9 +199,7 @@ def test_learned_positions_are_resized_as_pillow_does():
     close(ours[:, 0], positions[:, 0], rtol=0, atol=0)
 
 
-# ==========================================================================================================
-# Files that fit
-# ==========================================================================================================
+# ==== Files that fit ====================================================================================
 def mae_file(tmp_path, tensors):
     """As published: with the optimiser, the epoch and the arguments of the run, an argparse.Namespace."""
     content = {"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "epoch": 799,
@@ -279,9 +273,7 @@ def test_a_file_with_numpy_scalars(tmp_path, kind):
     assert np.dtype not in torch.serialization.get_safe_globals()
 
 
-# ==========================================================================================================
-# Files that do not fit: one line that names the file, the tensor and both shapes; nothing is loaded
-# ==========================================================================================================
+# ==== Files that do not fit: one line that names the file, the tensor and both shapes; nothing is loaded
 MISFITS = {  # tensors of the file, and what the message has to contain besides the file's name
     "wider": (lambda: vit(D=24), ["cls_token", "(1, 1, 24)", "(1, 1, 16)"]),
     "shallower": (lambda: vit(depth=1), ["blocks.1.norm1.weight (16,)", "begins with cls_token, pos_embed"]),
