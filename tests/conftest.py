@@ -4,8 +4,6 @@ Every test finds the project's files, computes on one thread and draws the same 
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -133,8 +131,8 @@ def checkpoint(run: Path, name: str = "checkpoint.pt") -> dict:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All weights of a run."""
     state = checkpoint(run)
-    parts = [name for name in ("encoder", "decoder", "head", "discriminator") if name in state]
-    return {f"{part}.{key}": tensor for part in parts for key, tensor in state[part].items()}
+    parts = "encoder", "decoder", "head", "discriminator", "student_encoder", "student_head"
+    return {f"{part}.{key}": tensor for part in parts for key, tensor in state.get(part, {}).items()}
 
 
 def log(run: Path) -> list[dict]:
@@ -154,10 +152,12 @@ def same_up_to_sums(a: dict, b: dict) -> bool:
     return all(torch.allclose(a[key], b[key], atol=2e-4) for key in a if not key.endswith("qkv.bias"))
 
 
-def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a script as two processes on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    threads = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), *arguments], capture_output=True, text=True, timeout=300, env=threads
-    )
+def resumed(monkeypatch, folder: Path, lines: int, stage, sets: Path, *arguments) -> Path:
+    """A run that is interrupted and continued. Fails unless it has the bits of an undisturbed one."""
+    whole, run = folder / "whole", folder / "run"
+    stage(sets, whole, *arguments)
+    interrupted(monkeypatch, lines, stage, sets, run, *arguments)
+    stage(sets, run, *arguments)
+    assert same(weights(run), weights(whole)) and log(run) == log(whole)
+    assert checkpoint(run)["scaler"] == checkpoint(whole)["scaler"]
+    return run

@@ -32,10 +32,8 @@ def check_like(function, by_loops) -> None:
 
 
 # ==== The feature, and the two helpers ==================================================================
-def test_the_feature_is_the_mean_of_the_patch_tokens():
-    """The class token is left out. The mean of bfloat16 tokens is float32: bfloat16 has no 1 + 1/256."""
-    tokens = torch.tensor([[[100.0, -100.0], [1.0, 4.0], [3.0, 0.0]]])
-    close(comparisons.mean_patch_token(tokens), torch.tensor([[2.0, 2.0]]))
+def test_the_mean_of_bfloat16_tokens_is_float32():
+    """The class token is left out. bfloat16 has no 1 + 1/256."""
     tokens = torch.tensor([[[9.0], [1.0], [1 + 1 / 128]]]).bfloat16()
     close(comparisons.mean_patch_token(tokens), torch.tensor([[1 + 1 / 256]]))
 
@@ -177,13 +175,10 @@ def test_dann():
     passes_only(check_dann, dann_loss, WRONG_DANN)
 
 
-def test_discriminator_at_chance_costs_ln_2_and_logits_of_a_sure_one_stay_finite():
+def test_discriminator_has_two_layers_and_a_sure_one_stays_finite():
     """Right by 1000: costs 0. Wrong by 1000: costs 1000, with a gradient."""
     D = DomainDiscriminator(3)
-    assert [tuple(p.shape) for p in D.parameters()] == [(1024, 3), (1024,), (1, 1024), (1,)]  # two layers
-    for p in D[-1].parameters():
-        torch.nn.init.zeros_(p)
-    close(dann_loss(torch.randn(4, 3), torch.randn(4, 3), D, 1.0), torch.tensor(math.log(2)))
+    assert [tuple(p.shape) for p in D.parameters()] == [(1024, 3), (1024,), (1, 1024), (1,)]
     sure, x = torch.nn.Identity(), torch.full((2, 1), 1000.0, requires_grad=True)
     assert dann_loss(x, -x, sure, 1.0).item() == 0
     loss = dann_loss(-x, x, sure, 1.0)
