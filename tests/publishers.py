@@ -59,27 +59,11 @@ def command(reader, root: Path, out: Path, *flags, side: int = 0) -> Dataset:
     return data.open_all(out)
 
 
-def check_case(reader, root: Path, tmp_path: Path, put_in, message: str) -> None:
-    """Converting a copy of the publisher's files with the mistake in ends in one line with the message."""
-    copy = Path(shutil.copytree(root, tmp_path / "copy"))
-    put_in(copy)
-    with refused(message) as caught:
-        command(reader, copy, tmp_path / "out", *FLAGS[reader])
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-
-
 HAND_READERS = {freihand: "freihand_root", stb: "stb_root", rhd: "rhd_root", pan: "pan_root", gan: "gan_root"}
 BODY_READERS = {h36m: "h36m_root", _3dpw: "pw3d_root", _3dhp: "mpi_root", surreal: "surreal_root"}
 FLAGS = {freihand: [], stb: ["--split", "test"], rhd: [], pan: ["--split", "test", "--stride", 1],
          gan: ["--share", 0], h36m: ["--split", "test"], _3dpw: ["--split", "test"],
          _3dhp: ["--cameras", "0,4", "--stride", 1], surreal: ["--split", "val", "--frames", "all"]}
-
-
-def impossible(tables: dict, gone: str) -> list:
-    """The rows (reader, change, message) of each reader's table, and one of a folder that is not there."""
-    no_folder = {"no folder": (shutil.rmtree, gone)}
-    return [pytest.param(reader, *row, id=f"{reader.__name__[16:]} {what}")
-            for reader, table in tables.items() for what, row in (table | no_folder).items()]
 
 
 # ==== File formats ========================================================================================
@@ -189,9 +173,14 @@ def picture(size, *hands, dot: int = 4) -> Image.Image:
     return image
 
 
+def projected(keypoints, intrinsics) -> np.ndarray:
+    """Keypoints (n, K, 3) mm through intrinsics (n, 3, 3): (n, K, 2) px."""
+    return project(torch.tensor(keypoints), torch.tensor(intrinsics)).numpy()
+
+
 def on_their_inks(dataset: Dataset, inks: np.ndarray, apart: float, others=()) -> float:
     """Share of joints that land on their ink (K, 3), of those with no other ink's joint within `apart` px."""
-    uv = project(torch.tensor(dataset.keypoints), torch.tensor(dataset.intrinsics)).numpy()  # (n, K, 2) px
+    uv = projected(dataset.keypoints, dataset.intrinsics)  # (n, K, 2) px
     palette, met = np.array([*inks, *others], int), []
     for image, points in zip(dataset.images[:].astype(int), uv, strict=True):
         for ink, (u, v) in zip(inks, points, strict=True):
@@ -203,16 +192,12 @@ def on_their_inks(dataset: Dataset, inks: np.ndarray, apart: float, others=()) -
     return float(np.mean(met))
 
 
-def on_their_dots(dataset: Dataset, apart: float = 8) -> float:
-    return on_their_inks(dataset, INKS, apart)
-
-
 def agrees(dataset: Dataset, points: np.ndarray, K: np.ndarray) -> None:
     """The rows hold these joints (n, 21, 3) mm of right hands, and the intrinsics of crops of pictures with
     K (n, 3, 3): scaled and shifted, so that the joints' box is in the middle and 1 / 1.875 of the crop."""
     assert len(dataset) == len(points) and np.abs(dataset.keypoints[:] - points).max() < 2e-3
     to_crop = np.float64(dataset.intrinsics) @ np.linalg.inv(K)  # (n, 3, 3)
-    uv = project(torch.tensor(points), torch.tensor(K)).numpy()  # (n, 21, 2) px
+    uv = projected(points, K)  # (n, 21, 2) px
     low, high = uv.min(1), uv.max(1)
     scale = SIDE / (1.875 * (high - low).max(1))  # (n,)
     middle = (SIDE - 1) / 2 - scale[:, None] * (low + high) / 2  # (n, 2) px
@@ -228,8 +213,10 @@ def mirrored(K, width: int) -> np.ndarray:
     return K
 
 
-def sound(dataset: Dataset, capsys) -> None:
-    """`check` finds nothing, and `show` draws it."""
+def assert_sound_hands(dataset: Dataset, points, K, capsys, apart: float = 8) -> None:
+    """The rows agree with points and K; joints are on their dots; `check` finds nothing; `show` draws it."""
+    agrees(dataset, points, K)
+    assert on_their_inks(dataset, INKS, apart) == 1
     capsys.readouterr()
     data.main(["check", str(dataset.folder)])
     assert f"labels: 0 of {len(dataset)} rows are impossible" in capsys.readouterr().out
@@ -334,6 +321,13 @@ def rhd_hands(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     depth = {first: np.where(near == first, 420, 600) for first in (True, False)}
     left = hands_at(f"rhd left {part}", n, np.stack([0 * near + 90, 0 * near, depth[True]], 1)) * MIRROR
     return left, hands_at(f"rhd right {part}", n, np.stack([0 * near + 110, 0 * near, depth[False]], 1)), near
+
+
+def rhd_truth(part: str) -> tuple[np.ndarray, np.ndarray]:
+    """The nearer hands (n, 21, 3) mm as right ones, and K (n, 3, 3)."""
+    left, right, near = rhd_hands(part)
+    near = near[:, None, None]
+    return np.where(near, left * MIRROR, right), np.where(near, mirrored(RHD_K, 320), RHD_K)
 
 
 def index_mask(left: np.ndarray, right: np.ndarray) -> Image.Image:

@@ -18,11 +18,10 @@ from support.run import random_generator
 
 # isort: off
 from publishers import (
-    BACKGROUND, GAN_FOLDERS, HAND_READERS, LITTLE_FIRST, MIRROR, N, PAN_FRAMES, PAN_K, PAN_LENS,
-    PAN_R, PAN_SIZE, PAN_T, RHD_K, SEQUENCES, SIDE, STB_FRAMES, STB_SEQUENCES, TIP_FIRST, agrees,
-    check_case, command, contents, gan_truth, hands_at, impossible, mirrored, on_their_dots,
-    pan_hands, pan_truth, refused, rhd_hands, scipy_io, sound, stb_hands, stb_raw, stb_truth, uv_of,
-    without, write_numbers, write_pickle)
+    BACKGROUND, GAN_FOLDERS, LITTLE_FIRST, MIRROR, N, PAN_FRAMES, PAN_K, PAN_LENS, PAN_R, PAN_SIZE,
+    PAN_T, RHD_K, SEQUENCES, SIDE, STB_FRAMES, STB_SEQUENCES, TIP_FIRST, agrees, assert_sound_hands,
+    command, contents, gan_truth, hands_at, mirrored, pan_hands, pan_truth, refused, rhd_hands, rhd_truth,
+    scipy_io, stb_hands, stb_raw, stb_truth, uv_of, without, write_numbers, write_pickle)
 # isort: on
 
 
@@ -40,8 +39,7 @@ def test_rendered_hands_pass_and_slips_do_not(domain):
         return np.mean([hand_fault(change(k)) is None for k in keypoints])
     assert share(lambda k: k) == 1
     assert share(lambda k: k * MIRROR) < 0.1 and share(lambda k: k[LITTLE_FIRST]) < 0.4
-    for change in (lambda k: k / 1000, lambda k: k / 10, lambda k: k * 1000, lambda k: k[TIP_FIRST]):
-        assert share(change) == 0
+    assert share(lambda k: k / 10) == share(lambda k: k[TIP_FIRST]) == 0
 
 
 def test_a_straight_hand_has_no_side():
@@ -56,32 +54,37 @@ def test_projection_fault(hands):
     k, uv = hands["keypoints"][0], uv_of(hands["keypoints"][0], hands["intrinsics"][0])
     size, mask = (SIDE, SIDE), hands["masks"][0] >= 128
     assert projection_fault(k, uv, size, mask, uv + 1) is None
-    assert "2D labels" in projection_fault(k, uv, size, mask, uv[LITTLE_FIRST])
     assert "behind" in projection_fault(k * [1, 1, -1], uv, size)
-    assert "fall on" in projection_fault(k, uv + 200, size)
     assert "box" in projection_fault(k, 100 + uv / 100, size)
     assert "joints have labels" in projection_fault(np.full_like(k, np.nan), uv, size)
 
 
 # ==== FreiHAND ============================================================================================
 def test_freihand(freihand_set, hands, capsys):
-    four = {name: np.repeat(hands[name], 4, axis=0) for name in ("keypoints", "intrinsics")}
-    agrees(freihand_set, np.float64(four["keypoints"]), np.float64(four["intrinsics"]))
-    assert freihand_set.meta["split"] == "train" and on_their_dots(freihand_set) == 1
+    four = (np.float64(np.repeat(hands[name], 4, axis=0)) for name in ("keypoints", "intrinsics"))
+    assert_sound_hands(freihand_set, *four, capsys)
+    assert freihand_set.meta["split"] == "train"
     outside = np.array(
         [freihand_set.images[i][freihand_set.masks[i] == 0].mean(axis=0) for i in range(4 * N)])
     version = np.abs(outside[:, None] - BACKGROUND).sum(-1).argmin(1)
     assert (version == np.arange(4 * N) % 4).all(), "picture i + n v is sample i with background v"
-    sound(freihand_set, capsys)
+
+
+def overlap(dataset: Dataset, rows, masks: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """(n, C) of stored masks with those of pictures (n, C, H, W) bool, which K and an independent warp crop.
+
+    The intrinsics alone say where the crop is.
+    """
+    A = torch.from_numpy(dataset.intrinsics[rows] @ np.float32(np.linalg.inv(K)))[:, :2]
+    true = data.warp(torch.from_numpy(np.float32(masks)), A, SIDE).numpy() >= 0.5
+    mine = dataset.masks[rows][:, None] >= 128
+    return (mine & true).sum((2, 3)) / (mine | true).sum((2, 3))
 
 
 def test_freihand_masks_fit(freihand_set, hands):
-    """Against an independent warp of the exact mask: the intrinsics alone say where the crop is."""
-    A = torch.from_numpy(freihand_set.intrinsics[::4] @ np.linalg.inv(hands["intrinsics"]))[:, :2]
-    true = data.warp(torch.from_numpy(hands["masks"].copy())[:, None] / 255, A, SIDE)[:, 0] >= 0.5
     for v in range(4):
-        mine = torch.tensor(freihand_set.masks[v::4]) >= 128
-        assert ((mine & true).sum((1, 2)) / (mine | true).sum((1, 2))).min() > 0.95
+        exact = hands["masks"][:, None] >= 128
+        assert overlap(freihand_set, slice(v, None, 4), exact, hands["intrinsics"]).min() > 0.95
 
 
 def test_freihand_other_splits_and_versions(freihand_root, freihand_set, tmp_path):
@@ -131,9 +134,7 @@ FREIHAND_CASES = {
 @pytest.mark.parametrize("flags, kinds", [((), ("BB_left", "BB_right")), (("--camera", "sk"), ("SK_color",))])
 def test_stb(stb_root, tmp_path, capsys, flags, kinds):
     test = command(stb, stb_root, tmp_path / f"stb{len(kinds)}", "--split", "test", *flags)
-    agrees(test, *stb_truth(["B1Counting", "B1Random"], *kinds))
-    assert on_their_dots(test) == 1
-    sound(test, capsys)
+    assert_sound_hands(test, *stb_truth(["B1Counting", "B1Random"], *kinds), capsys)
     train = command(stb, stb_root, tmp_path / "train", *flags)
     agrees(train, *stb_truth(STB_SEQUENCES[2:], *kinds))
     assert train.masks is None
@@ -163,26 +164,18 @@ STB_CASES = {
 @pytest.mark.parametrize("split", ["train", "evaluation"])
 def test_rhd(rhd_root, tmp_path, capsys, split):
     dataset = command(rhd, rhd_root, tmp_path / "rhd", "--split", split)
-    left, right, near = rhd_hands("training" if split == "train" else split)
-    truth = np.where(near[:, None, None], left * MIRROR, right)
-    agrees(dataset, truth, np.where(near[:, None, None], mirrored(RHD_K, 320), RHD_K))
-    assert on_their_dots(dataset, 7) == 1
-    sound(dataset, capsys)
+    assert_sound_hands(dataset, *rhd_truth("training" if split == "train" else split), capsys, 7)
 
 
 def test_rhd_masks_hold_one_hand_and_not_the_person(rhd_root, tmp_path):
-    """Against the index picture, mirrored by hand and warped by what the intrinsics say."""
+    """The index picture is mirrored by hand."""
     dataset = command(rhd, rhd_root, tmp_path / "rhd")
     for i, left in enumerate(rhd_hands("training")[2]):
         index = np.asarray(Image.open(rhd_root / f"training/mask/{i:05d}.png"))
         hand, person = (index >= 2) & (index <= 17) if left else index >= 18, index >= 1
-        K = mirrored(RHD_K, 320) if left else RHD_K
-        A = torch.from_numpy(dataset.intrinsics[i:i + 1] @ np.float32(np.linalg.inv(K)))[:, :2]
-        both = np.stack([hand, person])[..., ::-1 if left else 1].astype(np.float32)
-        true = data.warp(torch.from_numpy(both)[None], A, SIDE)[0].numpy() >= 0.5
-        mine = dataset.masks[i] >= 128
-        overlap = (mine & true).sum((1, 2)) / (mine | true).sum((1, 2))
-        assert overlap[0] > 0.93 > 0.8 > overlap[1], overlap
+        both = np.stack([hand, person])[None, ..., ::-1 if left else 1]
+        found = overlap(dataset, [i], both, mirrored(RHD_K, 320) if left else RHD_K)[0]
+        assert found[0] > 0.93 > 0.8 > found[1], found
 
 
 RHD_LABELS = "training/anno_training.pickle"
@@ -214,9 +207,7 @@ def test_pan(pan_root, tmp_path, capsys, split, sequence):
     off = np.linalg.norm(uv_of(hands, PAN_K) - uv_of(hands, PAN_K, PAN_LENS), axis=-1)
     assert 4 < off.mean() < 25 and 15 < len(pan_truth(sequence)[0]) < 6 * PAN_FRAMES
     dataset = command(pan, pan_root, tmp_path / "pan", "--split", split, "--stride", 1)
-    agrees(dataset, *pan_truth(sequence))
-    assert on_their_dots(dataset, 14) == 1
-    sound(dataset, capsys)
+    assert_sound_hands(dataset, *pan_truth(sequence), capsys, 14)
 
 
 def test_pan_a_view_that_a_sequence_lacks_is_left_out(pan_root, tmp_path, capsys):
@@ -291,9 +282,7 @@ def test_gan(inverse, gan_root, tmp_path, capsys):
     if inverse:
         retype(lambda x: x ** [1, 1, -1], "crop_params")(root)
     dataset = command(gan, root, tmp_path / "gan", "--share", 0)
-    agrees(dataset, *gan_truth(GAN_FOLDERS))
-    assert on_their_dots(dataset) == 1
-    sound(dataset, capsys)
+    assert_sound_hands(dataset, *gan_truth(GAN_FOLDERS), capsys)
 
 
 def test_gan_split_is_by_folder_and_seeded(gan_root):
@@ -315,11 +304,5 @@ GAN_CASES = {
 }
 
 
-CASES = impossible({freihand: FREIHAND_CASES, stb: STB_CASES, rhd: RHD_CASES, pan: PAN_CASES, gan: GAN_CASES},
-                   "missing|not one sample; with -h")
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")  # 0 / 0: the knuckle of relative joints
-@pytest.mark.parametrize("reader, put_in, message", CASES)
-def test_mistakes_are_told(reader, put_in, message, request, tmp_path):
-    check_case(reader, request.getfixturevalue(HAND_READERS[reader]), tmp_path, put_in, message)
+# test_readers.py puts these in
+CASES = {freihand: FREIHAND_CASES, stb: STB_CASES, rhd: RHD_CASES, pan: PAN_CASES, gan: GAN_CASES}

@@ -1,4 +1,4 @@
-"""What the readers of public data sets share: videos, lens, left hands, masks, file formats, conversion.
+"""What the readers of public data sets share: videos, lens, masks, file formats, conversion.
 
 Every file is written here, small, in the real format: mp4, AVI, MATLAB 5 and 7.3, CDF, pickle, palette PNG.
 """
@@ -10,21 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_body_readers
+import test_hand_readers
 from PIL import Image
+from test_body_readers import CLIP
 
 import data
 from support import convert as conversion
 from support.convert import Sample, body_fault, build_dataset, convert_samples, fault_of, to_uv
-from support.folder import HAND, HUMAN, HUMAN_JOINTS
+from support.folder import HUMAN, HUMAN_JOINTS
 from support.readers import _3dhp, formats, freihand, gan, h36m, pan, rhd, surreal
 from support.readers.formats import Missing, Video, open_mask
-from support.rendering import render
-from support.run import lock, random_generator
+from support.run import lock
 
 # isort: off
 from publishers import (
-    BODY_READERS, FLAGS, HAND_READERS, MIRROR, SWAP, command, contents, cut, refused, scipy_io, write_cdf,
-    write_h5, write_pickle, write_video)
+    BODY_READERS, FLAGS, HAND_READERS, MIRROR, SWAP, Rotation, command, contents, cut, refused, scipy_io,
+    write_cdf, write_h5, write_pickle, write_video)
 # isort: on
 
 K = np.array([[300.0, 0, 119.5], [0, 300, 111.5], [0, 0, 1]])  # of 240 x 224 px
@@ -36,7 +38,21 @@ POSE = np.float64([  # mm, HUMAN, facing the camera: walking, right knee and lef
 
 # ==== What all readers share ==============================================================================
 READERS = HAND_READERS | BODY_READERS
-CLIP = "SURREAL/data/cmu/val/run0/01_01/01_01_c0001"
+NO_FOLDER = {"no folder": (shutil.rmtree, "missing|not one sample; with -h")}
+CASES = [pytest.param(reader, *row, id=f"{reader.__name__[16:]} {what}")
+         for reader, table in (test_hand_readers.CASES | test_body_readers.CASES).items()
+         for what, row in (table | NO_FOLDER).items()]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # 0 / 0: the knuckle of relative joints
+@pytest.mark.parametrize("reader, put_in, message", CASES)
+def test_mistakes_are_told(reader, put_in, message, request, tmp_path):
+    """Converting a copy of the publisher's files with the mistake in ends in one line with the message."""
+    copy = Path(shutil.copytree(request.getfixturevalue(READERS[reader]), tmp_path / "copy"))
+    put_in(copy)
+    with refused(message) as caught:
+        command(reader, copy, tmp_path / "out", *FLAGS[reader])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("reader, name, line", [
@@ -119,7 +135,7 @@ def test_frames_of_a_video_are_exact(kind, tmp_path):
         video.frame(50)
 
 
-# ==== One sample: the lens, left hands, masks =============================================================
+# ==== One sample: the lens, masks (left hands: STB, RHD, PAN, GAN) ========================================
 LENS = np.array([-0.4, 0.3, 0.01, -0.008, 0.05])
 
 
@@ -137,8 +153,8 @@ def drawn(sample: Sample = None, size=(240, 224), sigma: float = 1.3) -> np.ndar
     return np.repeat(np.uint8(np.round(60 + 190 * np.max(dots, axis=0)))[..., None], 3, axis=-1)
 
 
-def convert(root: Path, *job, side: int = 128, skeleton=HUMAN):
-    return convert_samples(root, side, skeleton, list(job))
+def convert(root: Path, *job):
+    return convert_samples(root, 128, HUMAN, list(job))
 
 
 def apart(image: np.ndarray, keypoints, intrinsics, radius: int = 4) -> np.ndarray:
@@ -182,28 +198,6 @@ def test_lens_distortion_is_undone(shrink, tmp_path):
     assert "px from the publisher's 2D labels" in reason
 
 
-@pytest.mark.parametrize("distortion", [None, LENS / 10])
-def test_left_hands_become_right_hands(distortion, tmp_path):
-    """A right hand, and its mirror image given as a left one: the rows are the same but for rounding."""
-    hand = render("hands", random_generator(0, "a left hand"), "source", 1, 200)
-    keypoints, intrinsics = hand["keypoints"][0].astype(float), hand["intrinsics"][0].astype(float)
-    for name, pixels in (("", hand["images"][0]), ("_mask", hand["masks"][0])):
-        Image.fromarray(pixels).save(tmp_path / f"right{name}.png")
-        Image.fromarray(pixels[:, ::-1].copy()).save(tmp_path / f"left{name}.png")
-    right = Sample("right.png", keypoints, intrinsics, "right_mask.png", distortion=distortion)
-    left = Sample("left.png", keypoints * MIRROR, intrinsics.copy(), "left_mask.png", left=True,
-                  distortion=distortion if distortion is None else distortion * [1, 1, 1, -1, 1])
-    left.intrinsics[0, 2] = 199 - intrinsics[0, 2]
-    (a, _), (b, skipped) = (convert(tmp_path, s, skeleton=HAND, side=64) for s in (right, left))
-    assert not skipped and np.allclose(a["keypoints"], b["keypoints"])
-    assert np.allclose(a["intrinsics"], b["intrinsics"], atol=1e-3)
-    for name in ("images", "masks"):
-        assert np.abs(a[name].astype(int) - b[name]).max() <= 3, name
-    for wrong in (left._replace(left=False), right._replace(left=True)):
-        _, (reason,) = convert(tmp_path, wrong, skeleton=HAND)
-        assert "handedness" in reason
-
-
 def test_a_frame_without_mask_is_left_out(tmp_path):
     """The cell of a MATLAB 7.3 file holds an empty matrix, or ends too early."""
     labels = np.random.default_rng(0).integers(0, 4, (224, 240), dtype=np.uint8)
@@ -228,9 +222,7 @@ def bent(knee: float, elbow: float) -> np.ndarray:
 
 
 def turned(pose: np.ndarray, seed: int) -> np.ndarray:
-    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))
-    q *= np.sign(np.diag(r))
-    return pose @ (q * [np.linalg.det(q), 1, 1])
+    return pose @ Rotation.random(random_state=seed).as_matrix()
 
 
 BODY_SLIPS = {"metres": (lambda k: k / 1000, "bone: 0.4.* another unit"),
@@ -263,7 +255,6 @@ def test_a_skeleton_is_judged_by_its_own_rules():
     wrong = right._replace(keypoints=right.keypoints * MIRROR, intrinsics=K @ seen)  # where `right` is seen
     assert "handedness" in fault_of(HUMAN_JOINTS, wrong, (240, 224), 224)
     assert fault_of([f"joint {i}" for i in range(17)], wrong, (240, 224), 224) is None
-    assert fault_of(HUMAN_JOINTS, wrong._replace(left=True), (240, 224), 224) is None
 
 
 # ==== Files of labels =====================================================================================

@@ -12,8 +12,9 @@ import numpy as np
 import publishers
 import pytest
 import torch
+from conftest import DECODER, HEAD, SEGMENTATION, TINY
 from PIL import Image
-from publishers import GAN_FOLDERS, MIRROR, MPI_ENLARGED, command
+from publishers import GAN_FOLDERS, MPI_ENLARGED, command
 
 import data
 import evaluate
@@ -25,17 +26,12 @@ from support.readers import _3dhp, _3dpw, freihand, gan, h36m, imagenet, pan, rh
 from support.run import random_generator
 
 CPU = torch.device("cpu")
-HAND = ["wrist"] + [f"{name}_{i}" for name in ("thumb", "index", "middle", "ring", "little")
-                    for i in (1, 2, 3, 4)]
+HANDS = ["wrist"] + [f"{name}_{i}" for name in ("thumb", "index", "middle", "ring", "little")
+                     for i in (1, 2, 3, 4)]
 SMPL = ["right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle", "thorax",
         "left_shoulder", "left_elbow", "left_wrist", "right_shoulder", "right_elbow", "right_wrist"]
 MPI = SMPL[:6] + ["spine", "thorax", "nose", "head"] + SMPL[7:]
 ONLY_SMPL = "13 joints of SMPL (hips, knees, ankles, neck, shoulders, elbows, wrists) from its pelvis"
-
-
-def rhd_test() -> np.ndarray:
-    left, right, near = publishers.rhd_hands("evaluation")
-    return np.where(near[:, None, None], left * MIRROR, right)
 
 
 def gan_test() -> np.ndarray:
@@ -48,11 +44,12 @@ def gan_test() -> np.ndarray:
 TRANSFERS = {  # target: its source, flags of its train half, of its test half, drawn poses (n, K, 3) mm of
     # the test half, names of the joints that errors are taken over, words of the protocol
     "stb": ("freihand", [], ["--split", "test"],
-            lambda: publishers.stb_truth(["B1Counting", "B1Random"], "BB_left", "BB_right")[0], HAND, ""),
-    "rhd": ("freihand", [], ["--split", "evaluation"], rhd_test, HAND, ""),
+            lambda: publishers.stb_truth(["B1Counting", "B1Random"], "BB_left", "BB_right")[0], HANDS, ""),
+    "rhd": ("freihand", [], ["--split", "evaluation"],
+            lambda: publishers.rhd_truth("evaluation")[0], HANDS, ""),
     "pan": ("freihand", ["--stride", 1], ["--split", "test", "--stride", 1],
-            lambda: publishers.pan_truth("171204_pose3")[0], HAND, ""),
-    "gan": ("freihand", ["--share", 0.5], ["--split", "test", "--share", 0.5], gan_test, HAND, ""),
+            lambda: publishers.pan_truth("171204_pose3")[0], HANDS, ""),
+    "gan": ("freihand", ["--share", 0.5], ["--split", "test", "--share", 0.5], gan_test, HANDS, ""),
     "3dpw": ("h36m", [], ["--split", "test"],
              lambda: publishers.pw3d_truth("downtown_walk_00", "outdoors_up_01"), SMPL, ONLY_SMPL),
     "3dhp": ("h36m", ["--cameras", "0,4", "--stride", 1], ["--split", "test"],
@@ -75,9 +72,7 @@ def convert(name: str, root: Path, out: Path, *flags) -> Dataset:
     return command(READERS[name], root, out, *flags, side=48)
 
 
-NETWORK = ["--device", "cpu", "--precision", "float32", "--threads", "1", "--image", "32", "--patch", "8",
-           "--width", "16", "--depth", "2", "--heads", "2", "--batch", "8", "--micro-batch", "0",
-           "--epochs", "0.1"]
+SMALL = ["--patch", "8", "--micro-batch", "0", "--epochs", "0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +102,10 @@ def train(source: str, top: Path, target: Path, runs: Path) -> None:
         (target / f"{name}.npy").write_bytes(b"not to be opened")
     preset = "paper-hand" if source == "freihand" else "paper-human"
     both = ["--preset", preset, "--source", f"{top}/{source}_train", "--target", str(target)]
-    assert not train_pretrain.main([*both, *NETWORK, "--unconstrained", f"{top}/imagenet_val", "--out",
-                                f"{runs}/pretrain-full", "--decoder-width", "16", "--decoder-heads", "2",
-                                "--seg-channels", "4", "--seg-steps", "2", "--seg-batch", "4"])
-    assert not train_finetune.main([*both, *NETWORK, "--init", f"{runs}/pretrain-full", "--out",
-                                    f"{runs}/full", "--head-channels", "8", "--warmup", "1"])
+    assert not train_pretrain.main([*both, *TINY, *DECODER, *SEGMENTATION, *SMALL, "--unconstrained",
+                                    f"{top}/imagenet_val", "--out", f"{runs}/pretrain-full"])
+    assert not train_finetune.main([*both, *TINY, *HEAD, *SMALL, "--init", f"{runs}/pretrain-full",
+                                    "--out", f"{runs}/full"])
 
 
 class Oracle:
@@ -156,10 +150,10 @@ def test_transfer(name, root, sources, tmp_path, capsys):
     found, joints = result["target"], read_meta(top / f"{source}_train")["joints"]
     estimator, state = evaluate.load_estimator(runs / "full/checkpoint.pt", CPU)
     assert (len(joints), state["skeleton"]["depth_range"]) == (K, depth_range)  # the source's
-    assert state["skeleton"]["joints"] == joints and estimator.head.conv.out_channels == K * 16
+    assert state["skeleton"]["joints"] == joints and estimator.head.conv.out_channels == K * 24
     assert found["compared"].startswith(f"{len(names)} of {K} joints") and found["images"] == len(truth)
     with torch.no_grad():
-        predicted, _ = data.predict(estimator, test, np.arange(len(test)), 32, CPU)
+        predicted, _ = data.predict(estimator, test, np.arange(len(test)), 48, CPU)
     apart = (predicted.numpy() - predicted.numpy()[:, :1]) - (truth - truth[:, :1])  # the root at 0
     expected = np.linalg.norm(apart, axis=-1)[:, [joints.index(name) for name in names]].mean()
     assert found["epe"] == pytest.approx(expected, abs=0.02) and result["metric"] == error
