@@ -71,19 +71,8 @@ def test_table_5_encoder_and_decoder(paper):
     assert seen["output"] == (256, 768) and "decoder_blocks.1" not in seen  # L22
 
 
-def test_table_6_segmentation_network(paper):
-    """Two convolutions at a time, with the sizes that fit: L5 and the skips are misprinted."""
-    seen = shapes(paper["f^S"], torch.empty(1, 3, 256, 256, device="meta"))
-    assert seen["stem.0"][1] == seen["stem.2"][1] == (64, 128, 128)  # L1-L2
-    for i, size in enumerate((128, 64, 32, 16, 8)):
-        assert seen[f"down.{i}"] == ((64, size, size), (64, size, size))  # L3-L4, L5-L7, .., L14-L16
-    for i, size in enumerate((16, 32, 64, 128)):
-        assert seen[f"up.{i}"] == ((128, size, size), (64, size, size))  # L17-L20, L21-L24, .., L29-L32
-    assert seen["last"] == ((64, 256, 256), (64, 256, 256)) and seen["output"] == (1, 256, 256)  # L33-L36
-
-
 def unet_by_table(net, x, concat=lambda skip, x: torch.cat([skip, x], 1)):
-    """Table 6 line by line; the skips come from the rows whose size fits: L13, L10, L7 and L4."""
+    """Table 6 line by line. L5 and the skips are misprinted: the skips here have the sizes that fit."""
     pool = lambda x: F.max_pool2d(x, 2)  # noqa: E731
     up = lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)  # noqa: E731
     conv = lambda x, layer: F.relu(F.conv2d(x, layer.weight, layer.bias, padding=1))  # noqa: E731
@@ -126,8 +115,9 @@ WRONG_UNETS = {
 }
 
 
-def test_table_6_line_by_line():
+def test_table_6_line_by_line(paper):
     passes_only(check_table_6, lambda net, x: net(x), WRONG_UNETS)
+    assert paper["f^S"](torch.empty(1, 3, 256, 256, device="meta")).shape == (1, 1, 256, 256)
     assert udapose.UNet(4)(torch.randn(1, 3, 33, 50)).shape == (1, 1, 33, 50)  # odd sizes
 
 
@@ -309,7 +299,10 @@ def test_decoder_puts_tokens_in_their_places():
 
 
 def test_masked_pixels_are_never_seen():
-    """The prediction depends on visible pixels only. Otherwise reconstruction would be copying."""
+    """The prediction depends on visible pixels only. Otherwise reconstruction would be copying.
+
+    Register tokens of a fork that are not dropped would be taken for visible patches, and shift them all.
+    """
     encoder = udapose.Encoder((8, 12), 4, 8, 1, 2)
     mae = udapose.MaskedAutoencoder(encoder, udapose.Decoder(encoder.grid, 4, 8, 8, 1, 2))
     images = torch.randn(2, 3, 8, 12, requires_grad=True)
@@ -318,6 +311,9 @@ def test_masked_pixels_are_never_seen():
     reached = udapose.patchify(images.grad, 4).abs().sum(-1) > 0
     assert torch.equal(reached, m == 0)
     assert mae.decoder.mask_token.grad.abs().sum() > 0
+    encoder.forward = lambda images, visible: torch.zeros(2, 6, 8)
+    with pytest.raises(ValueError, match="returned 6 tokens for the class token and 3 visible patches"):
+        mae(images, torch.rand(2, 6), 0.5)
 
 
 # ==== Backgrounds from X_C ==============================================================================
@@ -358,12 +354,3 @@ WRONG_BACKGROUNDS = {
 
 def test_background():
     passes_only(check_background, udapose.replace_background, WRONG_BACKGROUNDS)
-
-
-def test_tokens_of_a_forks_own_are_refused():
-    """Register tokens that are not dropped would be taken for visible patches, and shift them all."""
-    encoder = udapose.Encoder((8, 12), 4, 8, 1, 2)
-    mae = udapose.MaskedAutoencoder(encoder, udapose.Decoder(encoder.grid, 4, 8, 8, 1, 2))
-    encoder.forward = lambda images, visible: torch.zeros(2, 6, 8)
-    with pytest.raises(ValueError, match="returned 6 tokens for the class token and 3 visible patches"):
-        mae(torch.randn(2, 3, 8, 12), torch.rand(2, 6), 0.5)

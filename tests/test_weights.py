@@ -94,16 +94,11 @@ def networks(grid=(4, 4)):
 
 
 def saved(path, content):
-    torch.save(content, path)
-    return path
-
-
-def written(path, content):
-    if path.suffix != ".safetensors":
-        return saved(path, content)
-    from safetensors.torch import save_file
-
-    save_file(content, path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+        save_file(content, path)
+    else:
+        torch.save(content, path)
     return path
 
 
@@ -115,20 +110,17 @@ def assert_holds(module, tensors: dict, but=None):
 
 # ==== What is loaded: a forward pass for MAE, the tensors for the other layouts =========================
 def transformer(tensors, x, heads=2):
-    """Tokens x (B, T, D) after all blocks and the last norm of a pre-norm ViT, in float64."""
-    w, x, D = {key: tensor.double() for key, tensor in tensors.items()}, x.double(), x.shape[-1]
-    for i in range(1 + max(int(key.split(".")[1]) for key in w if key.startswith("blocks."))):
-        p = {key.split(".", 2)[2]: value for key, value in w.items() if key.startswith(f"blocks.{i}.")}
-        y = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"], 1e-6)
-        y = y @ p["attn.qkv.weight"].T + p["attn.qkv.bias"]
-        q, k, v = (part.unflatten(-1, (heads, D // heads)) for part in y.chunk(3, dim=-1))
-        A = torch.einsum("bihd,bjhd->bhij", q, k).div((D // heads) ** 0.5).softmax(-1)
-        y = torch.einsum("bhij,bjhd->bihd", A, v).flatten(2)
-        x = x + y @ p["attn.proj.weight"].T + p["attn.proj.bias"]
-        y = F.layer_norm(x, (D,), p["norm2.weight"], p["norm2.bias"], 1e-6)
-        y = F.gelu(y @ p["mlp.fc1.weight"].T + p["mlp.fc1.bias"])
-        x = x + y @ p["mlp.fc2.weight"].T + p["mlp.fc2.bias"]
-    return F.layer_norm(x, (D,), w["norm.weight"], w["norm.bias"], 1e-6).float()
+    """Tokens x (B, T, D) after all blocks, which are torch's own, and the last norm of a pre-norm ViT."""
+    D, ours = x.shape[-1], {"in_proj_": "qkv.", "self_attn.out_proj": "attn.proj", "self_attn.": "attn."}
+    ours |= {"linear1": "mlp.fc1", "linear2": "mlp.fc2"}
+    for i in range(1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))):
+        layer = torch.nn.TransformerEncoderLayer(D, heads, 4 * D, 0, "gelu", 1e-6, True, norm_first=True)
+        for name, parameter in layer.named_parameters():
+            for theirs, new in ours.items():
+                name = name.replace(theirs, new)
+            parameter.copy_(tensors[f"blocks.{i}.{name}"])
+        x = layer(x)
+    return F.layer_norm(x, (D,), tensors["norm.weight"], tensors["norm.bias"], 1e-6)
 
 
 @torch.no_grad()
@@ -172,7 +164,7 @@ def test_tensors_of_each_layout(tmp_path, n, theirs):
     tensors = vit(positions=torch.randn(1, n + 16, 16))
     for path, content in (("a.pth", {"model": theirs(tensors)}), ("a.safetensors", theirs(tensors))):
         encoder, _ = networks()
-        load_public_weights(written(tmp_path / path, content), encoder)
+        load_public_weights(saved(tmp_path / path, content), encoder)
         assert_holds(encoder, tensors, but="pos_embed")
         close(encoder.pos_embed[:, 1:], tensors["pos_embed"][:, n:], rtol=0, atol=0)
 
@@ -311,7 +303,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, key, value):
     tensors[key].view(-1)[5] = value
     for name in ("mae.pth", "mae.safetensors"):
         with pytest.raises(InputError, match=f"{name}: f.*{key} has values that are not finite"):
-            load_public_weights(written(tmp_path / name, tensors), *networks())
+            load_public_weights(saved(tmp_path / name, tensors), *networks())
     unused = vit() | {"head.weight": torch.tensor([value])}
     load_public_weights(saved(tmp_path / "unused.pth", unused), networks()[0])
 
@@ -326,7 +318,7 @@ def test_files_that_are_truncated_or_something_else(tmp_path):
     """Parts of a file, a web page, the pointer of git-lfs, bytes; no file; a file without named tensors."""
     saved(tmp_path / "zip.pth", vit())
     torch.save(vit(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    written(tmp_path / "a.safetensors", vit())
+    saved(tmp_path / "a.safetensors", vit())
     for path in sorted(tmp_path.iterdir()):
         whole = path.read_bytes()
         parts = [whole[: int(share * len(whole))] for share in (0.0, 0.01, 0.3, 0.99)]
