@@ -22,7 +22,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +29,7 @@ import data  # noqa: E402
 import train_finetune as tune  # noqa: E402
 import train_pretrain as pre  # noqa: E402
 import udapose  # noqa: E402
+from support import rendering  # noqa: E402
 from support import run as runs  # noqa: E402
 from support.folder import HAND, Dataset, write_folder  # noqa: E402
 
@@ -88,19 +88,12 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * n**3 / seconds_of(lambda: a @ b, device, 6)
 
 
-# ==== The two stages, made of the scripts' own functions, on random images ==============================
-def random_folder(folder: Path, count: int, side: int) -> Dataset:
-    """A data set of noise with masks and possible labels."""
-    rng, middle = np.random.default_rng(0), (side - 1) / 2
-    camera = np.float32([[2 * side, 0, middle], [0, 2 * side, middle], [0, 0, 1]])
-    arrays = {
-        "images": rng.integers(256, size=(count, side, side, 3), dtype=np.uint8),
-        "masks": rng.integers(256, size=(count, side, side), dtype=np.uint8),
-        "keypoints": rng.uniform(-30, 30, (count, 21, 3)).astype(np.float32) + np.float32([0, 0, 600]),
-        "intrinsics": np.tile(camera, (count, 1, 1)),
-    }
+# ==== The two stages, made of the scripts' own functions, on rendered hands =============================
+def hands_folder(folder: Path, side: int) -> Dataset:
+    """A data set of 16 rendered hands, 16 times over."""
+    arrays = rendering.render("hands", runs.random_generator(0, "benchmark"), "source", 16, side)
     meta = {"name": folder.name, "margin": 1.25} | {k: v for k, v in HAND.items() if k != "box"}
-    write_folder(folder, meta, count, [arrays])
+    write_folder(folder, meta, 256, 16 * [arrays])
     return Dataset(folder, "masks", "keypoints", "intrinsics")
 
 
@@ -170,7 +163,7 @@ def measure(stage: str, size: str, device: str, threads: int, root: Path) -> dic
     runs.configure_torch(threads)
     device = torch.device(device)
     dtype = runs.choose_dtype("auto", device)
-    dataset = random_folder(root / "set", 256, 60 if size == "tiny" else 320)
+    dataset = hands_folder(root / "set", 60 if size == "tiny" else 320)
     s, reader, model, loss, flops = STAGES[stage](size, dataset, device, dtype)
     rates, stored = [matmul_rate(dtype, device)], reader[0, slice(0, s.batch)]
     lap = seconds_of(lambda: loss(stored).backward(), device, 2)

@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import write_set
+from conftest import DECODER, HEAD, SEGMENTATION, TINY, write_set
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,10 +248,9 @@ def test_the_readme_is_short_and_its_file_tree_complete():
 
 
 # ==== The diffs of docs/forking.md ======================================================================
-FEW = "--source S --target T --log-every 1 --save-every 1 --epochs 1 --batch 4 --threads 1".split()
-FEW += "--image 32 --patch 8 --width 24 --depth 2 --heads 2".split()
-PRETRAIN = [*FEW, *"--unconstrained S --seg-steps 1 --seg-batch 4 --seg-channels 4 --out p".split()]
-FINETUNE = [*FEW, *"--labels 8 --warmup 1 --head-channels 8 --init p --out f".split()]
+FEW = [*TINY, *"--source S --target T --epochs 1".split()]
+PRETRAIN = [*FEW, *DECODER, *SEGMENTATION, *"--unconstrained S --out p".split()]
+FINETUNE = [*FEW, *HEAD, *"--init p --out f".split()]
 MEASURE = "f --source-test S --target-test T --pictures none --markdown".split()
 TRIALS = {  # what each diff adds to the commands of both stages; None: no training
     "a-loss-on-target-images": ([], ["--variant", "no-ar", "--adapt", "self"]),
