@@ -121,18 +121,19 @@ bodies_finetuning() {
 
 hands_with_144_patches() {
     local runs=runs/patch4 size="--patch 4 --epochs"
-    for seed in 0 1; do
+    for seed in 0 1 2; do
         python $pretrain $size 40 --seed $seed --out $runs/pretrain-full-seed$seed
+        python $pretrain $size 40 --seed $seed --variant mae --out $runs/pretrain-mae-seed$seed
         python $pretrain $size 40 --seed $seed --variant no-fcr --target-masks $runs/pretrain-full-seed$seed \
             --out $runs/pretrain-no-fcr-seed$seed
-        for variant in full no-ar no-fcr no-fcr-ar; do
-            local before=full
-            [[ $variant == no-fcr* ]] && before=no-fcr
+        for variant in full no-ar no-fcr no-fcr-ar mae; do
+            local before=${variant%-ar}
+            [[ $variant == no-ar ]] && before=full
             python $finetune $size 32 --seed $seed --variant $variant --init $runs/pretrain-$before-seed$seed \
                 --out $runs/$variant-seed$seed
         done
+        python $finetune $size 32 --seed $seed --variant scratch --out $runs/scratch-seed$seed
     done
-    python $finetune $size 32 --variant scratch --out $runs/scratch-seed0
     python evaluate.py $runs --pictures none
 }
 
