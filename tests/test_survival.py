@@ -71,6 +71,7 @@ def forked(place: Path, main, dies_in_write: int, environment: dict) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     if dies_in_write:
         die_in_write(dies_in_write)
     runs.run_script(main)
